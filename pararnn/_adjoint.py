@@ -7,13 +7,13 @@ b_t = \frac{∂f}{∂θ} \dot θ + \frac{∂f}{∂x} \dot x_t \;(+\, J_0 \dot h_
 
 with the *true* Jacobian, whatever the forward iteration used; the iterations are never
 differentiated. Its transpose, which reverse mode needs, is the recurrence
-$λ_t = J_{t+1}^\top λ_{t+1} + g_t$ run backwards. Both go to the same solvers as the forward
-problem.
+$λ_t = J_{t+1}^\top λ_{t+1} + g_t$ run backwards.
 
-How the modes come about: a `custom_jvp` rule that ends in `lax.custom_linear_solve` can be
-linearized, transposed, batched, and differentiated again (the rule calls the differentiable
-function itself). What both close over is the states, the inputs and the parameters, and nothing
-else: $J$ is recomputed step by step, and `b` is rematerialised.
+How the modes come about: a `custom_jvp` rule whose tangents come from something that JAX can
+transpose, batch, and differentiate again (the rule calls the differentiable function itself):
+either one pass over all steps (`_tangents.py`), or `lax.custom_linear_solve`, in which both
+recurrences go to the same solvers as the forward problem. What either closes over is the states,
+the inputs and the parameters, and nothing else: $J$ is recomputed, and `b` is rematerialised.
 """
 
 import dataclasses
@@ -29,20 +29,18 @@ from jaxtyping import Array, PyTree
 
 from ._detection import detect_structure
 from ._misc import flip_time, is_complex, previous_states, time_slice
-from ._structure import AbstractStructure, Diagonal
+from ._structure import AbstractStructure
+from ._tangents import sequential_tangents
 from .solvers import AbstractIterativeSolver, AbstractSolver, Newton, Sequential, run, run_linear
 
 
-def select_adjoint(structure: AbstractStructure, platform: str) -> AbstractSolver:
+def select_adjoint(platform: str) -> AbstractSolver:
     """The solver for the derivative's linear recurrence that `adjoint=None` stands for.
 
-    On a CPU, diagonal Jacobians are computed for all steps at once; others go through one
-    sequential pass of transposed steps, which stores none of them. Elsewhere all go through
-    Newton's method, whose single correction is exact here.
+    On a CPU, one pass over all steps, which stores no Jacobians. Elsewhere Newton's method, whose
+    single correction is exact here.
     """
-    if platform == "cpu" and not isinstance(structure, Diagonal):
-        return Sequential()
-    return Newton()
+    return Sequential() if platform == "cpu" else Newton()
 
 
 @eqx.filter_custom_jvp
@@ -87,6 +85,12 @@ def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report):
     if not jtu.tree_leaves(tangents):
         return out, (jtu.tree_map(lambda _: None, states), *silent)
 
+    if adjoint is None:
+        adjoint = select_adjoint(jax.default_backend())
+    if isinstance(adjoint, Sequential):
+        solution = sequential_tangents(step, xs, init, states, tuple(tangents))
+        return out, (solution, *silent)
+
     @eqx.filter_checkpoint
     def all_steps(step, xs, init):
         return jax.vmap(step)(previous_states(init, states), xs)
@@ -99,8 +103,6 @@ def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report):
 def _linear_solve(step, xs, init, states, offsets, adjoint, structure):
     """Solves `v[t] - J[t] v[t-1] = offsets[t]` in a way that JAX can transpose."""
     zero = jtu.tree_map(jnp.zeros_like, init)
-    if adjoint is None:
-        adjoint = select_adjoint(structure, jax.default_backend())
     if isinstance(adjoint, AbstractIterativeSolver):
         # A derivative has no place to report a failure: it must always be finished.
         adjoint = dataclasses.replace(adjoint, fallback=True)
@@ -133,16 +135,6 @@ def _linear_solve(step, xs, init, states, offsets, adjoint, structure):
 
     @functools.partial(jax.checkpoint, static_argnums=0)
     def transpose_solve(_, g):
-        if isinstance(adjoint, Sequential):
-
-            def back(arriving, inputs):
-                state, x, g = inputs
-                v = add(g, arriving)
-                return pull(state, x, v), v
-
-            inputs = (previous_states(init, states), xs, g)
-            return jax.lax.scan(back, zero, inputs, reverse=True)[1]
-
         def linear_step(v, inputs):
             state, x, g = inputs
             return add(pull(state, x, v), g)

@@ -63,7 +63,7 @@ def is_affine(
     """
     jaxpr, size = _trace_derivative(step, state, x)
     inputs = len(jaxpr.invars) - 2
-    return size == 0 or not any(_reaches(jaxpr, [True, *[False] * inputs, False]))
+    return size == 0 or not any(reaches(jaxpr, [True, *[False] * inputs, False]))
 
 
 def _trace_derivative(step, state, x) -> tuple[Any, int]:
@@ -78,7 +78,7 @@ def _trace_derivative(step, state, x) -> tuple[Any, int]:
     return jax.make_jaxpr(derivative)(vector, x, vector).jaxpr, size
 
 
-def _reaches(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
+def reaches(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
     """Which outputs depend, in any way, on the flagged inputs."""
     marked = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
 
@@ -88,7 +88,7 @@ def _reaches(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive.name in CALLS:
-            outputs = _reaches(inner_jaxpr(eqn), inputs)
+            outputs = reaches(inner_jaxpr(eqn), inputs)
         else:
             outputs = [any(inputs)] * len(eqn.outvars)
         marked.update(v for v, flag in zip(eqn.outvars, outputs, strict=True) if flag)

@@ -52,8 +52,8 @@ def solve(
     - `solver`: the method, for example [`pararnn.Newton`][]. `None` chooses by platform, structure
         and shape, as [`pararnn.select_solver`][] explains.
     - `adjoint`: the solver of the derivative's linear recurrence, which has the true Jacobian
-        always. `None` chooses by platform and structure. A [`pararnn.ClippedAdjoint`][] clips what
-        flows back through time; it has no forward mode.
+        always. `None` is one pass over the steps on a CPU, and [`pararnn.Newton`][] elsewhere. A
+        [`pararnn.ClippedAdjoint`][] clips what flows back through time; it has no forward mode.
     - `reset`: a boolean per step; where true, that step starts from `reset_state` and not from the
         state before it.
     - `reset_state`: the state to restart from, shaped like `init`; `None` is `init` itself.

@@ -21,6 +21,7 @@ ROOMS = [
     "_solution",
     "cells",
     "solvers",
+    "_tangents",
     "_adjoint",
     "_select",
     "_packing",
