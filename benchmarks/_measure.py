@@ -48,11 +48,6 @@ def compile_seconds(
     return times
 
 
-def temporary_bytes(function: Any, *args: Any) -> int:
-    """The size of the buffers that the compiled function allocates for itself."""
-    return function.lower(*args).compile().memory_analysis().temp_size_in_bytes
-
-
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table with the keys of the first row as its header."""
 

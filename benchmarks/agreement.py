@@ -1,13 +1,11 @@
-"""Does the package give the numbers of `lax.scan`, and what does it cost on this machine?
+"""Does the package give the numbers of `lax.scan`, and does it store a Jacobian for each step?
 
-Three tables: errors of values and gradients against the scan and its automatic derivative, for
-several solvers, lengths and dtypes; time and compile time of the default solver as ratios to a
-jitted scan of the same cell, with the quartiles of the ratios pair by pair; and temporary memory
-of solves of a dense cell in units of one `L × d × d` array.
+Two tables: errors of values and gradients against the scan and its automatic derivative, for
+several solvers, lengths and dtypes; and temporary memory of solves of a dense cell in units of one
+`L × d × d` array. `python -m benchmarks speed` measures times.
 """
 
 import argparse
-import functools
 from typing import Any
 
 import equinox as eqx
@@ -16,16 +14,9 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import pararnn as prnn
+from pararnn._compare import temporary_bytes
 
-from ._measure import (
-    compile_seconds,
-    interleaved,
-    markdown,
-    ratio,
-    relative_error,
-    save,
-    temporary_bytes,
-)
+from ._measure import markdown, relative_error, save, scan_states
 
 CELLS = {"Elman": prnn.Elman, "GRU": prnn.GRU, "DiagonalGRU": prnn.DiagonalGRU}
 SOLVERS = {
@@ -44,12 +35,8 @@ def problem(cell_name: str, length: int, size: int, dtype: Any):
     return cell, xs, weights
 
 
-def scan_states(cell, xs):
-    def body(state, u):
-        state = cell.step(state, u)
-        return state, state
-
-    return jax.lax.scan(body, cell.init_state(), cell.project(xs))[1]
+def plain_states(cell, xs):
+    return scan_states(cell.step, cell.project(xs), cell.init_state())
 
 
 def package_states(cell, xs, solver):
@@ -78,7 +65,7 @@ def errors(lengths, size) -> list[dict[str, Any]]:
             (_, states), gradients = both((cell, xs))
             return states, gradients
 
-        states, gradients = run(scan_states)
+        states, gradients = run(plain_states)
         for name, solver in SOLVERS.items():
             got, got_gradients = run(
                 lambda cell, xs, solver=solver: package_states(cell, xs, solver).states
@@ -99,41 +86,6 @@ def errors(lengths, size) -> list[dict[str, Any]]:
     return rows
 
 
-def costs(length, size) -> list[dict[str, Any]]:
-    return [costs_of(cell_name, length, size) for cell_name in CELLS]
-
-
-def costs_of(cell_name, length, size) -> dict[str, Any]:
-    cell, xs, weights = problem(cell_name, length, size, jnp.float32)
-    params, static = eqx.partition(cell, eqx.is_array)
-
-    def default(cell, xs):
-        return package_states(cell, xs, None).states
-
-    def forward(states_of):
-        return jax.jit(lambda params, xs: states_of(eqx.combine(params, static), xs))
-
-    def backward(states_of):
-        def loss(params, xs):
-            return jnp.vdot(states_of(eqx.combine(params, static), xs), weights)
-
-        return jax.jit(jax.grad(loss))
-
-    row: dict[str, Any] = {"cell": cell_name, "L": length, "d": size}
-    for kind, make in (("forward", forward), ("forward + gradient", backward)):
-        functions = {"ours": make(default), "scan": make(scan_states)}
-        calls = {name: functools.partial(f, params, xs) for name, f in functions.items()}
-        row[f"{kind}: time / scan"] = ratio(interleaved(calls), "ours", "scan")
-        makes = {
-            "ours": functools.partial(make, default),
-            "scan": functools.partial(make, scan_states),
-        }
-        row[f"{kind}: compile / scan"] = ratio(compile_seconds(makes, params, xs), "ours", "scan")
-        memory = {name: temporary_bytes(f, params, xs) for name, f in functions.items()}
-        row[f"{kind}: memory / scan"] = memory["ours"] / max(memory["scan"], 1)
-    return row
-
-
 def memory(length, size) -> list[dict[str, Any]]:
     cell, xs, weights = problem("GRU", length, size, jnp.float32)
     params, static = eqx.partition(cell, eqx.is_array)
@@ -147,14 +99,12 @@ def memory(length, size) -> list[dict[str, Any]]:
                 cell.step, cell.project(xs), cell.init_state(), solver=solver, adjoint=solver
             ).states
 
-        gradient = jax.jit(jax.grad(lambda p, xs, s=states: jnp.vdot(s(p, xs), weights)))
-        rows.append(
-            {
-                "solver": repr(solver),
-                "forward / (L d d)": temporary_bytes(jax.jit(states), params, xs) / unit,
-                "forward + gradient / (L d d)": temporary_bytes(gradient, params, xs) / unit,
-            }
-        )
+        gradient = jax.grad(lambda p, xs, s=states: jnp.vdot(s(p, xs), weights))
+        row: dict[str, Any] = {"solver": repr(solver)}
+        for kind, function in (("forward", states), ("forward + gradient", gradient)):
+            needed = temporary_bytes(jax.jit(function).lower(params, xs).compile())
+            row[f"{kind} / (L d d)"] = None if needed is None else needed / unit
+        rows.append(row)
     return rows
 
 
@@ -167,7 +117,6 @@ def main(argv: list[str] | None = None) -> None:
     jax.config.update("jax_enable_x64", True)
     results = {
         "errors": errors(args.lengths, args.size),
-        "costs": costs(max(args.lengths), args.size),
         "memory": memory(4_096, 64),
     }
     for name, rows in results.items():

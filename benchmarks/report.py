@@ -11,7 +11,7 @@ from typing import Any
 
 from pararnn._compare import Spread
 
-from . import _plots
+from . import _plots, _summaries
 from ._measure import markdown
 from .speed import GAINS
 
@@ -166,7 +166,8 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
             continue
         parts += [_environment(content), speed_table(content)]
         goals.append(targets_table(content) if platform == "cpu" else goals_table(content))
-    return {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
+    blocks = {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
+    return blocks | _summaries.tables(folder)
 
 
 def rewritten(text: str, blocks: dict[str, str]) -> str:

@@ -122,7 +122,7 @@ def compare(
                 start = time.perf_counter()
                 compiled = jax.jit(function).lower(*inputs).compile()
                 row: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
-                row["temporary_bytes"] = _temporary_bytes(compiled)
+                row["temporary_bytes"] = temporary_bytes(compiled)
                 calls[name] = functools.partial(compiled, *inputs)
                 results, stats = calls[name]()
                 if expected is None:
@@ -169,7 +169,8 @@ def _weights(states):
     return jtu.tree_unflatten(treedef, weights)
 
 
-def _temporary_bytes(compiled) -> int | None:
+def temporary_bytes(compiled) -> int | None:
+    """The size of the buffers that a compiled function allocates for itself, if it is known."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
 

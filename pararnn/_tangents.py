@@ -54,7 +54,7 @@ def sequential_tangents(
     through_block = jax.checkpoint(through_block, prevent_cse=False)
     arriving = _or_zeros(init_tangent, init)
     length = num_steps(states)
-    block = min(4 * math.isqrt(length), _MAX_BLOCK, length)
+    block = _block_size(length)
     whole = length - length % block
     blocks, rest = _split((states, xs, xs_tangent), whole)
     blocks = jtu.tree_map(lambda x: x.reshape(whole // block, block, *x.shape[1:]), blocks)
@@ -66,6 +66,14 @@ def sequential_tangents(
     start = jtu.tree_map(lambda s: s[whole - 1], states)
     _, last = through_block(arriving, (start, *rest))
     return jtu.tree_map(lambda *v: jnp.concatenate(v), first, last)
+
+
+def _block_size(length: int) -> int:
+    """About a multiple of the square root, better one without a rest: cutting it off takes copies
+    of all inputs."""
+    most = min(4 * math.isqrt(length), _MAX_BLOCK, length)
+    without_rest = (n for n in range(most, most // 2, -1) if length % n == 0)
+    return next(without_rest, most)
 
 
 def _split(tree: PyTree[Array], index: int) -> tuple[PyTree[Array], PyTree[Array]]:

@@ -111,6 +111,26 @@ def test_gradient_of_other_states(name, method):
     assert error(got, expected) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.parametrize("length", [1, 48, 67])
+def test_one_pass_in_blocks(length):
+    """One step, whole blocks, blocks and a rest: both modes, and one over the other."""
+    problem = PROBLEMS["LSTM"]
+    args = problem.make(length, np.float64)
+    v = direction(7, args)
+
+    def results(run):
+        gradient = jax.grad(loss_of(run), argnums=(0, 1, 2))
+        return jax.jvp(run, args, v)[1], jax.jvp(gradient, args, v)
+
+    method = prnn.Sequential(), prnn.Sequential()
+    got, expected = (
+        jax.jit(functools.partial(results, run))()
+        for run in (solved(problem, method), scanned(problem))
+    )
+    assert error(got, expected) <= TOLERANCE
+
+
 def modes(run, args, tangents, others):
     """Every mode that JAX has, of the states and of a loss, by one function."""
     loss = loss_of(run)
@@ -460,11 +480,37 @@ def test_no_matrix_per_step(solver):
     assert 0 < needed < length * size * size * 4
 
 
-@pytest.mark.parametrize("solver", [prnn.Jacobi(), prnn.Newton()], ids=["Jacobi", "Newton"])
-def test_what_is_kept_is_states_and_inputs(solver):
+def test_one_pass_takes_less_memory_than_the_scan():
+    states, args = large_problem(prnn.Sequential(), prnn.Sequential())
+
+    def by_scan(params, xs):
+        init = jnp.zeros(params[0].shape[0], jnp.float32)
+        return scanned(PROBLEMS["dense GRU"])(params, xs, init)
+
+    ours, theirs = (
+        jax.jit(jax.grad(lambda *a, run=run: jnp.sum(jnp.sin(run(*a))), argnums=(0, 1)))
+        .lower(*args)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for run in (states, by_scan)
+    )
+    assert 0 < ours < 0.5 * theirs
+
+
+@pytest.mark.parametrize(
+    "solver, adjoint",
+    [
+        (prnn.Jacobi(), prnn.Jacobi()),
+        (prnn.Newton(), prnn.Newton()),
+        (prnn.Newton(), prnn.Sequential()),
+    ],
+    ids=["Jacobi", "Newton", "one pass"],
+)
+def test_what_is_kept_is_states_and_inputs(solver, adjoint):
     """Between the forward and the backward pass, and for a linearization."""
     length, size = 512, 32
-    states, args = large_problem(solver, solver, length, size)
+    states, args = large_problem(solver, adjoint, length, size)
     _, pullback = jax.vjp(states, *args)
     _, pushforward = jax.linearize(states, *args)
     given = sum(x.size for x in jtu.tree_leaves(args))
