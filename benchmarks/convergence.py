@@ -9,6 +9,9 @@ scale, any returned state differs from the step of the one before it.
 
 import argparse
 import functools
+import json
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -175,7 +178,7 @@ def compile_times(length: int = 16_384) -> list[dict[str, Any]]:
     functions = {name: functools.partial(solve, solver=s) for name, s in solvers.items()}
     functions["lax.scan"] = functools.partial(scan_states, system.step)
     makes = {name: lambda f=f: jax.jit(f) for name, f in functions.items()}
-    times = compile_seconds(makes, system.xs, system.init, repetitions=3)
+    times = compile_seconds(makes, system.xs, system.init, repetitions=7)
     return [
         {"solver": name, "compile / scan": str(ratio(times, name, "lax.scan"))} for name in solvers
     ]
@@ -223,40 +226,53 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def random(count: int) -> list[dict[str, Any]]:
+    """How many were right, and each that was silently wrong."""
+    verdicts = random_systems(count)
+    silent = [row for row in verdicts if row["verdict"] == "SILENT"]
+    total: dict[str, Any] = {"systems": len(verdicts)}
+    total |= {v: sum(r["verdict"] == v for r in verdicts) for v in ("right", "admitted", "SILENT")}
+    for flag in ("forgets", "finished sequentially"):
+        total[flag] = sum(row[flag] for row in verdicts)
+    return [total, *silent]
+
+
+# What is measured, in this order.
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "systems": lambda args: compare(args.length, args.systems),
+    "gains": lambda args: sweep(args.length),
+    "damping": lambda args: damping(),
+    "word problem": lambda args: word_problem(),
+    "compile": lambda args: compile_times(),
+    "random systems": lambda args: random(args.random),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks convergence",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--random", type=int, default=500, help="number of random systems")
     parser.add_argument("--output", default="benchmarks/results", help="folder of JSON and plot")
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
+    path = pathlib.Path(args.output) / "convergence.json"
     results: dict[str, Any] = {}
-
-    def add(part: str, rows: list[dict[str, Any]]) -> None:
-        results[part] = rows
-        print(f"\n{part}\n\n{markdown(rows)}")
-        path = save("convergence", results, args.output)
+    if path.exists() and set(args.parts) < set(PARTS):
+        results = json.loads(path.read_text())
+        del results["environment"]
+    for part in args.parts:
+        results[part] = PARTS[part](args)
+        print(f"\n{part}\n\n{markdown(results[part])}")
+        save("convergence", results, args.output)
         if part in ("systems", "gains"):
-            rows = results["systems"] + results.get("gains", [])
+            rows = results.get("systems", []) + results.get("gains", [])
             plot(rows, str(path.with_suffix(".png")))
-
-    add("systems", compare(args.length, args.systems))
-    add("gains", sweep(args.length))
-    add("damping", damping())
-    add("word problem", word_problem())
-    add("compile", compile_times())
-    verdicts = random_systems(args.random)
-    counts = {v: sum(r["verdict"] == v for r in verdicts) for v in ("right", "admitted", "SILENT")}
-    counts["finished sequentially"] = sum(r["finished sequentially"] for r in verdicts)
-    silent = [row for row in verdicts if row["verdict"] == "SILENT"]
-    add(f"{len(verdicts)} random systems", [counts])
-    if silent:
-        add("silent failures", silent)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_problems_and_solvers(name, solver):
     check(name, solver, 17, np.float32)
 
 
-@over("Sequential", "Newton", "Newton 5", "QuasiNewton 4", "Picard", "Jacobi 4")
+@over("Newton", "QuasiNewton 4", "Jacobi 4")
 @over_problems
 def test_float64(name, solver):
     check(name, solver, 17, np.float64)
@@ -115,7 +115,7 @@ def test_longer(solver):
         assert int(solution.stats.iterations) <= 16
 
 
-@pytest.mark.parametrize("name", ["diagonal GRU", "dense GRU", "LSTM", "complex"])
+@pytest.mark.parametrize("name", ["LSTM", "complex"])
 def test_affine_in_one_iteration(name):
     """Newton's method solves an affine recurrence at once; a second look may confirm it."""
     problem = PROBLEMS[name]
@@ -202,23 +202,28 @@ def test_default_precision():
         def step(h, x):
             return jnp.tanh(weights @ h + x)
 
-        def loss(weights, solver):
-            solution = prnn.solve(
-                lambda h, x: jnp.tanh(weights @ h + x),
-                xs,
-                jnp.zeros(3),
-                solver=solver,
-                adjoint=solver,
-            )
-            return jnp.sum(jnp.sin(solution.states))
+        @functools.partial(jax.jit, static_argnums=1)
+        def solved(weights, solver):
+            def loss(weights):
+                solution = prnn.solve(
+                    lambda h, x: jnp.tanh(weights @ h + x),
+                    xs,
+                    jnp.zeros(3),
+                    solver=solver,
+                    adjoint=solver,
+                )
+                return jnp.sum(jnp.sin(solution.states)), solution
+
+            gradient, solution = jax.grad(loss, has_aux=True)(weights)
+            return solution, gradient
 
         expected = scan(step, xs, jnp.zeros(3))
-        gradient = jax.grad(loss)(weights, prnn.Sequential())
+        _, expected_gradient = solved(weights, prnn.Sequential())
         for solver in (prnn.Newton(), prnn.QuasiNewton(chunk_size=1), prnn.Jacobi(chunk_size=8)):
-            solution = prnn.solve(step, xs, jnp.zeros(3), solver=solver)
+            solution, gradient = solved(weights, solver)
             assert solution.states.dtype == jnp.float32
             assert_right(solution, expected, jnp.zeros(3))
-            assert error(jax.grad(loss)(weights, solver), gradient) <= 1e-5
+            assert error(gradient, expected_gradient) <= 1e-5
 
 
 # --- what states and inputs may be ------------------------------------------------------------
@@ -370,9 +375,8 @@ def test_guess(solver):
     def run(guess):
         return prnn.solve(step, xs, init, solver=solver, guess=guess)
 
-    without = prnn.solve(step, xs, init, solver=solver)
     exact, near, far = run(expected), run(expected + 1e-6), run(normal(5, expected.shape))
-    for solution in (without, exact, near, far):
+    for solution in (exact, near, far):
         assert_right(solution, expected, init)
     assert int(exact.stats.iterations) <= 2
     assert int(exact.stats.iterations) <= int(near.stats.iterations)
@@ -407,13 +411,18 @@ def test_reset(solver):
         ).states
 
     def loss(run, *args):
-        return sum(jnp.sum(jnp.sin(3 * s)) for s in jtu.tree_leaves(run(*args)))
+        states = run(*args)
+        return sum(jnp.sum(jnp.sin(3 * s)) for s in jtu.tree_leaves(states)), states
 
-    args = (params, xs, init, again)
-    assert error(at_once(*args), in_pieces(*args)) <= tolerance(dtype)
-    gradient = jax.jit(jax.grad(functools.partial(loss, at_once), argnums=(0, 1, 2, 3)))(*args)
-    expected = jax.jit(jax.grad(functools.partial(loss, in_pieces), argnums=(0, 1, 2, 3)))(*args)
-    assert error(gradient, expected) <= 1e-8
+    (_, states), gradient, (_, expected), expected_gradient = (
+        part
+        for run in (at_once, in_pieces)
+        for part in jax.jit(
+            jax.value_and_grad(functools.partial(loss, run), argnums=(0, 1, 2, 3), has_aux=True)
+        )(params, xs, init, again)
+    )
+    assert error(states, expected) <= tolerance(dtype)
+    assert error(gradient, expected_gradient) <= 1e-8
 
 
 def test_reset_defaults_to_init():
@@ -448,7 +457,7 @@ def test_reset_forgets_what_is_not_finite():
         np.testing.assert_array_equal(
             np.isnan(solution.states[:, 0]), (np.arange(20) >= 5) & (np.arange(20) < 9)
         )
-        gradient = jax.grad(lambda xs, s=solver: jnp.sum(run(xs, s).states[12:]))(xs)
+        gradient = jax.jit(jax.grad(lambda xs, s=solver: jnp.sum(run(xs, s).states[12:])))(xs)
         assert np.all(np.isfinite(gradient[9:]))
 
 
