@@ -1,4 +1,4 @@
-"""The README's tables and the plots of `benchmarks/results`, from the JSON files there.
+"""The tables of two README files and the plots of `benchmarks/results`, from the JSON files there.
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; a test keeps it up to date.
 """
@@ -18,6 +18,17 @@ from .speed import GAINS
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLATFORMS = ("cpu", "gpu")
+# The tables of each file.
+FILES = {
+    "README.md": ("speed", "targets", "cells"),
+    "benchmarks/README.md": (
+        "agreement",
+        "cells-agreement",
+        "convergence",
+        "random-systems",
+        "state-tracking",
+    ),
+}
 # Where forward and gradient together are to be 1.5 times as fast as the scan's, on a CPU.
 FASTER = {"Elman", "GRU", "DiagonalGRU", "DiagonalLSTM"}
 SHORTEST = 4096  # the goals are for this length or more
@@ -282,8 +293,11 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the JSON")
-    parser.add_argument("--readme", type=pathlib.Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="folder of the files")
     args = parser.parse_args(argv)
-    args.readme.write_text(rewritten(args.readme.read_text(), tables(args.results)))
-    for path in (args.readme, *draw(args.results)):
+    blocks = tables(args.results)
+    written = [args.root / file for file in FILES]
+    for path, names in zip(written, FILES.values(), strict=True):
+        path.write_text(rewritten(path.read_text(), {name: blocks[name] for name in names}))
+    for path in (*written, *draw(args.results)):
         print(f"written: {path}")

@@ -10,6 +10,8 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from ._patterns import scan_parts
+
 # No data moves.
 _FREE = {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "stop_gradient"}
 # Data moves, without arithmetic. Of the operands of a slice, only what is taken or put is touched.
@@ -151,7 +153,7 @@ def _run_eqn(jaxpr: Any, eqn: Any, ins: list[Any]) -> tuple[Sequence[Any], list[
     if name == "while":
         return _run_while(params, ins)
     if name in ("scan", "cond") and any(map(_num_loops, _entered(eqn))):
-        return (_run_scan if name == "scan" else _run_cond)(params, ins)
+        return _run_scan(eqn, ins) if name == "scan" else _run_cond(params, ins)
     # JAX evaluates the equation, as a jaxpr of its own.
     known = {v: x for v, x in zip(eqn.invars, ins, strict=True) if isinstance(v, jex_core.Var)}
     alone = jaxpr.replace(constvars=[], invars=list(known), outvars=eqn.outvars, eqns=[eqn])
@@ -190,9 +192,10 @@ def _expand(flags: Any, ndim: int) -> Any:
     return jnp.expand_dims(flags, tuple(range(flags.ndim, ndim)))
 
 
-def _run_scan(params: Any, ins: list[Any]) -> tuple[list[Any], list[Any]]:
+def _run_scan(eqn: Any, ins: list[Any]) -> tuple[list[Any], list[Any]]:
+    params = eqn.params
     body, consts = _open(params["jaxpr"])
-    n, m = params["num_consts"], params["num_carry"]
+    n, m = scan_parts(eqn)
 
     def turn(carry, x):
         outs, trips = _run(body, consts, [*ins[:n], *carry, *x])
@@ -227,8 +230,8 @@ def _count(jaxpr: Any, times: float, trips: Iterator[int]) -> Counts:
         if called is not None:
             total += _count(_open(called)[0], times, trips)
         elif name == "scan":
-            carried = params["num_consts"] + params["num_carry"]
-            sliced = [*eqn.invars[carried:], *eqn.outvars[params["num_carry"] :]]
+            num_consts, num_carry = scan_parts(eqn)
+            sliced = [*eqn.invars[num_consts + num_carry :], *eqn.outvars[num_carry:]]
             total += Counts(0.0, float(sum(map(_bytes, sliced)))).times(times)
             total += _count(_open(params["jaxpr"])[0], times * params["length"], trips)
         elif name == "while":

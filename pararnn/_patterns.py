@@ -240,8 +240,24 @@ def _fixed_point(body: Callable[[list[Pattern]], list[Pattern]], carry: list[Pat
         carry = grown
 
 
+def scan_parts(eqn) -> tuple[int, int]:
+    """How many constants, and how many carried values, a scan has; the rest are slices.
+
+    The parameters that tell differ between versions of JAX. Only slices lose an axis on their way
+    into the body, and only stacked results gain one on their way out.
+    """
+    body = _open(eqn.params["jaxpr"])
+
+    def whole(outer, inner):
+        pairs = zip(outer, inner, strict=True)
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
+
+    num_carry = whole(eqn.outvars, body.outvars)
+    return whole(eqn.invars, body.invars) - num_carry, num_carry
+
+
 def _scan(eqn, patterns):
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    num_consts, num_carry = scan_parts(eqn)
     consts = patterns[:num_consts]
     carry = patterns[num_consts : num_consts + num_carry]
     length = eqn.params["length"]

@@ -11,11 +11,11 @@ PACKAGE = pathlib.Path(pararnn.__file__).parent
 # Top first: a file imports only from rooms above its own, or from its own folder.
 ROOMS = [
     "_misc",
-    "_counts",
-    "_compare",
     "_structure",
     "_algebra",
     "_patterns",
+    "_counts",
+    "_compare",
     "_detection",
     "_linear",
     "_solution",

@@ -8,10 +8,11 @@ from benchmarks import _cases, _plots, report, speed
 from benchmarks._cases import Case
 
 
-def test_the_readme_is_up_to_date():
+@pytest.mark.parametrize("file", report.FILES)
+def test_the_tables_are_up_to_date(file):
     """If not: `python -m benchmarks report`."""
-    readme = (report.ROOT / "README.md").read_text()
-    assert report.rewritten(readme, report.tables(report.RESULTS)) == readme
+    text, blocks = (report.ROOT / file).read_text(), report.tables(report.RESULTS)
+    assert report.rewritten(text, {name: blocks[name] for name in report.FILES[file]}) == text
 
 
 def test_a_marker_that_is_missing_is_an_error():
