@@ -6,6 +6,9 @@ steps (DEER, ParaRNN), from its default guess.
 """
 
 import argparse
+import json
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -202,28 +205,41 @@ def million(length: int = 1_024_000, size: int = 8) -> list[dict[str, Any]]:
     ]
 
 
+# What is measured of each cell, in this order.
+PARTS: dict[str, Callable[[str, argparse.Namespace], list[dict[str, Any]]]] = {
+    "cells": lambda name, args: [describe(name, args.steps, args.length)],
+    "MinMax over a long stream": lambda name, args: million() if name == "MinMax" else [],
+    "agreement": lambda name, args: agreement(name, 100),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks cells",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--steps", type=int, default=200, help="training steps")
     parser.add_argument("--length", type=int, default=512, help="steps of the solves")
     parser.add_argument("--output", default="benchmarks/results", help="folder of the JSON file")
     args = parser.parse_args(argv)
+    path = pathlib.Path(args.output) / "cells.json"
     results: dict[str, Any] = {}
-
-    def add(part: str, rows: list[dict[str, Any]]) -> None:
-        results[part] = rows
-        print(f"\n{part}\n\n{markdown(rows)}\n\nwritten to {save('cells', results, args.output)}")
-
-    add("cells", [describe(name, args.steps, args.length) for name in tqdm(args.cells)])
-    if "MinMax" in args.cells:
-        add("MinMax over a long stream", million())
-    jax.config.update("jax_enable_x64", True)
-    add("agreement", [row for name in tqdm(args.cells) for row in agreement(name, 100)])
+    if path.exists() and set(args.parts) < set(PARTS):
+        results = json.loads(path.read_text())
+        del results["environment"]
+    for part in args.parts:
+        jax.config.update("jax_enable_x64", part == "agreement")
+        results[part] = []
+        for name in tqdm(args.cells, desc=part):
+            results[part] += PARTS[part](name, args)
+            save("cells", results, args.output)
+            # Each compiled program takes memory maps, of which a process may have only so many.
+            jax.clear_caches()
+        print(f"\n{part}\n\n{markdown(results[part]) if results[part] else 'nothing'}")
+    print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def sweep(length: int) -> list[dict[str, Any]]:
     chosen = {k: METHODS[k] for k in ("Newton, 1", "Newton, 64", "Jacobi, 64")}
     for gain in tqdm(SWEEP, desc="GRU, gains"):
         exact = sequential(gru(gain, length, 8, jnp.float64))
-        rows += solve_by_all(f"GRU, gain {gain}", gru(gain, length, 8), exact, chosen)
+        rows += solve_by_all(f"GRU, 8 units, gain {gain}", gru(gain, length, 8), exact, chosen)
     return rows
 
 

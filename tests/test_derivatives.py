@@ -331,7 +331,7 @@ def test_inputs_that_have_no_derivative():
 
     args = normal(1, (5, 3)), normal(2, (3,))
     expected = jax.jit(jax.grad(functools.partial(loss, scan), argnums=(0, 1)))(*args)
-    for solver in (prnn.Newton(chunk_size=1), prnn.Jacobi(chunk_size=4)):
+    for solver in (prnn.Newton(chunk_size=1), prnn.Jacobi(chunk_size=4), prnn.Sequential()):
 
         def run(step, xs, init, solver=solver):
             return prnn.solve(step, xs, init, solver=solver, adjoint=solver).states
