@@ -34,6 +34,13 @@ SOLVERS = {
 }
 over_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 over_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+# All in the narrow dtype, where rounding is in the way; one of each kind in the wide one.
+_NARROW = [pytest.param(s, np.float32, id=f"{name}-float32") for name, s in SOLVERS.items()]
+_WIDE = [
+    pytest.param(SOLVERS[name], np.float64, id=f"{name}-float64")
+    for name in ("Newton 1", "Newton 16", "QuasiNewton 8", "Jacobi 8")
+]
+over_solvers_and_dtypes = pytest.mark.parametrize("solver, dtype", _NARROW + _WIDE)
 
 
 def over(*names):
@@ -176,8 +183,7 @@ def constant(*values, length=400, dtype):
     return jnp.broadcast_to(jnp.asarray(values, dtype), (length, len(values)))
 
 
-@over_solvers
-@over_dtypes
+@over_solvers_and_dtypes
 def test_growth_from_tiny_values(dtype, solver):
     """Values far below the tolerance of their leaf decide what comes later."""
     run = compiled(gated, solver)
@@ -194,8 +200,7 @@ def test_growth_from_tiny_values(dtype, solver):
     np.testing.assert_allclose(solution.states, expected, rtol=1e-3)
 
 
-@over_solvers
-@over_dtypes
+@over_solvers_and_dtypes
 def test_latch(dtype, solver):
     """`h = tanh(3 h x)` with `x = ±1`: the sign is the parity of the inputs for ever. Corrections
     are valid only inside a basin, so that an iteration makes hardly more than one chunk right."""
@@ -210,8 +215,7 @@ def linear(params, h, u):
     return params * h + u
 
 
-@over_solvers
-@over_dtypes
+@over_solvers_and_dtypes
 def test_slow_mode_behind_a_fast_one(dtype, solver):
     """A fast mode of size 1 dominates the corrections while a slow one, each of whose corrections
     is below the tolerance, still has far to go."""
@@ -225,8 +229,7 @@ def test_slow_mode_behind_a_fast_one(dtype, solver):
         assert_right(solution, expected)
 
 
-@over_solvers
-@over_dtypes
+@over_solvers_and_dtypes
 def test_drift(dtype, solver):
     """An integrator whose increments are a few units in the last place: they add up."""
     increment = 2 * float(jnp.finfo(dtype).eps)
@@ -260,8 +263,7 @@ def test_drift_without_direction(solver):
         assert_right(solution, expected)
 
 
-@over_solvers
-@over_dtypes
+@over_solvers_and_dtypes
 def test_overflow_of_the_jacobians(dtype, solver):
     """A direction that is never excited, but would grow so fast that no product of the Jacobians
     is finite."""
