@@ -6,7 +6,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -58,6 +58,29 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(cell(row.get(key, "")) for key in header) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def earlier(path: pathlib.Path, instead: str) -> dict[str, Any]:
+    """The results in a file of this machine; of another one, exits and says what to do `instead`,
+    as results of two machines must not be mixed."""
+    found, here = json.loads(path.read_text()), environment()
+    other = {k for k in here if k != "date" and here[k] != found["environment"].get(k)}
+    if other:
+        raise SystemExit(
+            f"{path} was measured with another {', '.join(sorted(other))}: {instead}, or choose "
+            "another --output."
+        )
+    return found
+
+
+def other_parts(name: str, folder: str, parts: Sequence[str], every: Iterable[str]) -> Any:
+    """What `folder/name.json` has of a benchmark of which only some `parts` are measured again."""
+    path = pathlib.Path(folder) / f"{name}.json"
+    if not path.exists() or set(parts) == set(every):
+        return {}
+    found = earlier(path, "measure all parts")
+    del found["environment"]
+    return found
 
 
 def save(name: str, results: dict[str, Any], folder: str) -> pathlib.Path:

@@ -107,20 +107,18 @@ def random_systems(content: dict[str, Any]) -> str:
 
 def state_tracking(content: dict[str, Any]) -> str:
     """The critical path of every method, in steps."""
-    lines = []
-    for (group, length), rows in _grouped(content["solving"], "group", "L"):
-        for row in rows:
-            lines.append(
-                {
-                    "group": group,
-                    "L": f"{length:,}",
-                    "solver": f"{row['solver']}, chunks of {row['chunk']}",
-                    "iterations": row["iterations"],
-                    "steps": f"{row['steps']:,}",
-                    _FINISHED: "yes" if row[_FINISHED] else "no",
-                    "error": f"{row['error']:.1e}",
-                }
-            )
+    lines = [
+        {
+            "group": row["group"],
+            "L": f"{row['L']:,}",
+            "solver": f"{row['solver']}, chunks of {row['chunk']}",
+            "iterations": row["iterations"],
+            "steps": f"{row['steps']:,}",
+            _FINISHED: "yes" if row[_FINISHED] else "no",
+            "error": f"{row['error']:.1e}",
+        }
+        for row in content["solving"]
+    ]
     return markdown(lines)
 
 

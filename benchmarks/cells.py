@@ -6,8 +6,6 @@ steps (DEER, ParaRNN), from its default guess.
 """
 
 import argparse
-import json
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,7 @@ from tqdm import tqdm
 
 import pararnn as prnn
 
-from ._measure import markdown, relative_error, save, scan_states
+from ._measure import markdown, other_parts, relative_error, save, scan_states
 
 INPUTS = 4
 CELLS = {
@@ -225,11 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="steps of the solves")
     parser.add_argument("--output", default="benchmarks/results", help="folder of the JSON file")
     args = parser.parse_args(argv)
-    path = pathlib.Path(args.output) / "cells.json"
-    results: dict[str, Any] = {}
-    if path.exists() and set(args.parts) < set(PARTS):
-        results = json.loads(path.read_text())
-        del results["environment"]
+    results = other_parts("cells", args.output, args.parts, PARTS)
     for part in args.parts:
         jax.config.update("jax_enable_x64", part == "agreement")
         results[part] = []
@@ -239,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
             # Each compiled program takes memory maps, of which a process may have only so many.
             jax.clear_caches()
         print(f"\n{part}\n\n{markdown(results[part]) if results[part] else 'nothing'}")
-    print(f"\nwritten to {path}")
+    print(f"\nwritten to {args.output}/cells.json")
 
 
 if __name__ == "__main__":

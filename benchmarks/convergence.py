@@ -9,8 +9,6 @@ scale, any returned state differs from the step of the one before it.
 
 import argparse
 import functools
-import json
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +22,15 @@ import pararnn as prnn
 from pararnn._misc import previous_states
 
 from . import _groups
-from ._measure import compile_seconds, markdown, ratio, relative_error, save, scan_states
+from ._measure import (
+    compile_seconds,
+    markdown,
+    other_parts,
+    ratio,
+    relative_error,
+    save,
+    scan_states,
+)
 from ._random_systems import random_systems
 from ._systems import SWEEP, SYSTEMS, System, gru
 
@@ -261,15 +267,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="benchmarks/results", help="folder of JSON and plot")
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
-    path = pathlib.Path(args.output) / "convergence.json"
-    results: dict[str, Any] = {}
-    if path.exists() and set(args.parts) < set(PARTS):
-        results = json.loads(path.read_text())
-        del results["environment"]
+    results = other_parts("convergence", args.output, args.parts, PARTS)
     for part in args.parts:
         results[part] = PARTS[part](args)
         print(f"\n{part}\n\n{markdown(results[part])}")
-        save("convergence", results, args.output)
+        path = save("convergence", results, args.output)
         if part in ("systems", "gains"):
             rows = results.get("systems", []) + results.get("gains", [])
             plot(rows, str(path.with_suffix(".png")))

@@ -23,7 +23,7 @@ from pararnn._compare import Spread, interleaved, spread
 from . import _cases
 from ._cases import CELLS, Case
 from ._gains import sweep
-from ._measure import environment, markdown
+from ._measure import earlier, environment, markdown
 
 GAINS = "iterations against the Lyapunov exponent"
 
@@ -43,15 +43,7 @@ class Results:
         self.path = path
         self.content: dict[str, Any] = {"environment": environment(), "copy": None, "cases": {}}
         if path.exists() and not fresh:
-            found = json.loads(path.read_text())
-            here = self.content["environment"]
-            other = {k for k in here if k != "date" and here[k] != found["environment"].get(k)}
-            if other:
-                raise SystemExit(
-                    f"{path} was measured with another {', '.join(sorted(other))}: "
-                    "add --fresh to begin anew, or choose another --output."
-                )
-            self.content = found
+            self.content = earlier(path, "add --fresh to begin anew")
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         self.content["cases"][key] = {"date": environment()["date"], **record}

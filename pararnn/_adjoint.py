@@ -68,7 +68,10 @@ def solve_states(
 def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report):
     step, xs, init, guess = primals
     *tangents, _ = tangents  # the solution does not depend on the guess
-    if structure is None:
+    if adjoint is None:
+        adjoint = select_adjoint(jax.default_backend())
+    in_one_pass = isinstance(adjoint, Sequential)
+    if structure is None and not (in_one_pass and isinstance(solver, Sequential)):
         structure = detect_structure(step, init, time_slice(xs))
     out = solve_states(
         step,
@@ -85,9 +88,7 @@ def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report):
     if not jtu.tree_leaves(tangents):
         return out, (jtu.tree_map(lambda _: None, states), *silent)
 
-    if adjoint is None:
-        adjoint = select_adjoint(jax.default_backend())
-    if isinstance(adjoint, Sequential):
+    if in_one_pass:
         solution = sequential_tangents(step, xs, init, states, tuple(tangents))
         return out, (solution, *silent)
 

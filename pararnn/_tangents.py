@@ -69,8 +69,8 @@ def sequential_tangents(
 
 
 def _block_size(length: int) -> int:
-    """About a multiple of the square root, better one without a rest: cutting it off takes copies
-    of all inputs."""
+    """At most four times the square root. A size that leaves no rest is better, even if it is
+    smaller: cutting a rest off takes copies of all inputs."""
     most = min(4 * math.isqrt(length), _MAX_BLOCK, length)
     without_rest = (n for n in range(most, most // 2, -1) if length % n == 0)
     return next(without_rest, most)
