@@ -14,17 +14,19 @@ _float32 = jnp.float32
 
 
 def _m2rnn(width: int, key: PRNGKeyArray) -> prnn.M2RNN:
-    """Heads of 16 x 16 that start as machines rather than as slow averages: forget gates that the
-    input can open and close, and recurrent matrices that turn the state instead of keeping it."""
+    """Heads of 16 x 16 that start as machines rather than as slow averages: recurrent matrices that
+    turn the state instead of keeping it, forget gates half open, each step's own letter before the
+    convolution blurs it, and keys and values large enough for the tanh to bend."""
     key_cell, key_turn = jax.random.split(key)
     heads = max(1, width // 16)
     cell = prnn.M2RNN(width, heads, 16, 16, width, dtype=_float32, key=key_cell)
-    turns = 1.3 * jax.random.orthogonal(key_turn, 16, (heads,), dtype=_float32)
+    turns = jax.random.orthogonal(key_turn, 16, (heads,), dtype=_float32)
     zeros = jnp.zeros(heads, _float32)
+    present = jnp.zeros_like(cell.weight_conv).at[-1].set(1)
     return eqx.tree_at(
-        lambda c: (c.weight_h, c.weight_f, c.a_log, c.bias_f),
+        lambda c: (c.weight_h, c.a_log, c.bias_f, c.weight_conv, c.weight_k, c.weight_v),
         cell,
-        (turns, 4 * cell.weight_f, zeros, zeros),
+        (turns, zeros, zeros, present, 4 * cell.weight_k, 4 * cell.weight_v),
     )
 
 
@@ -48,64 +50,13 @@ SOLVERS: dict[str, prnn.AbstractSolver | None] = {
 }
 
 
-class Block(eqx.Module):
-    """`x + RNN(conv(norm(x)))`, then `x + MLP(norm(x))`; convolution and MLP may be left out."""
-
-    norm: eqx.nn.RMSNorm
-    conv: Float[Array, "taps width"] | None
-    rnn: prnn.RNN
-    mlp_norm: eqx.nn.RMSNorm | None
-    mlp: eqx.nn.MLP | None
-
-    def __init__(
-        self,
-        cell: prnn.AbstractCell,
-        width: int,
-        *,
-        conv: int,
-        mlp: bool,
-        solver: prnn.AbstractSolver | None,
-        key: PRNGKeyArray,
-    ):
-        key_conv, key_mlp = jax.random.split(key)
-        self.norm = eqx.nn.RMSNorm(width, dtype=_float32)
-        self.conv = None
-        if conv > 0:
-            self.conv = jax.random.normal(key_conv, (conv, width), _float32) * conv**-0.5
-        self.rnn = prnn.RNN(cell, solver)
-        self.mlp_norm = self.mlp = None
-        if mlp:
-            self.mlp_norm = eqx.nn.RMSNorm(width, dtype=_float32)
-            self.mlp = eqx.nn.MLP(
-                width, width, 2 * width, 1, jax.nn.gelu, dtype=_float32, key=key_mlp
-            )
-
-    def __call__(self, xs: Float[Array, "length width"]) -> Float[Array, "length width"]:
-        us = jax.vmap(self.norm)(xs)
-        if self.conv is not None:
-            us = us + jax.nn.silu(_causal_convolution(self.conv, us))
-        xs = xs + self.rnn(us)[0]
-        if self.mlp is not None and self.mlp_norm is not None:
-            xs = xs + jax.vmap(self.mlp)(jax.vmap(self.mlp_norm)(xs))
-        return xs
-
-
-def _causal_convolution(
-    weight: Float[Array, "taps width"], xs: Float[Array, "length width"]
-) -> Float[Array, "length width"]:
-    """One filter per feature; the last tap meets the present. Nothing comes before the first."""
-    # XLA's grouped convolutions are slow on a CPU.
-    padded = jnp.pad(xs, ((len(weight) - 1, 0), (0, 0)))
-    taps = [jnp.expand_dims(w, 0) * padded[i : i + len(xs)] for i, w in enumerate(weight)]
-    return sum(taps, start=jnp.zeros_like(xs))
-
-
 class SequenceModel(eqx.Module):
     """From a sequence of tokens, or of real features, to logits at every step. One sequence: use
     `jax.vmap` for batches."""
 
     embedding: eqx.nn.Embedding | eqx.nn.Linear
-    blocks: list[Block]
+    conv: Float[Array, "taps width"] | None
+    blocks: list[prnn.ResidualBlock]
     norm: eqx.nn.RMSNorm
     head: eqx.nn.Linear
 
@@ -129,24 +80,27 @@ class SequenceModel(eqx.Module):
             `tokens` is false; the number of classes.
         - `cell`: a key of `CELLS`.
         - `width`, `depth`: the number of features between blocks, and of blocks.
-        - `conv`: the width of a causal convolution in front of each recurrence, 0 for none.
-        - `mlp`: whether each block ends with a multi-layer perceptron.
+        - `conv`: over how many steps a causal convolution behind the embedding reaches, 0 for none.
+        - `mlp`: whether each block has its second branch, a multi-layer perceptron.
         - `solver`: as for [`pararnn.RNN`][].
         - `key`: for the parameters, all of them float32.
         """
-        key_in, key_out, *keys = jax.random.split(key, 2 + depth)
+        key_in, key_conv, key_out, *keys = jax.random.split(key, 3 + depth)
         embedding = eqx.nn.Embedding if tokens else eqx.nn.Linear
         self.embedding = embedding(inputs, width, dtype=_float32, key=key_in)
+        self.conv = None
+        if conv > 0:
+            self.conv = jax.random.normal(key_conv, (conv, width), _float32) * conv**-0.5
         self.blocks = []
         for block_key in keys:
-            key_cell, key_rest = jax.random.split(block_key)
-            block = Block(
-                CELLS[cell](width, key_cell),
+            key_cell, key_mlp = jax.random.split(block_key)
+            block = prnn.ResidualBlock(
                 width,
-                conv=conv,
-                mlp=mlp,
-                solver=solver,
-                key=key_rest,
+                CELLS[cell](width, key_cell),
+                solver,
+                mlp_size=None if mlp else 0,
+                dtype=_float32,
+                key=key_mlp,
             )
             self.blocks.append(block)
         self.norm = eqx.nn.RMSNorm(width, dtype=_float32)
@@ -155,9 +109,21 @@ class SequenceModel(eqx.Module):
     def __call__(self, xs: Any) -> Float[Array, "length outputs"]:
         """`xs` are integers, shape `(length,)`, or real features, `(length, inputs)`."""
         xs = jax.vmap(self.embedding)(xs)
+        if self.conv is not None:
+            xs = xs + jax.nn.silu(_causal_convolution(self.conv, xs))
         for block in self.blocks:
-            xs = block(xs)
+            xs, _ = block(xs)
         return jax.vmap(lambda x: self.head(self.norm(x)))(xs)
+
+
+def _causal_convolution(
+    weight: Float[Array, "taps width"], xs: Float[Array, "length width"]
+) -> Float[Array, "length width"]:
+    """One filter per feature; the last tap meets the present. Nothing comes before the first."""
+    # XLA's grouped convolutions are slow on a CPU.
+    padded = jnp.pad(xs, ((len(weight) - 1, 0), (0, 0)))
+    taps = [jnp.expand_dims(w, 0) * padded[i : i + len(xs)] for i, w in enumerate(weight)]
+    return sum(taps, start=jnp.zeros_like(xs))
 
 
 def with_solver(model: SequenceModel, solver: prnn.AbstractSolver | None) -> SequenceModel:

@@ -170,9 +170,10 @@ def benchmark(
     - `step`, `xs`, `init`: as for [`pararnn.solve`][], with at least one step.
     - `solvers`: what to measure; `None` in it is what `solve` chooses. `None` instead of it is the
         choice of `solve` and the usual solvers with several chunk sizes.
-    - `gradient`: whether to measure forward and gradient too, with the solver as `adjoint`: with
-        respect to `xs`, `init` and the arrays in `step`, if it is an Equinox module or a method of
-        one, and against JAX's own derivative of the scan.
+    - `gradient`: whether to measure forward and gradient too, with the solver as `adjoint`: a
+        quadratic loss of the states and its derivative with respect to `xs`, `init` and the arrays
+        in `step`, if it is an Equinox module or a method of one, against JAX's own derivative of
+        the scan.
     - `repetitions`: how often each is timed.
     - `costs`: whether to count operations and bytes, which takes about as long as compiling.
     - `progress`: whether to show a progress bar.

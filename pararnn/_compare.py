@@ -93,9 +93,9 @@ def compare(
     - `runs`: functions by name; `run(*args)` returns the states, and a [`pararnn.Stats`][] or
         `None`. Statistics may have leading axes: the largest numbers count.
     - `args`: pytrees of arrays and anything else, which is static.
-    - `gradient`: whether to measure forward and gradient together as well: the derivative of the
-        states' product with fixed random weights, with respect to all floating-point and complex
-        arrays in `args`.
+    - `gradient`: whether to measure forward and gradient together as well: the sum of the states'
+        squares with fixed random weights, and its derivative with respect to all floating-point
+        and complex arrays in `args`.
     - `repetitions`, `limit`: as for `interleaved`.
     - `costs`: whether to count operations and bytes, which compiles and runs each function anew.
     - `title`: of a progress bar; `None` for no bar.
@@ -124,12 +124,12 @@ def compare(
                 row: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
                 row["temporary_bytes"] = temporary_bytes(compiled)
                 calls[name] = functools.partial(compiled, *inputs)
-                results, stats = calls[name]()
+                results, other = calls[name]()
                 if expected is None:
                     expected = results
                 if kind == "forward":
                     weights = _weights(results) if weights is None else weights
-                    rows[name].update(_statistics(stats))
+                    rows[name].update(_statistics(other))
                 rows[name]["error" if kind == "forward" else "gradient_error"] = relative_error(
                     results, expected
                 )
@@ -149,15 +149,15 @@ def _forward(run, static):
 
 
 def _gradient(run, static):
+    # The loss and its derivative need the states, as those of any model do.
     def loss(args, weights):
-        states, stats = run(*args)
-        products = jtu.tree_map(lambda s, w: jnp.real(jnp.vdot(w, s)), states, weights)
-        return sum(jtu.tree_leaves(products)), stats
+        states, _ = run(*args)
+        terms = jtu.tree_map(lambda s, w: jnp.real(jnp.vdot(w * s, s)), states, weights)
+        return sum(jtu.tree_leaves(terms)) / 2
 
     def function(arrays, weights):
-        args = eqx.combine(arrays, static)
-        gradients, stats = eqx.filter_grad(loss, has_aux=True)(args, weights)
-        return gradients, stats
+        value, gradients = eqx.filter_value_and_grad(loss)(eqx.combine(arrays, static), weights)
+        return gradients, value
 
     return function
 

@@ -15,15 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# Below this block size, products are written as broadcast-multiply-add: XLA fuses them into
-# the surrounding elementwise kernel, where a batched matrix product would be a kernel of its own.
-_UNROLL_BLOCK_SIZE = 4
+# Up to this block size, products are written as sums of elementwise products: XLA fuses them into
+# the surrounding kernel, where a batched matrix product would be one of its own. One term after
+# another, as a reduction over so short an axis is not vectorised on a CPU.
+_UNROLL_BLOCK_SIZE = 8
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def _matmul(a: Float[Array, "... i k"], b: Float[Array, "... k j"]) -> Float[Array, "... i j"]:
     if a.shape[-1] <= _UNROLL_BLOCK_SIZE:
-        return jnp.sum(jnp.expand_dims(a, -1) * jnp.expand_dims(b, -3), axis=-2)
+        columns = (jnp.expand_dims(a[..., j], -1) for j in range(a.shape[-1]))
+        rows = (jnp.expand_dims(b[..., j, :], -2) for j in range(a.shape[-1]))
+        return functools.reduce(jnp.add, map(jnp.multiply, columns, rows))
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 

@@ -28,8 +28,10 @@ class Options:
     - `lengths`: of the sequences; training goes on to the next when the fraction `threshold` of the
         answers of ten steps is right.
     - `stop`: the same for the last length; training ends there. Above 1: it never does.
-    - `batch`, `steps`, `lr`: sequences in a step, steps, and the learning rate of Adam after the
-        warm-up, from which it falls to zero along a cosine.
+    - `batch`: sequences in a step at the last length; in all of `lengths`, a step has about as many
+        tokens.
+    - `steps`, `lr`: steps, and the learning rate of Adam after the warm-up, from which it falls to
+        zero along a cosine.
     - `seed`: of weights and sequences.
     """
 
@@ -84,7 +86,7 @@ def make_optimiser(options: Options) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def _train_steps(model, moments, key, *, options: Options, length: int, number: int):
+def _train_steps(model, moments, key, *, options: Options, length: int, batch: int, number: int):
     """`number` steps; the mean loss and accuracy of the last ten."""
     task, optimiser = TASKS[options.task], make_optimiser(options)
     weights, rest = eqx.partition(model, eqx.is_inexact_array)
@@ -94,8 +96,8 @@ def _train_steps(model, moments, key, *, options: Options, length: int, number: 
 
     def step(carry, key):
         weights, moments = carry
-        batch = task(key, options.batch, length)
-        (loss, accuracy), grads = jax.value_and_grad(loss_of, has_aux=True)(weights, batch)
+        drawn = task(key, batch, length)
+        (loss, accuracy), grads = jax.value_and_grad(loss_of, has_aux=True)(weights, drawn)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
             updates, moments = optimiser.update(grads, moments, weights)
         return (eqx.apply_updates(weights, updates), moments), (loss, accuracy)
@@ -127,6 +129,7 @@ def advance(state: State, options: Options) -> tuple[State, Metrics]:
         subkey,
         options=dataclasses.replace(options, seed=0),  # compiled once for all seeds
         length=length,
+        batch=max(1, options.batch * options.lengths[-1] // length),
         number=number,
     )
     metrics = {"loss": float(loss), "accuracy": float(accuracy), "length": length}
