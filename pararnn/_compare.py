@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from tqdm import tqdm
 
 from ._counts import count
-from ._misc import relative_error
+from ._misc import real_leaves, relative_error
 
 
 class Spread(NamedTuple):
@@ -152,8 +151,8 @@ def _gradient(run, static):
     # The loss and its derivative need the states, as those of any model do.
     def loss(args, weights):
         states, _ = run(*args)
-        terms = jtu.tree_map(lambda s, w: jnp.real(jnp.vdot(w * s, s)), states, weights)
-        return sum(jtu.tree_leaves(terms)) / 2
+        pairs = zip(weights, real_leaves(states), strict=True)
+        return sum(jnp.sum(w * jnp.square(s)) for w, s in pairs)
 
     def function(arrays, weights):
         value, gradients = eqx.filter_value_and_grad(loss)(eqx.combine(arrays, static), weights)
@@ -163,10 +162,9 @@ def _gradient(run, static):
 
 
 def _weights(states):
-    leaves, treedef = jtu.tree_flatten(states)
+    leaves = real_leaves(states)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    weights = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jtu.tree_unflatten(treedef, weights)
+    return [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
 
 
 def temporary_bytes(compiled) -> int | None:

@@ -20,6 +20,11 @@ def _to_real(leaf: Any) -> Any:
     return (leaf.real, leaf.imag) if is_complex(leaf) else leaf
 
 
+def real_leaves(tree: PyTree[Array]) -> list[Array]:
+    """The leaves, a complex one as its real part, then its imaginary part."""
+    return jtu.tree_leaves(jtu.tree_map(_to_real, tree))
+
+
 def raveler(
     state: PyTree[Any],
 ) -> tuple[
@@ -52,8 +57,7 @@ def raveler(
     flat, unravel_real = jfu.ravel_pytree(jtu.tree_map(lambda x: x.astype(wide), example))
 
     def ravel(state):
-        parts = [_to_real(leaf) for leaf in jtu.tree_leaves(state)]
-        return jfu.ravel_pytree(jtu.tree_map(lambda x: x.astype(wide), parts))[0]
+        return jfu.ravel_pytree([x.astype(wide) for x in real_leaves(state)])[0]
 
     def unravel(vector):
         parts = [jax.lax.complex(*p) if isinstance(p, tuple) else p for p in unravel_real(vector)]
