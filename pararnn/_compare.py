@@ -148,7 +148,8 @@ def _forward(run, static):
 
 
 def _gradient(run, static):
-    # The loss and its derivative need the states, as those of any model do.
+    # Value and derivative need the states; those of a linear loss would not, and the compiler could
+    # leave the states out of the baseline.
     def loss(args, weights):
         states, _ = run(*args)
         pairs = zip(weights, real_leaves(states), strict=True)

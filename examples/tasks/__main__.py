@@ -39,7 +39,13 @@ def parse_options(args: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--eval-lengths", default=[], help="lengths to test at", type=count, nargs="+", metavar="N")
     add("--threshold", default=0.95, help="accuracy at which to go on", type=positive, metavar="P")
-    add("--batch", default=64, help="sequences in a training step", type=count, metavar="N")
+    add(
+        "--batch",
+        default=64,
+        help="sequences in a step at the last length",
+        type=count,
+        metavar="N",
+    )
     add("--steps", default=1000, help="training steps", type=count, metavar="N")
     add("--lr", default=3e-3, help="learning rate after warm-up", type=positive, metavar="RATE")
     add("--seed", default=0, help="of weights and sequences", type=maybe_zero, metavar="N")
