@@ -18,7 +18,11 @@ def test_no_solve_takes_more_than_before(case):
     committed = json.loads(counts.PATH.read_text())[case.key()]
     found = counts.counts(case)
     assert found.keys() == committed.keys()
+    scan, committed_scan = found.pop("lax.scan"), committed.pop("lax.scan")
     for solver, numbers in found.items():
         for name, number in numbers.items():
             limit = committed[solver][name] * counts.slack(name)
+            # What another release of JAX counts otherwise, it counts otherwise in the scan, too.
+            if name.endswith(("flops", "bytes")) and not name.endswith("temporary_bytes"):
+                limit *= max(1.0, scan[name] / committed_scan[name])
             assert number <= limit, f"{solver}: {name} was {committed[solver][name]}, is {number}"
