@@ -5,7 +5,6 @@ change which costs more is seen in review, on any machine.
 """
 
 import argparse
-import json
 import pathlib
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 from tqdm import tqdm
 
 from ._cases import Case, measure
-from ._measure import markdown
+from ._measure import markdown, save
 
 CASES = (
     Case("counts", "Elman", 256, size=8, solvers=("default", "Jacobi(16)"), costs=True),
@@ -57,6 +56,4 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, Any] = {case.key(): counts(case) for case in tqdm(CASES, desc="counts")}
     for key, solvers in results.items():
         print(f"\n{key}\n\n{markdown([{'solver': s, **c} for s, c in solvers.items()])}")
-    PATH.parent.mkdir(parents=True, exist_ok=True)
-    PATH.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\nwritten to {PATH}")
+    print(f"\nwritten to {save(PATH.stem, results, str(PATH.parent))}")

@@ -86,9 +86,10 @@ def make_optimiser(options: Options) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def _train_steps(model, moments, key, *, options: Options, length: int, batch: int, number: int):
+def _train_steps(model, moments, key, *, options: Options, length: int, number: int):
     """`number` steps; the mean loss and accuracy of the last ten."""
     task, optimiser = TASKS[options.task], make_optimiser(options)
+    sequences = max(1, options.batch * options.lengths[-1] // length)
     weights, rest = eqx.partition(model, eqx.is_inexact_array)
 
     def loss_of(weights, batch):
@@ -96,8 +97,8 @@ def _train_steps(model, moments, key, *, options: Options, length: int, batch: i
 
     def step(carry, key):
         weights, moments = carry
-        drawn = task(key, batch, length)
-        (loss, accuracy), grads = jax.value_and_grad(loss_of, has_aux=True)(weights, drawn)
+        batch = task(key, sequences, length)
+        (loss, accuracy), grads = jax.value_and_grad(loss_of, has_aux=True)(weights, batch)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
             updates, moments = optimiser.update(grads, moments, weights)
         return (eqx.apply_updates(weights, updates), moments), (loss, accuracy)
@@ -129,7 +130,6 @@ def advance(state: State, options: Options) -> tuple[State, Metrics]:
         subkey,
         options=dataclasses.replace(options, seed=0),  # compiled once for all seeds
         length=length,
-        batch=max(1, options.batch * options.lengths[-1] // length),
         number=number,
     )
     metrics = {"loss": float(loss), "accuracy": float(accuracy), "length": length}
