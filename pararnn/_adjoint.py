@@ -29,6 +29,7 @@ from jaxtyping import Array, PyTree
 
 from ._detection import detect_structure
 from ._misc import flip_time, is_complex, previous_states, time_slice
+from ._solution import judge, throw_unless_successful
 from ._structure import AbstractStructure
 from ._tangents import sequential_tangents
 from .solvers import AbstractIterativeSolver, AbstractSolver, Newton, Sequential, run, run_linear
@@ -54,18 +55,22 @@ def solve_states(
     adjoint: AbstractSolver | None,
     structure: AbstractStructure | None,
     report: Callable[[int, float, int, int], Any] | None = None,
+    throw: bool = False,
 ):
-    """`(states, converged, stats)` of a recurrence of at least one step, differentiable.
+    """`(states, result, stats)` of a recurrence of at least one step, differentiable.
 
     `step` must carry everything it depends on as array leaves (`equinox.filter_closure_convert`).
     """
     if structure is None and not isinstance(solver, Sequential):
         structure = detect_structure(step, init, time_slice(xs))
-    return run(solver, step, xs, init, guess, structure, report)
+    states, converged, stats = run(solver, step, xs, init, guess, structure, report)
+    result = judge(states, converged)
+    # Here and not on what `solve` returns, so that derivatives read checked states, too.
+    return throw_unless_successful(states, result) if throw else states, result, stats
 
 
 @solve_states.def_jvp
-def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report):
+def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report, throw):
     step, xs, init, guess = primals
     *tangents, _ = tangents  # the solution does not depend on the guess
     if adjoint is None:
@@ -82,9 +87,10 @@ def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report):
         adjoint=adjoint,
         structure=structure,
         report=report,
+        throw=throw,
     )
-    states, converged, stats = out
-    silent = jtu.tree_map(lambda _: None, (converged, stats))
+    states, *others = out
+    silent = jtu.tree_map(lambda _: None, others)
     if not jtu.tree_leaves(tangents):
         return out, (jtu.tree_map(lambda _: None, states), *silent)
 

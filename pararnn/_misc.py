@@ -127,32 +127,6 @@ def default_rtol(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) ** 0.8
 
 
-def scaled_norm(
-    difference: PyTree[Inexact[Array, "chunks ..."]],
-    values: PyTree[Inexact[Array, "chunks ..."]],
-    rtol: float,
-    atol: float,
-) -> Float[Array, " chunks"]:
-    r"""The maximum norm of each chunk's `difference`, in units of the tolerance.
-
-    For each leaf the unit is $atol + rtol \cdot \max_{c' \le c} \lVert values_{c'} \rVert_\infty$:
-    leaves of different magnitude do not mask each other, a state that decays to zero is judged by
-    what it was, and one that grows is judged by what it is now. Non-finite differences give `inf`.
-    """
-    norms = []
-    for diff, value in zip(jtu.tree_leaves(difference), jtu.tree_leaves(values), strict=True):
-        axes = tuple(range(1, diff.ndim))
-        real = jnp.finfo(diff.dtype)
-        wide = real.dtype if real.bits >= 32 else jnp.float32
-        size = jnp.max(jnp.abs(diff), axis=axes, initial=0.0).astype(wide)
-        magnitude = jnp.max(jnp.abs(value), axis=axes, initial=0.0).astype(wide)
-        magnitude = jnp.where(jnp.isfinite(magnitude), magnitude, 0.0)
-        unit = atol + rtol * jax.lax.cummax(magnitude)
-        norm = jnp.where(size == 0, 0.0, size / unit)
-        norms.append(jnp.where(jnp.isfinite(size), norm, jnp.inf).astype(jnp.float32))
-    return jnp.max(jnp.stack(norms), axis=0)
-
-
 def alignment(
     a: PyTree[Inexact[Array, "..."]], b: PyTree[Inexact[Array, "..."]]
 ) -> Float[Array, ""]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ClippedAdjoint, solve_states, solve_states_clipped
+from ._jit import is_traced, run_jitted
 from ._misc import ResettingStep, all_finite, num_steps, raveler, struct, time_slice
 from ._packing import Packing, check_flags
 from ._select import select_solver
@@ -113,15 +114,23 @@ def solve(
     if not (isinstance(verbose, bool) or callable(verbose)):
         raise TypeError(f"`verbose` must be True, False or a function; got {verbose!r}.")
     report = (_print_progress if verbose else None) if isinstance(verbose, bool) else verbose
-    return _solve(
-        step, xs, init, solver, adjoint, reset, reset_state, mask, guess, structure, throw, report
-    )
+    args = (xs, init, solver, adjoint, reset, reset_state, mask, guess, structure, report)
+    if not throw:
+        return run_jitted(_solve, step, *args, False)
+    if is_traced((step, args)):
+        return run_jitted(_solve, step, *args, True)
+    # Outside of all transformations no program needs to raise: the error comes from here.
+    solution = run_jitted(_solve, step, *args, False)
+    if is_traced(solution):  # `step` closes over values that are traced
+        return run_jitted(_solve, step, *args, True)
+    if solution.result != RESULTS.successful:
+        raise eqx.EquinoxRuntimeError(RESULTS[solution.result])
+    return solution
 
 
-@eqx.filter_jit
 def _solve(
-    step, xs, init, solver, adjoint, reset, reset_state, mask, guess, structure, throw, report
-):
+    step, xs, init, solver, adjoint, reset, reset_state, mask, guess, structure, report, throw
+) -> Solution:
     length = num_steps(xs)
 
     def precise_step(state, x):
@@ -144,22 +153,23 @@ def _solve(
         full_step, full_xs = ResettingStep(converted, reset_state), (reset, xs)
     if solver is None:
         solver, _ = select_solver(full_step, full_xs, init, structure=structure)
-    options = {"solver": solver, "structure": structure, "report": report}
+    options = {"solver": solver, "structure": structure, "report": report, "throw": throw}
     if isinstance(adjoint, ClippedAdjoint):
         problem = (full_step, full_xs, init)
         guess = jax.lax.stop_gradient(guess)
-        states, converged, stats = solve_states_clipped(problem, guess, adjoint, **options)
+        states, result, stats = solve_states_clipped(problem, guess, adjoint, **options)
     else:
-        states, converged, stats = solve_states(
+        states, result, stats = solve_states(
             full_step, full_xs, init, guess, adjoint=adjoint, **options
         )
-    if packing is not None:
-        states = packing.expand(states, init)
+    if packing is None:
+        final = jtu.tree_map(lambda h: h[-1], states)
+        return Solution(states, final, result, stats)
+    states = packing.expand(states, init)
     final = jtu.tree_map(lambda h: h[-1], states)
-    result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
+    # Before the first unmasked step, they are `init`, which has not been judged.
     result = RESULTS.where(all_finite(states), result, RESULTS.nonfinite)
     if throw:
-        # Through the last row alone: an error attached to all states would copy them.
         final = result.error_if(final, result != RESULTS.successful)
         states = jtu.tree_map(lambda h, last: h.at[-1].set(last), states, final)
     return Solution(states, final, result, stats)

@@ -116,10 +116,18 @@ class AbstractStructure(abc.ABC):
         """Raises a `ValueError` if the structure cannot describe a state of `size` elements."""
         return  # unless a structure says otherwise, it describes states of any size
 
+    def labels(self, size: int) -> np.ndarray:
+        """For each state element the number of its group: elements of different groups do not
+        influence each other. One group of all, unless a structure says otherwise."""
+        return np.zeros(size, int)
+
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal(AbstractStructure):
     """Every state element depends on itself alone. Stored as the diagonal, shape `(size,)`."""
+
+    def labels(self, size):
+        return np.arange(size)
 
     def num_seeds(self, size):
         return 1
@@ -234,6 +242,10 @@ class BlockDiagonal(AbstractStructure):
             raise ValueError(
                 f"`structure` describes a state of {covered} elements, but the state has {size}."
             )
+
+    def labels(self, size):
+        members, position, _ = self._layout
+        return position // members.shape[1]
 
     @functools.cached_property
     def _layout(self) -> tuple[np.ndarray, np.ndarray, bool]:

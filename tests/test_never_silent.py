@@ -327,6 +327,121 @@ def test_wrong_structure(dtype):
     assert_right(solution, scan(step, xs, init))
 
 
+# --- elements of different scales -------------------------------------------------------------
+
+
+def scales(params, h, x):
+    """A latch, and a clock beside it that may look at the latch."""
+    coupling, rate, most = params
+    latch = jnp.tanh(3 * h[0] * x[0]) + x[1]
+    return jnp.stack([latch, jnp.minimum(h[1] + rate + coupling * h[0], most)])
+
+
+def scales_of(kind, dtype, length=1000):
+    signs = np.where(np.arange(length) % 3 == 0, -1.0, 1.0)
+    xs, init = np.stack([signs, 0 * signs], axis=1), [1.0, 1e6]
+    params = (0.1 if kind == "a clock that looks" else 0.0, 1.0, np.inf)
+    if kind == "an outlier":
+        xs[3, 1], init, params = 1e7, [1.0, 0.0], (0.0, 0.0, np.inf)
+    if kind == "a clock that stops":
+        init, params = [1.0, 0.0], (0.0, 1.0, 200.0)
+    return tuple(jnp.asarray(p, dtype) for p in params), jnp.asarray(xs, dtype), init
+
+
+def assert_right_in_each_element(solution, expected):
+    __tracebackhide__ = True
+    assert successful(solution), solution.result
+    got, expected = np.asarray(solution.states, float), np.asarray(expected, float)
+    limit = tolerance(solution.states.dtype) * np.maximum(np.abs(expected), 1e-30)
+    assert np.all(np.abs(got - expected) <= limit)
+
+
+@over_solvers
+def test_scales(solver):
+    """A latch is not excused by a clock of 1e6 beside it, nor by what it was long ago."""
+    run = compiled(scales, solver)
+    for kind in ("a clock", "a clock that looks", "an outlier"):
+        params, xs, init = scales_of(kind, np.float32)
+        solution, expected, _ = run(params, xs, jnp.asarray(init, np.float32))
+        assert_right_in_each_element(solution, expected)
+
+
+@over("Newton 1", "Jacobi 8", "Speculative")
+def test_scales_in_half_precision(solver):
+    params, xs, init = scales_of("a clock that stops", jnp.bfloat16)
+    run = compiled(scales, solver)
+    assert_right_in_each_element(*run(params, xs, jnp.asarray(init, jnp.bfloat16))[:2])
+
+
+def fast_and_slow(_, state, x):
+    fast, slow = state
+    fast = jnp.tanh(fast * jnp.bfloat16(0.5) + x.astype(jnp.bfloat16))
+    return fast, 0.5 * slow + fast.astype(jnp.float32)
+
+
+def test_each_dtype_has_its_own_rounding():
+    """A bfloat16 leaf, which cannot be as exact as float32, does not keep the iteration going."""
+    xs = normal(0, (400, 2), np.float32)
+    init = (jnp.zeros(2, jnp.bfloat16), jnp.zeros(2, jnp.float32))
+
+    @jax.jit
+    def run(xs, init):
+        step = functools.partial(fast_and_slow, None)
+        solver = prnn.Newton(chunk_size=1, fallback=False)
+        return prnn.solve(step, xs, init, solver=solver, throw=False), scan(step, xs, init)
+
+    solution, expected = run(xs, init)
+    assert successful(solution) and int(solution.stats.iterations) <= 8
+    for got, want in zip(solution.states, expected, strict=True):
+        assert error(got, want) <= tolerance(jnp.bfloat16)
+
+
+def accumulating(_, h, x):
+    """Its derivative says 1, its values say a little more."""
+    return h + 2e-6 * jax.lax.stop_gradient(h) + x
+
+
+def test_small_defects_that_add_up():
+    """Each is below the tolerance; their sum is 12 % of the result."""
+    length = 65_536
+    xs = jnp.full((length, 1), 1 / length, jnp.float32)
+    run = compiled(accumulating, prnn.AssociativeScan())
+    solution, expected, _ = run(None, xs, jnp.zeros(1, jnp.float32))
+    assert float(expected[-1, 0]) > 1.06
+    assert successful(solution)
+    # The scan's own rounding, which has no direction, grows with the length.
+    assert error(solution.states, expected) <= 1e-7 * length**0.5
+
+
+def rotation(angle, h, x):
+    c, s = jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([c * h[0] - s * h[1], s * h[0] + c * h[1]]) + x
+
+
+@pytest.mark.parametrize("method", ["associative", "chunked"])
+def test_long_products(method):
+    """What rounding does to products of many matrices does not stay in the result, nor in the
+    gradient."""
+    length = 16_384
+    solver = prnn.AssociativeScan(linear_method=method)
+    step = functools.partial(rotation, np.float32(0.01))
+    xs = normal(0, (length, 2), np.float32)
+    init = jnp.ones(2, jnp.float32)
+
+    @jax.jit
+    def run(xs):
+        def ours(xs):
+            return prnn.solve(step, xs, init, solver=solver, adjoint=solver).states
+
+        return [
+            (states, pull(xs)[0])
+            for states, pull in (jax.vjp(ours, xs), jax.vjp(lambda xs: scan(step, xs, init), xs))
+        ]
+
+    got, expected = run(xs)
+    assert error(got, expected) <= 1e-7 * length**0.5
+
+
 # --- values that are not finite ---------------------------------------------------------------
 
 
@@ -380,6 +495,45 @@ def test_throw(solver):
     jax.block_until_ready(batched(jnp.stack([good, good])))
     with pytest.raises(eqx.EquinoxRuntimeError, match=message):
         jax.block_until_ready(batched(jnp.stack([good, bad])))
+
+
+def test_throw_whatever_is_used(as_users_run_it):
+    """The error does not depend on what a caller goes on to use of the states: the compiler must
+    not drop it with what is not read."""
+    xs, weights = normal(0, (60, 3), np.float32), jnp.linspace(0.5, 1.2, 3, dtype=np.float32)
+    few = prnn.Newton(chunk_size=1, max_iters=1, fallback=False)
+
+    def states(weights, solver):
+        step = lambda h, x: jnp.tanh(weights * h + x)  # noqa: E731
+        return prnn.solve(step, xs, jnp.zeros(3, np.float32), solver=solver).states
+
+    uses = {
+        "gradient of a sum": lambda s: lambda w: jax.grad(lambda w: jnp.sum(states(w, s)))(w),
+        "a state": lambda s: lambda w: states(w, s)[3],
+        "tangents": lambda s: lambda w: jax.jvp(lambda w: states(w, s), (w,), (w,))[1],
+        "gradients of a batch": lambda s: jax.vmap(jax.grad(lambda w: jnp.sum(states(w, s)[:30]))),
+    }
+    for name, use in uses.items():
+        given = jnp.stack([weights, weights]) if "batch" in name else weights
+        jax.block_until_ready(jax.jit(use(prnn.Newton(chunk_size=1)))(given))
+        with pytest.raises(eqx.EquinoxRuntimeError, match="did not converge"):
+            jax.block_until_ready(eqx.filter_jit(use(few))(given))
+
+
+def test_the_check_copies_no_states():
+    """A solve that raises takes no more memory than one that does not."""
+    xs = jnp.zeros((4096, 16), np.float32)
+
+    def run(xs, throw):
+        step = lambda h, x: jnp.tanh(0.5 * h + x)  # noqa: E731
+        init = jnp.zeros(16, np.float32)
+        return prnn.solve(step, xs, init, solver=prnn.Sequential(), throw=throw).states
+
+    needed = [
+        jax.jit(run, static_argnums=1).lower(xs, throw).compile().memory_analysis()
+        for throw in (True, False)
+    ]
+    assert needed[0].temp_size_in_bytes <= needed[1].temp_size_in_bytes + xs.nbytes // 16
 
 
 def square(_, h, x):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 
 import equinox as eqx
 import jax
@@ -497,6 +498,25 @@ def test_tolerances_are_obeyed():
     solution = prnn.solve(step, xs, init, solver=solver)
     assert np.max(np.abs(solution.states - expected)) <= 2e-4
     assert int(solution.stats.iterations) < iterations[0]
+
+
+def test_nothing_is_kept_of_a_step_that_is_gone():
+    """A program lives as long as the function that it was compiled for."""
+
+    def run(i):
+        large = jnp.full((256, 1024), float(i))  # 2 MB
+        step = lambda h, x: jnp.tanh(h * large[0, 0] + x)  # noqa: E731
+        prnn.solve(step, jnp.ones(9), jnp.asarray(0.0), solver=prnn.Sequential())
+
+    def live():
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    run(0)
+    before = live()
+    for i in range(3):
+        run(i)
+    assert live() <= before + 100_000
 
 
 def test_settings_are_static():

@@ -10,13 +10,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._linear import LinearMethod, default_linear_method, linear_recurrence
-from .._misc import alignment, bool_where, default_rtol, num_steps, raveler, scaled_norm
+from .._misc import alignment, bool_where, num_steps, raveler
 from .._structure import AbstractStructure, restrict
 from ._base import AbstractIterativeSolver
 from ._damped import LevenbergMarquardt, damped_correction
-
-# How many units in the last place count as rounding.
-_ROUNDING = 4.0
+from ._tolerance import Tolerance
 
 Step = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
 
@@ -45,8 +43,7 @@ class Chunks:
         self.linearization = solver.linearization(structure, self.size)
         self.damped = isinstance(solver, LevenbergMarquardt)
         self.quadratic = self.linearization.exact and not self.damped
-        self._rtol = default_rtol(self.dtype) if solver.rtol is None else solver.rtol
-        self._atol = solver.atol
+        self.tolerance = Tolerance(init, structure, solver.rtol, solver.atol)
         self._step, self._xs, self._init = step, xs, init
         self.first_start = jnp.expand_dims(self.ravel(init), 0)
         self._chunked_xs = jtu.tree_map(self._to_chunks, xs)
@@ -125,16 +122,38 @@ class Chunks:
         ends, states = _run(jax.vmap(self._step), starts, self._chunked_xs, keep=True)
         return jax.vmap(self.ravel)(ends), jtu.tree_map(self._from_chunks, states)
 
-    def mismatches(self, states: PyTree[Array]) -> Float[Array, "starts size"]:
+    def disturbed_ends(self, starts: Float[Array, "starts size"]) -> Float[Array, "chunks size"]:
+        """The ends of all chunks where each step starts from a disturbed state."""
+        states = jax.vmap(self.unravel)(jnp.concatenate([self.first_start, starts]))
+        places = jnp.arange(self.chunk_size * self.num_chunks).reshape(self.chunk_size, -1)
+        inputs = (places, self._chunked_xs)
+        ends, _ = _run(jax.vmap(self._disturbed_step), states, inputs, keep=False)
+        return jax.vmap(self.ravel)(ends)
+
+    def _disturbed_step(self, state, inputs):
+        place, x = inputs
+        return self._step(self.tolerance.disturb(state, place), x)
+
+    def fine_scale(self, starts, ends) -> Float[Array, "starts size"]:
+        """The scale of each element of the starts, from a sweep that has led to `ends`."""
+        coarse = self.tolerance.coarse(starts)
+        disturbed = self.disturbed_ends(starts)
+        return self.tolerance.fine(starts, ends[:-1], disturbed[:-1], coarse)
+
+    def mismatches(self, states: PyTree[Array], starts) -> Float[Array, " starts"]:
         """By how much the first state of each chunk but the first differs from the step of the
-        state
-        before it."""
+        state before it, in units of the tolerance."""
         first = slice(self.chunk_size, None, self.chunk_size)
         last = slice(self.chunk_size - 1, self.length - 1, self.chunk_size)
-        before, inputs = jtu.tree_map(lambda s: s[last], states), self._xs
-        images = jax.vmap(self._step)(before, jtu.tree_map(lambda x: x[first], inputs))
-        got = jtu.tree_map(lambda s: s[first], states)
-        return jax.vmap(self.ravel)(images) - jax.vmap(self.ravel)(got)
+        before, got = (jtu.tree_map(lambda s, at=at: s[at], states) for at in (last, first))
+        inputs = jtu.tree_map(lambda x: x[first], self._xs)
+        images = jax.vmap(self._step)(before, inputs)
+        places = jnp.arange(self.num_chunks - 1)
+        disturbed = jax.vmap(self._disturbed_step)(before, (places, inputs))
+        got, images, disturbed = (jax.vmap(self.ravel)(x) for x in (got, images, disturbed))
+        coarse = self.tolerance.coarse(starts)
+        scale = self.tolerance.fine(got, images, disturbed, coarse)
+        return self.tolerance.norm(images - got, scale)
 
     def correct(self, starts, ends, jacobians, damping=None):
         """The new starts, and which of them had to be replaced: where the linear recurrence
@@ -154,18 +173,6 @@ class Chunks:
             corrected = starts + damped_correction(kept, matrices, defects, damping, method)
         usable = jnp.isfinite(corrected).all(-1) & _finite(jacobians[:-1]).reshape(-1)
         return _where_finite(_where_finite(corrected, new), starts), ~usable
-
-    def norm(self, difference, starts) -> Float[Array, " starts"]:
-        """The size of a difference of starts, in units of the tolerance."""
-        unravel = jax.vmap(self.unravel)
-        return scaled_norm(unravel(difference), unravel(starts), self._rtol, self._atol)
-
-    def beyond_rounding(self, difference, starts):
-        """What is left of a difference of starts without the rounding of a few operations on each
-        element, of the largest magnitude that it had so far."""
-        magnitude = jax.lax.cummax(jnp.abs(_where_finite(starts, 0)))
-        rounding = _ROUNDING * float(jnp.finfo(self.dtype).eps) * magnitude
-        return jnp.sign(difference) * jnp.maximum(jnp.abs(difference) - rounding, 0)
 
     def is_persistent(self, change, previous) -> Bool[Array, ""]:
         """Whether two successive changes of the starts point the same way, in some leaf.

@@ -10,13 +10,16 @@ from jaxtyping import Array, Bool, PyTree
 from .._algebra import AbstractAlgebra
 from .._detection import is_affine
 from .._linear import LinearMethod
-from .._misc import ResettingStep, bool_where, previous_states, time_slice
+from .._misc import ResettingStep, bool_where, time_slice
 from .._solution import Stats
 from .._structure import AbstractStructure
 from ._base import AbstractSolver, check_linear_method
 from ._chunks import Chunks, finish_sequentially, first_index
 from ._newton import Newton
-from ._shooting import linear_shooting
+
+# The first solves an affine recurrence, the second finds out how far off it is. A rotation over
+# 65,536 steps takes one more; a step that takes many is none that one pass solves.
+_MAX_CORRECTIONS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,8 @@ class AssociativeScan(AbstractSolver):
     For steps that are affine in the state (which is detected), such as linear recurrent units,
     gated linear attention and delta rules; and for steps with an algebra, such as the clamps of
     [`pararnn.MinMax`][]. Raises a `ValueError` at trace time for other steps. The result is checked
-    against the step, like that of every other solver, and finished sequentially where it is off.
+    against the step, like that of every other solver: what is still missing is solved for again, a
+    few times if need be, and finished sequentially where that does not help.
 
     **Arguments:**
 
@@ -56,36 +60,57 @@ def associative_scan(
 ) -> tuple[PyTree[Array], Bool[Array, ""], Stats]:
     """`(states, converged, stats)` of a recurrence of at least one step."""
     stepwise = Newton(chunk_size=1, linear_method=solver.linear_method)
-    if solver.algebra is None:
-        if not is_affine(step, init, time_slice(xs)):
-            raise ValueError(
-                "`solver=AssociativeScan()` needs a `step` that is affine in the state, but its "
-                "Jacobian depends on the state. Use Newton(), or pass an `algebra` that has it."
-            )
-        states = linear_shooting(step, xs, init, solver=stepwise, structure=structure)
-    else:
-        algebra = solver.algebra
-        combined = jax.lax.associative_scan(
-            jax.vmap(lambda earlier, later: algebra.compose(later, earlier)),
-            _elements(algebra, step, xs),
-        )
-        states = jax.vmap(algebra.apply, in_axes=(0, None))(combined, init)
-    # An algebra may not be the step's, and `stop_gradient` can hide a nonlinearity: never trust.
     chunks = Chunks(step, xs, init, stepwise, structure)
-    images = jax.vmap(step)(previous_states(init, states), xs)
-    difference = jtu.tree_map(jnp.subtract, images, states)
-    defects = chunks.norm(jax.vmap(chunks.ravel)(difference), jax.vmap(chunks.ravel)(states))
-    first_step = first_index(defects > 1)
+    if solver.algebra is not None:
+        states = _compose(solver.algebra, step, xs, init)
+        starts = jax.vmap(chunks.ravel)(jtu.tree_map(lambda h: h[:-1], states))
+    elif is_affine(step, init, time_slice(xs)):
+        starts = jnp.zeros((chunks.length - 1, chunks.size), chunks.dtype)
+    else:
+        raise ValueError(
+            "`solver=AssociativeScan()` needs a `step` that is affine in the state, but its "
+            "Jacobian depends on the state. Use Newton(), or pass an `algebra` that has it."
+        )
+
+    # An algebra may not be the step's, `stop_gradient` can hide a nonlinearity, and the rounding of
+    # long products adds up: never trust. What is missing is a linear recurrence driven by the
+    # defects, and its solution, added, is the remedy as well.
+
+    def correct(carry):
+        count, starts, _, _ = carry
+        ends, jacobians = chunks.sweep(starts)
+        new, replaced = chunks.correct(starts, ends, jacobians)
+        scale = chunks.fine_scale(starts, ends)
+        bad = replaced | (chunks.tolerance.norm(new - starts, scale) > 1)
+        return count + 1, jnp.where(jnp.any(bad), new, starts), ends, bad
+
+    def unfinished(carry):
+        count, _, _, bad = carry
+        return (count == 0) | (jnp.any(bad) & (count < _MAX_CORRECTIONS))
+
+    ends = jnp.zeros((chunks.length, chunks.size), chunks.dtype)
+    carry = (jnp.asarray(0), starts, ends, jnp.ones(chunks.length - 1, bool))
+    count, _, ends, bad = jax.lax.while_loop(unfinished, correct, carry)
+    first_step = 1 + first_index(bad)
+    states = jax.vmap(chunks.unravel)(ends)
     states = finish_sequentially(step, xs, states, init, first_step, 1)
     finished = chunks.length - first_step
     stats = Stats(
-        iterations=jnp.asarray(1),
+        iterations=count,
         correction=jnp.zeros((), jnp.float32),
         chunk_size=1,
-        sequential_steps=1 + finished,
+        sequential_steps=count + finished,
         fallback=finished > 0,
     )
     return states, jnp.asarray(True), stats
+
+
+def _compose(algebra, step, xs, init):
+    combined = jax.lax.associative_scan(
+        jax.vmap(lambda earlier, later: algebra.compose(later, earlier)),
+        _elements(algebra, step, xs),
+    )
+    return jax.vmap(algebra.apply, in_axes=(0, None))(combined, init)
 
 
 def _elements(algebra, step, xs):

@@ -36,6 +36,8 @@ _AMPLIFIED_ROUNDING = 10.0
 # Give up after this many iterations in which no more than the guaranteed chunk became right and the
 # corrections of the others did not shrink either.
 _PATIENCE = 15
+# From this length on, the rounding of an associative scan's products is corrected.
+_REFINED_FROM = 1024
 # Adaptive damping: where it starts, how it changes when a correction is accepted or rejected, and
 # below which value the correction is Newton's for the purpose of judging convergence.
 _FIRST_DAMPING, _DAMPING_DOWN, _DAMPING_UP, _MIN_DAMPING, _NEARLY_UNDAMPED = (
@@ -71,6 +73,8 @@ class _Progress(NamedTuple):
     stalled: Int[Array, ""]
     change: Float[Array, "starts size"]  # of the starts in the last iteration
     proven: Bool[Array, ""]  # whether some correction removed nine tenths of the defects
+    trusted: Bool[Array, ""]  # whether the corrections themselves prove the convergence
+    scale: Float[Array, "starts size"]  # of each element, once the returned states were judged
     damping: Float[Array, ""]
     best: _Point | None  # the last accepted point, for adaptive damping
 
@@ -108,13 +112,12 @@ def multiple_shooting(
         progress = jax.lax.while_loop(unfinished, iterate, progress)
         # The returned states: one more sweep, from the final starts, which also judges them.
         ends, states = chunks.trajectory(progress.starts)
-        bad = (progress.error > 1) | _off(chunks, progress, ends[:-1] - progress.starts)
+        scale = chunks.fine_scale(progress.starts, ends)
+        bad = (progress.error > 1) | _off(chunks, progress, ends[:-1] - progress.starts, scale)
         # Across each boundary too, a returned state must be the step of the one before it, even
         # where the step expands differences.
-        bad |= chunks.norm(chunks.mismatches(states), progress.starts) > 1
-        error = jnp.where(bad, jnp.inf, progress.error)
-        progress = progress._replace(error=error, attempts=progress.attempts + 1)
-        return progress, states, bad
+        bad |= chunks.mismatches(states, progress.starts) > 1
+        return _judged(progress, bad, scale), states, bad
 
     def contradicted(carry):
         progress, _, _ = carry
@@ -163,7 +166,13 @@ def linear_shooting(
     if chunks.chunk_size == 1:
         assert jacobians is not None  # an exact method has a linearization
         solution = linear_recurrence(structure, jacobians, ends, method=chunks.linear_method)
-        states = jax.vmap(chunks.unravel)(solution)
+        if chunks.linear_method == "associative" and chunks.length >= _REFINED_FROM:
+            # The rounding of products grows with their length: once more, for what is missing.
+            starts = solution[:-1]
+            starts, _ = chunks.correct(starts, *chunks.sweep(starts))
+            _, states = chunks.trajectory(starts)
+        else:
+            states = jax.vmap(chunks.unravel)(solution)
         if chunks.linear_method == "sequential":
             return states
         first_step = first_index(~all_finite(states, keep_axes=1))
@@ -203,7 +212,10 @@ def _iteration(
         guaranteed = jnp.arange(chunks.num_chunks - 1) < known
         starts = jnp.where(jnp.expand_dims(guaranteed, -1), point.ends[:-1], starts)
         change = starts - point.starts
-        changes = chunks.norm(change, starts)
+        norm, beyond_rounding = chunks.tolerance.norm, chunks.tolerance.beyond_rounding
+        first_time = progress.attempts == 0
+        scale = jnp.where(first_time, chunks.tolerance.coarse(starts), progress.scale)
+        changes = norm(change, scale)
         correction = jnp.max(changes)
         # At the observed rate, the corrections to come form a geometric series. A chunk is as wrong
         # as what arrives from the chunks before it, which adds up where the linearization does not
@@ -215,7 +227,7 @@ def _iteration(
             arriving = jax.lax.cummax(changes)
         else:
             rate = jnp.maximum(rate, total / progress.total)
-            arriving = jnp.cumsum(chunks.norm(chunks.beyond_rounding(change, starts), starts))
+            arriving = jnp.cumsum(norm(beyond_rounding(change, scale), scale))
         usable = (progress.iteration > 0) & (rate < 1) & (correction <= _EXTRAPOLATE_BELOW)
         if adaptive:
             usable &= accepted & (damping <= _NEARLY_UNDAMPED)
@@ -224,16 +236,22 @@ def _iteration(
         # Near the edge of stability, Newton's corrections are amplified rounding and never settle.
         # Rounding has no direction, but neither has the drift of a derivative that is not one
         # (`stop_gradient`): so the linearization must have proved itself on a larger correction.
-        defect = jnp.max(chunks.norm(point.ends[:-1] - point.starts, starts))
+        defect = jnp.max(norm(point.ends[:-1] - point.starts, scale))
         consistent = defect <= 1
         large = jnp.isfinite(progress.correction) & (progress.correction >= _AMPLIFIED_ROUNDING)
         proven = progress.proven | (large & (defect <= 0.1 * progress.correction))
         small = (progress.iteration > 0) & accepted & (correction <= _AMPLIFIED_ROUNDING)
+        trusted = jnp.asarray(False)
         if chunks.quadratic:
             noise = consistent & small & ~chunks.is_persistent(change, progress.change)
             # Corrections so small that even their sum over all chunks is below the tolerance.
             negligible = (progress.iteration > 0) & (total <= 1)
             converged |= (noise & proven) | negligible
+            error = jnp.where(converged | guaranteed, 0.0, error)
+            # Or all of them rounding. Whether that adds up, the check of the returned states finds.
+            trusted = jnp.all(error <= 1)
+            rest = jnp.all(norm(beyond_rounding(change, scale), scale) == 0)
+            converged |= (progress.iteration > 0) & accepted & rest
         error = jnp.where(converged | guaranteed, 0.0, error)
         front = first_index((changes > 1) & ~guaranteed)
         logs = jnp.where(guaranteed, 0.0, jnp.log(jnp.clip(changes, 1.0, 1e30)))
@@ -262,6 +280,8 @@ def _iteration(
             stalled=jnp.where(better, 0, progress.stalled + 1),
             change=change,
             proven=proven,
+            trusted=trusted,
+            scale=progress.scale,
             damping=damping,
             best=point if adaptive else None,
         )
@@ -292,6 +312,8 @@ def _iteration(
         stalled=jnp.asarray(0),
         change=jnp.zeros_like(starts),
         proven=jnp.asarray(False),
+        trusted=jnp.asarray(False),
+        scale=jnp.zeros_like(chunks.tolerance.coarse(starts)),
         damping=jnp.asarray(damping, starts.dtype),
         best=best,
     )
@@ -308,13 +330,26 @@ def _merit(starts: Array, ends: Array) -> Float[Array, ""]:
     return jnp.where(jnp.isfinite(merit), merit, jnp.inf)
 
 
-def _off(chunks: Chunks, progress: _Progress, defects: Array) -> Bool[Array, " starts"]:
+def _judged(progress: _Progress, bad: Bool[Array, " starts"], scale: Array) -> _Progress:
+    """The progress after the returned states were judged. From now on, elements are judged in the
+    scale that each was found to have, and patience starts anew."""
+    first_time = progress.attempts == 0
+    infinite = jnp.asarray(jnp.inf, jnp.float32)
+    return progress._replace(
+        error=jnp.where(bad, jnp.inf, progress.error),
+        attempts=progress.attempts + 1,
+        scale=scale,
+        front=jnp.where(first_time, 0, progress.front),
+        level=jnp.where(first_time, infinite, progress.level),
+        stalled=jnp.where(first_time, 0, progress.stalled),
+        proven=progress.proven & ~first_time,
+    )
+
+
+def _off(chunks: Chunks, progress: _Progress, defects: Array, scale: Array) -> Bool[Array, "..."]:
     """Which of the final starts the last sweep contradicts."""
-    starts = progress.starts
-    norms = chunks.norm(defects, starts)
-    off = norms > 1
-    if chunks.quadratic:
-        return off
+    norm = chunks.tolerance.norm
+    norms = norm(defects, scale)
     # A slow mode may hide behind a fast one, whose rate is no guide then; but as long as chunks do
     # not expand, a chunk is no further off than the sum of the defects before it.
     reached = jnp.cumsum(norms)
@@ -323,10 +358,12 @@ def _off(chunks: Chunks, progress: _Progress, defects: Array) -> Bool[Array, " s
         # Where chunks forget, rounding does not add up to more than a geometric series. A system
         # that does not forget carries every defect on, a drift of a few units in the last place
         # too.
-        kept = jnp.sum(chunks.norm(chunks.push(starts, defects), starts)) / jnp.sum(norms)
+        kept = jnp.sum(norm(chunks.push(progress.starts, defects), scale)) / jnp.sum(norms)
         series = jnp.max(norms) / (1 - kept)
         rounding = (kept < 1) & (series <= 1)
-        beyond = jnp.cumsum(chunks.norm(chunks.beyond_rounding(defects, starts), starts))
+        beyond = jnp.cumsum(norm(chunks.tolerance.beyond_rounding(defects, scale), scale))
         return jnp.where(rounding, beyond, reached)
 
-    return off | (jax.lax.cond(reached[-1] > 1, by_forgetting, lambda: reached) > 1)
+    doubtful = ~progress.trusted & (reached[-1] > 1)
+    added_up = jax.lax.cond(doubtful, by_forgetting, lambda: reached) > 1
+    return (norms > 1) | (added_up & ~progress.trusted)
