@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ClippedAdjoint
+from ._checks import check_flags
 from ._misc import num_steps, struct
-from ._packing import Packing, check_flags, windows_of_pieces, zero_unless
+from ._packing import Packing, windows_of_pieces, zero_unless
 from ._solution import Solution
 from ._solve import solve
 from .cells import AbstractCell

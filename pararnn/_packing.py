@@ -38,17 +38,6 @@ def segment_starts(segment_ids: Int[Array | np.ndarray, " L"]) -> Bool[Array, " 
     return jnp.diff(segment_ids, prepend=segment_ids[:1]) != 0
 
 
-def check_flags(name: str, flags: Any, length: int) -> Bool[Array, " L"]:
-    """`flags` as an array; raises unless it is a boolean for each of `length` steps."""
-    flags = jnp.asarray(flags)
-    if flags.dtype != jnp.bool_ or flags.shape != (length,):
-        raise ValueError(
-            f"`{name}` must be a boolean array of shape ({length},), one flag per step of `xs`; "
-            f"got {flags.dtype} of shape {flags.shape}."
-        )
-    return flags
-
-
 class Packing(eqx.Module):
     """The unmasked steps of a sequence, moved to its front in their order.
 

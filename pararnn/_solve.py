@@ -11,9 +11,18 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ClippedAdjoint, solve_states, solve_states_clipped
+from ._checks import (
+    check_flags,
+    check_guess,
+    check_init,
+    check_solver,
+    check_step,
+    check_xs,
+    to_arrays,
+)
 from ._jit import is_traced, run_jitted
 from ._misc import ResettingStep, all_finite, num_steps, raveler, struct, time_slice
-from ._packing import Packing, check_flags
+from ._packing import Packing
 from ._select import select_solver
 from ._solution import RESULTS, Solution, Stats
 from ._structure import AbstractStructure
@@ -85,30 +94,30 @@ def solve(
     """
     if not callable(step):
         raise TypeError(f"`step` must be callable as step(state, x); got {step!r}.")
-    _check_solver("solver", solver)
+    check_solver("solver", solver)
     if not isinstance(adjoint, ClippedAdjoint):
-        _check_solver("adjoint", adjoint)
+        check_solver("adjoint", adjoint)
     if structure is not None and not isinstance(structure, AbstractStructure):
         raise TypeError(
             "`structure` must be a pararnn.Diagonal, BlockDiagonal or Dense, or None; "
             f"got {structure!r}."
         )
-    xs, init = _to_arrays("xs", xs), _to_arrays("init", init)
-    _check_xs(xs)
-    _check_init(init)
+    xs, init = to_arrays("xs", xs), to_arrays("init", init)
+    check_xs(xs)
+    check_init(init)
     length = num_steps(xs)
     if reset is not None:
         reset = check_flags("reset", reset, length)
     if mask is not None:
         mask = check_flags("mask", mask, length)
-    reset_state = init if reset_state is None else _to_arrays("reset_state", reset_state)
+    reset_state = init if reset_state is None else to_arrays("reset_state", reset_state)
     if struct(reset_state) != struct(init):
         raise ValueError(
             f"`reset_state` must be shaped like `init`, {struct(init)}; got {struct(reset_state)}."
         )
     if guess is not None:
-        guess = _to_arrays("guess", guess)
-        _check_guess(guess, init, length)
+        guess = to_arrays("guess", guess)
+        check_guess(guess, init, length)
     if structure is not None:
         structure.check(raveler(init)[2])
     if not (isinstance(verbose, bool) or callable(verbose)):
@@ -139,7 +148,7 @@ def _solve(
 
     # Hoists whatever `step` closes over, so that derivative rules see it as an argument.
     converted = eqx.filter_closure_convert(precise_step, struct(init), time_slice(xs))
-    _check_step(converted, xs, init)
+    check_step(converted, xs, init)
     if length == 0:
         states = jtu.tree_map(lambda h: jnp.zeros((0, *h.shape), h.dtype), init)
         return Solution(states, init, RESULTS.successful, _no_stats())
@@ -186,87 +195,3 @@ def _print_progress(iteration: int, correction: float, converged: int, chunks: i
 def _no_stats() -> Stats:
     zero = jnp.asarray(0)
     return Stats(zero, jnp.zeros((), jnp.float32), 0, zero, jnp.asarray(False))
-
-
-# --- checks -----------------------------------------------------------------------------------
-
-
-def _check_solver(name: str, solver: Any) -> None:
-    if solver is not None and not isinstance(solver, AbstractSolver):
-        hint = " Did you forget the parentheses?" if isinstance(solver, type) else ""
-        raise TypeError(
-            f"`{name}` must be a solver such as pararnn.Newton(), or None; got {solver!r}.{hint}"
-        )
-
-
-def _to_arrays(name: str, tree: PyTree[Any]) -> PyTree[Array]:
-    def one(path, leaf):
-        try:
-            array = jnp.asarray(leaf)
-        except TypeError as e:
-            where = jtu.keystr(path)
-            raise TypeError(f"`{name}{where}` must be an array; got {leaf!r}.") from e
-        return jax.lax.convert_element_type(array, array.dtype)  # strips weak types
-
-    return jtu.tree_map_with_path(one, tree)
-
-
-def _check_xs(xs: PyTree[Array]) -> None:
-    leaves = jtu.tree_leaves_with_path(xs)
-    if not leaves:
-        raise ValueError(
-            "`xs` must have at least one array, whose leading axis says how many steps to take; "
-            "for a recurrence without inputs pass, for example, `jnp.arange(L)` and ignore it."
-        )
-    for path, x in leaves:
-        if x.ndim == 0:
-            raise ValueError(f"`xs{jtu.keystr(path)}` must have a leading time axis; got a scalar.")
-    lengths = {x.shape[0] for _, x in leaves}
-    if len(lengths) > 1:
-        got = ", ".join(f"xs{jtu.keystr(path)}: {x.shape}" for path, x in leaves)
-        raise ValueError(f"The leaves of `xs` must share their leading axis; got {got}.")
-
-
-def _check_init(init: PyTree[Array]) -> None:
-    leaves = jtu.tree_leaves_with_path(init)
-    if not leaves:
-        raise ValueError("`init` must have at least one array.")
-    for path, h in leaves:
-        if not jnp.issubdtype(h.dtype, jnp.inexact):
-            raise TypeError(
-                f"`init{jtu.keystr(path)}` must be floating-point or complex, because the parallel "
-                f"solve differentiates with respect to the state; got {h.dtype}."
-            )
-
-
-def _check_guess(guess: PyTree[Array], init: PyTree[Array], length: int) -> None:
-    expected = jtu.tree_map(lambda h: jax.ShapeDtypeStruct((length, *h.shape), h.dtype), init)
-    if struct(guess) != expected:
-        raise ValueError(
-            "`guess` must be shaped like the states, that is, like `init` with a leading axis of "
-            f"length {length}: {expected}; got {struct(guess)}."
-        )
-
-
-def _check_step(step: Any, xs: PyTree[Array], init: PyTree[Array]) -> None:
-    out = eqx.filter_eval_shape(step, struct(init), time_slice(xs))
-    bad = [leaf for leaf in jtu.tree_leaves(out) if not isinstance(leaf, jax.ShapeDtypeStruct)]
-    if bad:
-        raise TypeError(f"`step` must return arrays only; got {bad[0]!r} in its result.")
-    got, expected = jtu.tree_structure(out), jtu.tree_structure(init)
-    if got != expected:
-        raise ValueError(
-            f"`step` must return a state with the structure of `init`, {expected}; got {got}."
-        )
-    for (path, new), old in zip(jtu.tree_leaves_with_path(out), jtu.tree_leaves(init), strict=True):
-        where = jtu.keystr(path)
-        if new.shape != old.shape:
-            raise ValueError(
-                f"`step` must keep the shape of the state: `init{where}` has {old.shape}, "
-                f"but the new state has {new.shape}."
-            )
-        if new.dtype != old.dtype:
-            raise ValueError(
-                f"`step` must keep the dtype of the state: `init{where}` is {old.dtype}, but the "
-                f"new state is {new.dtype}. Cast inside `step`, or pass `init` as {new.dtype}."
-            )

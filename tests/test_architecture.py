@@ -23,6 +23,7 @@ ROOMS = [
     "solvers",
     "_tangents",
     "_adjoint",
+    "_checks",
     "_select",
     "_packing",
     "_solve",
