@@ -1,17 +1,30 @@
 """What `solve` returns."""
 
+import textwrap
+from typing import Any
+
 import equinox as eqx
 import jax
+<<<<<<< HEAD
 import jax.tree_util as jtu
+=======
+import jax.core
+import jax.tree_util as jtu
+import numpy as np
+>>>>>>> 1c77a66 (Show values and messages when a solution is printed)
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._misc import all_finite
 
 
 class RESULTS(eqx.Enumeration):  # pyright: ignore[reportGeneralTypeIssues]
-    """How a solve ended. Each value is the message that `throw=True` raises."""
+    """How a solve ended. Each value but that of `successful` is the message that `throw=True`
+    raises; `print(solution.result)` shows it, and `RESULTS[solution.result]` is the message alone.
+    """
 
-    successful = ""
+    __module__ = "pararnn"  # an item is printed with the path at which users find it
+
+    successful = "successful"
     not_converged = (
         "The parallel iteration did not converge and the sequential finish was switched off. "
         "Use `fallback=True`, increase `max_iters`, use a larger `chunk_size`, or loosen `rtol`."
@@ -42,6 +55,10 @@ class Stats(eqx.Module):
     sequential_steps: Int[Array, ""]
     fallback: Bool[Array, ""]
 
+    def __repr__(self) -> str:
+        names = ("iterations", "correction", "chunk_size", "sequential_steps", "fallback")
+        return f"Stats({', '.join(f'{name}={_show(getattr(self, name))}' for name in names)})"
+
 
 class Solution(eqx.Module):
     """The states of a recurrence, and whether they can be trusted.
@@ -57,6 +74,7 @@ class Solution(eqx.Module):
     result: RESULTS
     stats: Stats
 
+<<<<<<< HEAD
 
 def judge(states: PyTree[Array], converged: Bool[Array, ""]) -> RESULTS:
     """How a solve ended that has computed `states`."""
@@ -80,3 +98,47 @@ def throw_unless_successful(states: PyTree[Array], result: RESULTS) -> PyTree[Ar
 
     failed = result != RESULTS.successful
     return jax.lax.while_loop(lambda carry: carry[0], turn, (failed, states))[1]
+=======
+    def __repr__(self) -> str:
+        fields = {
+            "states": eqx.tree_pformat(self.states, struct_as_array=True),
+            "final": eqx.tree_pformat(self.final, struct_as_array=True),
+            "result": _show_result(self.result),
+            "stats": repr(self.stats),
+        }
+        lines = "".join(f"{name}={text},\n" for name, text in fields.items())
+        return f"Solution(\n{textwrap.indent(lines, '  ')})"
+
+
+def _is_concrete(value: Any) -> bool:
+    if isinstance(value, jax.Array):
+        traced = isinstance(value, jax.core.Tracer)
+        return not traced and value.is_fully_addressable and not value.is_deleted()
+    return isinstance(value, (bool, int, float, np.ndarray, np.generic))
+
+
+def _show(value: Any) -> str:
+    """A number as such, a batch by its first and last numbers, anything else by its shape."""
+    if not _is_concrete(value):
+        return eqx.tree_pformat(value, struct_as_array=True)
+    array = np.asarray(value)
+    number = "{:.3g}".format if array.dtype.kind == "f" else str
+    if array.ndim == 0:
+        return number(array.item())
+    text = np.array2string(array, separator=", ", threshold=8, formatter={"all": number})
+    return " ".join(text.split())
+
+
+def _show_result(result: RESULTS) -> str:
+    """The message; for a batch, how often each occurs, by its first sentence."""
+    leaves = jtu.tree_leaves(result)
+    if len(leaves) != 1 or not _is_concrete(leaves[0]):
+        return repr(result)
+    values, counts = np.unique(np.asarray(leaves[0]), return_counts=True)
+    items = [jtu.tree_map(lambda _, v=v: np.asarray(v), RESULTS.successful) for v in values]
+    messages = [RESULTS[item] for item in items]
+    if np.ndim(leaves[0]) == 0:
+        return f"RESULTS<{messages[0]}>"
+    short = (message.partition(". ")[0] for message in messages)
+    return f"RESULTS<{', '.join(f'{n} × {text}' for n, text in zip(counts, short, strict=True))}>"
+>>>>>>> 1c77a66 (Show values and messages when a solution is printed)
