@@ -74,8 +74,13 @@ class Benchmark:
     def plot(self, path: str | None = None) -> Any:
         """Draws the times with their quartiles: dotted lines for `lax.scan`, crosses for what
         disagrees with it. Saves to `path` if given; needs and returns a figure of matplotlib."""
-        import matplotlib.figure
-        import matplotlib.ticker
+        try:
+            import matplotlib.figure
+            import matplotlib.ticker
+        except ImportError as error:
+            raise ImportError(
+                "`plot` needs matplotlib: pip install 'pararnn[examples]' (or matplotlib alone)."
+            ) from error
 
         rows = sorted((self.baseline, *self.rows), key=_rank, reverse=True)
         kinds = [kind for kind in _KINDS if kind in self.baseline]

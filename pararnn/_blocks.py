@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._adjoint import ClippedAdjoint
 from ._algebra import AbstractAlgebra
+from ._checks import check_flags, check_sequence
 from ._layers import RNN
 from ._packing import zero_unless
 from .cells import AbstractCell, ClampAlgebra, MinMax
@@ -30,6 +31,10 @@ class AbstractBlock(eqx.Module):
     """
 
     @abc.abstractmethod
+    def init_state(self, x: _Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
+        """A `state` for the call and for `step` which starts anew; `x` as for [`pararnn.RNN`][]."""
+
+    @abc.abstractmethod
     def __call__(
         self,
         xs: _Sequence,
@@ -38,16 +43,18 @@ class AbstractBlock(eqx.Module):
         reset: _Flags | None = None,
         mask: _Flags | None = None,
         key: PRNGKeyArray | None = None,
+        throw: bool = True,
     ) -> tuple[_Sequence, PyTree[Array]]:
         """The whole sequence at once.
 
         **Arguments:**
 
         - `xs`: the inputs.
-        - `state`: where to continue, as returned by the call or the step before; `None` starts
-            anew.
+        - `state`: where to continue, as returned by the call or the step before; `None`, or
+            `init_state()`, starts anew.
         - `reset`, `mask`: as for [`pararnn.RNN`][]; the outputs of padding are zero.
         - `key`: for dropout. `None` only without dropout or in inference mode.
+        - `throw`: as for [`pararnn.RNN`][]; `False` for what is exported.
 
         **Returns:**
 
@@ -97,6 +104,12 @@ def _add(x: Array, branch: Array, dropout: eqx.nn.Dropout, key: PRNGKeyArray | N
         raise ValueError(
             f"The outputs of `cell` must have the shape of its inputs, {x.shape}, to be added to "
             f"them; got {branch.shape}."
+        )
+    if key is None and dropout.p > 0 and not dropout.inference:
+        raise ValueError(
+            f"`key` must be given, for dropout with probability {dropout.p}: a key of jax.random, "
+            "another one for each call. Without dropout, as for evaluation, call "
+            "`equinox.nn.inference_mode(block)` in place of the block."
         )
     return x + dropout(branch.astype(x.dtype), key=key)
 
@@ -149,6 +162,9 @@ class ResidualBlock(AbstractBlock):
         self.mlp = _GatedMLP(width, hidden_size, jax.nn.silu, dtype, key) if hidden_size else None
         self.dropout = eqx.nn.Dropout(dropout)
 
+    def init_state(self, x: _Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
+        return self.rnn.init_state(None if x is None else jax.eval_shape(self.norm, x))
+
     def __call__(
         self,
         xs: _Sequence,
@@ -157,11 +173,14 @@ class ResidualBlock(AbstractBlock):
         reset: _Flags | None = None,
         mask: _Flags | None = None,
         key: PRNGKeyArray | None = None,
+        throw: bool = True,
     ) -> tuple[_Sequence, PyTree[Array]]:
+        check_sequence("block", xs)
         key_rnn, key_mlp = (None, None) if key is None else jax.random.split(key)
         if mask is not None:
-            xs = zero_unless(jnp.asarray(mask), xs)
-        ys, state = self.rnn(jax.vmap(self.norm)(xs), state, reset=reset, mask=mask)
+            xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
+        normed = jax.vmap(self.norm)(xs)
+        ys, state = self.rnn(normed, state, reset=reset, mask=mask, throw=throw)
         xs = _add(xs, ys, self.dropout, key_rnn)
         if self.mlp is not None and self.mlp_norm is not None:
             ys = jax.vmap(self.mlp)(jax.vmap(self.mlp_norm)(xs))
@@ -276,6 +295,9 @@ class MinMaxBlock(AbstractBlock):
         self.rnn = RNN(cell, solver, adjoint=adjoint, learn_init=learn_init)
         self.dropout = eqx.nn.Dropout(dropout)
 
+    def init_state(self, x: _Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
+        return self.rnn.init_state(x)
+
     def __call__(
         self,
         xs: _Sequence,
@@ -284,10 +306,12 @@ class MinMaxBlock(AbstractBlock):
         reset: _Flags | None = None,
         mask: _Flags | None = None,
         key: PRNGKeyArray | None = None,
+        throw: bool = True,
     ) -> tuple[_Sequence, PyTree[Array]]:
+        check_sequence("block", xs)
         if mask is not None:
-            xs = zero_unless(jnp.asarray(mask), xs)
-        ys, state = self.rnn(xs, state, reset=reset, mask=mask)
+            xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
+        ys, state = self.rnn(xs, state, reset=reset, mask=mask, throw=throw)
         return _add(xs, ys, self.dropout, key), state
 
     def step(

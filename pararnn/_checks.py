@@ -1,34 +1,63 @@
 """What `solve` and the layers refuse, and the remedy."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
+from ._adjoint import ClippedAdjoint
 from ._misc import struct, time_slice
+from ._solution import RESULTS
+from .cells import AbstractCell
 from .solvers import AbstractSolver
 
+_BATCH = " For a batch of sequences use `jax.vmap`."
 
-def check_flags(name: str, flags: Any, length: int) -> Bool[Array, " L"]:
-    """`flags` as an array; raises unless it is a boolean for each of `length` steps."""
-    flags = jnp.asarray(flags)
-    if flags.dtype != jnp.bool_ or flags.shape != (length,):
-        raise ValueError(
-            f"`{name}` must be a boolean array of shape ({length},), one flag per step of `xs`; "
-            f"got {flags.dtype} of shape {flags.shape}."
-        )
-    return flags
+
+# --- policy -----------------------------------------------------------------------------------
 
 
 def check_solver(name: str, solver: Any) -> None:
+    """Raises unless `solver` is a solver or None."""
     if solver is not None and not isinstance(solver, AbstractSolver):
-        hint = " Did you forget the parentheses?" if isinstance(solver, type) else ""
         raise TypeError(
-            f"`{name}` must be a solver such as pararnn.Newton(), or None; got {solver!r}.{hint}"
+            f"`{name}` must be a solver such as pararnn.Newton(), or None; got {solver!r}."
+            f"{instance_hint(solver)}"
         )
+
+
+def check_adjoint(adjoint: Any) -> None:
+    """Raises unless `adjoint` is a solver, a `ClippedAdjoint` or None."""
+    if not isinstance(adjoint, ClippedAdjoint):
+        check_solver("adjoint", adjoint)
+
+
+def instance_hint(value: Any) -> str:
+    """The remedy where a class was passed in place of an instance."""
+    if not isinstance(value, type):
+        return ""
+    return f" Did you forget the parentheses? Pass an instance, `{value.__name__}(...)`."
+
+
+def check_callable(step: Any) -> None:
+    """Raises unless `step` can be called."""
+    if isinstance(step, AbstractCell):
+        raise TypeError(
+            f"`step` must be callable as step(state, x); got the cell {type(step).__name__}. Use "
+            "`pararnn.RNN(cell)`, or pass `cell.step` with `cell.project(xs)`."
+        )
+    if not callable(step) or isinstance(step, type):
+        raise TypeError(
+            f"`step` must be callable as step(state, x); got {step!r}.{instance_hint(step)}"
+        )
+
+
+# --- arrays -----------------------------------------------------------------------------------
 
 
 def to_arrays(name: str, tree: PyTree[Any]) -> PyTree[Array]:
@@ -41,6 +70,24 @@ def to_arrays(name: str, tree: PyTree[Any]) -> PyTree[Array]:
         return jax.lax.convert_element_type(array, array.dtype)  # strips weak types
 
     return jtu.tree_map_with_path(one, tree)
+
+
+def check_flags(name: str, flags: Any, length: int) -> Bool[Array, " L"]:
+    """`flags` as an array; raises unless it is a boolean for each of `length` steps."""
+    flags = jnp.asarray(flags)
+    if flags.dtype == jnp.bool_ and flags.shape == (length,):
+        return flags
+    hint = ""
+    if flags.ndim == 2:
+        hint = _BATCH
+    elif flags.dtype != jnp.bool_:
+        hint = f" Pass `{name}.astype(bool)` for zeros and ones."
+        if name == "reset":
+            hint += " For the ids of packed sequences pass `pararnn.segment_starts(segment_ids)`."
+    raise ValueError(
+        f"`{name}` must be a boolean array of shape ({length},), one flag per step of `xs`; "
+        f"got {flags.dtype} of shape {flags.shape}.{hint}"
+    )
 
 
 def check_xs(xs: PyTree[Array]) -> None:
@@ -67,7 +114,8 @@ def check_init(init: PyTree[Array]) -> None:
         if not jnp.issubdtype(h.dtype, jnp.inexact):
             raise TypeError(
                 f"`init{jtu.keystr(path)}` must be floating-point or complex, because the parallel "
-                f"solve differentiates with respect to the state; got {h.dtype}."
+                f"solve differentiates with respect to the state; got {h.dtype}. Cast it to a "
+                "float, or move counters to `xs`, as in `xs=(xs, jnp.arange(L))`."
             )
 
 
@@ -80,25 +128,123 @@ def check_guess(guess: PyTree[Array], init: PyTree[Array], length: int) -> None:
         )
 
 
-def check_step(step: Any, xs: PyTree[Array], init: PyTree[Array]) -> None:
-    out = eqx.filter_eval_shape(step, struct(init), time_slice(xs))
-    bad = [leaf for leaf in jtu.tree_leaves(out) if not isinstance(leaf, jax.ShapeDtypeStruct)]
-    if bad:
-        raise TypeError(f"`step` must return arrays only; got {bad[0]!r} in its result.")
-    got, expected = jtu.tree_structure(out), jtu.tree_structure(init)
-    if got != expected:
+def check_sequence(name: str, xs: Any) -> None:
+    """Raises unless `xs` is one sequence of feature vectors."""
+    if jnp.ndim(xs) != 2:
+        hint = f" For a batch of sequences use `jax.vmap({name})`." if jnp.ndim(xs) == 3 else ""
+        raise ValueError(f"`xs` must have shape (L, width); got {jnp.shape(xs)}.{hint}")
+
+
+def check_projected(us: PyTree[Any], length: int) -> None:
+    """Raises unless the leaves of `cell.project(xs)` are as long as `xs`."""
+    for path, u in jtu.tree_leaves_with_path(us):
+        if jnp.ndim(u) == 0 or jnp.shape(u)[0] != length:
+            raise ValueError(
+                f"`cell.project(xs)` must keep the leading axis of `xs`, one slice per step: of "
+                f"{length} inputs it made `us{jtu.keystr(path)}` of shape {jnp.shape(u)}. A "
+                "convolution must be padded in front, and declare its `context`."
+            )
+
+
+# --- the step ---------------------------------------------------------------------------------
+
+
+class ExplainedStep(eqx.Module):
+    """A step that tells what it was called with when it fails. Costs nothing once traced."""
+
+    step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
+
+    def __call__(self, state: PyTree[Array], x: PyTree[Array]) -> PyTree[Array]:
+        cell = getattr(self.step, "__self__", None)
+        if isinstance(cell, AbstractCell):
+            _check_is_projected(cell, x)
+        try:
+            return self.step(state, x)
+        except Exception as error:
+            error.add_note(
+                f"`step` failed when it was traced with a state {_describe(state)} and an input "
+                f"{_describe(x)}, which is one time slice of `xs`. If it is the step of a cell, "
+                "its inputs are `cell.project(xs)`, not `xs`."
+            )
+            raise
+
+
+def _check_is_projected(cell: AbstractCell, x: PyTree[Array]) -> None:
+    """Raises if `x` is one array although `project` makes several of such an array. Three features
+    would be taken for three gates, without any error."""
+    if not eqx.is_array(x):
+        return
+    try:
+        us = jax.eval_shape(lambda x: cell.project(jnp.expand_dims(x, 0)), x)
+    except Exception:
+        return  # `x` is nothing that `project` takes, hence no raw input
+    if not isinstance(us, jax.ShapeDtypeStruct):
         raise ValueError(
-            f"`step` must return a state with the structure of `init`, {expected}; got {got}."
+            f"`xs` must be what the steps of {type(cell).__name__} consume, `cell.project(xs)`; "
+            f"got one array, a step's part of which is {_describe(x)}."
         )
-    for (path, new), old in zip(jtu.tree_leaves_with_path(out), jtu.tree_leaves(init), strict=True):
+
+
+def _describe(tree: PyTree[Any]) -> str:
+    return eqx.tree_pformat(tree, width=10**6, struct_as_array=True)
+
+
+class StateDtypeError(ValueError):
+    """A step does not keep the dtype of the state."""
+
+
+def check_step(step: Any, xs: PyTree[Array], init: PyTree[Array]) -> None:
+    """Raises unless `step` returns a state like `init`."""
+    check_new_state(eqx.filter_eval_shape(step, struct(init), time_slice(xs)), init)
+
+
+def check_new_state(new: PyTree[Any], old: PyTree[Any]) -> None:
+    """Raises unless `new`, what a step returned, is like `old`."""
+    got, expected = jtu.tree_structure(new), jtu.tree_structure(old)
+    if got != expected:
+        hint = ""
+        if isinstance(new, tuple) and len(new) == 2 and jtu.tree_structure(new[0]) == expected:
+            hint = (
+                " Return the state only, not `(carry, y)` as for `jax.lax.scan`: outputs are "
+                "computed from all states afterwards (in the `readout` of a cell)."
+            )
+        raise ValueError(
+            f"`step` must return a state with the structure of `init`, {expected}; got {got}.{hint}"
+        )
+    for (path, a), b in zip(jtu.tree_leaves_with_path(new), jtu.tree_leaves(old), strict=True):
         where = jtu.keystr(path)
-        if new.shape != old.shape:
+        if not (eqx.is_array(a) or isinstance(a, jax.ShapeDtypeStruct)):
+            raise TypeError(f"`step` must return arrays only; got {a!r} in its result.")
+        if a.shape != jnp.shape(b):
             raise ValueError(
-                f"`step` must keep the shape of the state: `init{where}` has {old.shape}, "
-                f"but the new state has {new.shape}."
+                f"`step` must keep the shape of the state: `init{where}` has {jnp.shape(b)}, "
+                f"but the new state has {a.shape}."
             )
-        if new.dtype != old.dtype:
-            raise ValueError(
-                f"`step` must keep the dtype of the state: `init{where}` is {old.dtype}, but the "
-                f"new state is {new.dtype}. Cast inside `step`, or pass `init` as {new.dtype}."
+        if a.dtype != jnp.result_type(b):
+            raise StateDtypeError(
+                f"`step` must keep the dtype of the state: `init{where}` is {jnp.result_type(b)}, "
+                f"but the new state is {a.dtype}. Cast inside `step`, pass `init` as {a.dtype}, or "
+                f"cast what in `xs` is {a.dtype}."
             )
+
+
+def blame_inputs(error: StateDtypeError, cell: AbstractCell, xs: PyTree[Array]) -> Exception:
+    """The error to raise in place of `error`, in terms of what the user of a layer wrote."""
+    parameters, inputs = _widest(cell), _widest(xs)
+    if parameters is None or inputs is None or _bits(inputs) <= _bits(parameters):
+        return error
+    return ValueError(
+        f"`xs` is {inputs}, but the parameters of {type(cell).__name__} are {parameters}, and the "
+        f"state would not keep its dtype. Cast the inputs, `xs.astype(jnp.{parameters})`, or make "
+        f"the cell with `dtype=jnp.{inputs}`."
+    )
+
+
+def _bits(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits
+
+
+def _widest(tree: PyTree[Any]) -> Any:
+    """The dtype of the widest floating-point or complex leaf."""
+    dtypes = [leaf.dtype for leaf in jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))]
+    return max(dtypes, key=_bits, default=None)

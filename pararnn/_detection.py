@@ -12,8 +12,11 @@ The analysis is sound: a structure may be coarser than the true one, never finer
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import equinox as eqx
 import jax
 import jax.extend.core as jex_core
+import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import PyTree
@@ -22,6 +25,8 @@ from scipy.sparse.csgraph import connected_components
 from ._misc import raveler, struct
 from ._patterns import CALLS, Pattern, TooDenseError, inner_jaxpr, interpret
 from ._structure import AbstractStructure, BlockDiagonal, Dense, Diagonal
+
+_SLICE = "`x` must be one time slice of the inputs: pass `us[0]`, not `us`."
 
 
 def detect_structure(
@@ -72,10 +77,27 @@ def _trace_derivative(step, state, x) -> tuple[Any, int]:
     ravel, unravel, size, dtype = raveler(state)
     vector = jax.ShapeDtypeStruct((size,), dtype)
 
+    def vector_step(vector, x):
+        try:
+            new = step(unravel(vector), x)
+        except Exception as error:
+            error.add_note(f"`step` failed when it was traced. {_SLICE}")
+            raise
+        if _shapes(new) != _shapes(state):
+            got, expected = (eqx.tree_pformat(t, struct_as_array=True) for t in (new, state))
+            raise ValueError(
+                f"`step` must return a state shaped like `state`, {expected}; got {got}. {_SLICE}"
+            )
+        return ravel(new)
+
     def derivative(vector, x, tangent):
-        return jax.jvp(lambda v: ravel(step(unravel(v), x)), (vector,), (tangent,))[1]
+        return jax.jvp(lambda v: vector_step(v, x), (vector,), (tangent,))[1]
 
     return jax.make_jaxpr(derivative)(vector, x, vector).jaxpr, size
+
+
+def _shapes(tree: PyTree[Any]) -> tuple[Any, list[tuple[int, ...]]]:
+    return jtu.tree_structure(tree), [jnp.shape(leaf) for leaf in jtu.tree_leaves(tree)]
 
 
 def reaches(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:

@@ -1,7 +1,7 @@
 """Equinox modules that put a cell and a solver together."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -11,19 +11,33 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ClippedAdjoint
-from ._checks import check_flags
+from ._checks import (
+    StateDtypeError,
+    blame_inputs,
+    check_adjoint,
+    check_flags,
+    check_new_state,
+    check_projected,
+    check_solver,
+    check_xs,
+    instance_hint,
+    to_arrays,
+)
 from ._misc import num_steps, struct
 from ._packing import Packing, windows_of_pieces, zero_unless
 from ._solution import Solution
 from ._solve import solve
-from .cells import AbstractCell
+from .cells import AbstractCell, from_equinox
 from .solvers import AbstractSolver, AssociativeScan
+
+Cell = TypeVar("Cell", bound=AbstractCell)
 
 
 class _Prepared(NamedTuple):
-    """A sequence, ready to be solved: what the steps consume, the state to start from, the inputs
-    to carry along, the steps that start anew, and how to undo the removal of padding."""
+    """A sequence, ready to be solved: its inputs, what the steps consume, the state to start from,
+    the inputs to carry along, the steps that start anew, and how to undo the removal of padding."""
 
+    xs: PyTree[Array]
     us: PyTree[Array]
     start: PyTree[Array]
     past: PyTree[Array] | None
@@ -31,21 +45,22 @@ class _Prepared(NamedTuple):
     packing: Packing | None
 
 
-class RNN(eqx.Module):
+class RNN(eqx.Module, Generic[Cell]):
     """A recurrent layer: a cell, run over a sequence by a solver.
 
     One sequence at a time, without a batch axis: use `jax.vmap(rnn)` for batches. The weights are
-    the cell's, so a layer trains, filters and serialises as any Equinox module does.
+    the cell's, so a layer trains, filters and serialises as any Equinox module does. For type
+    checkers a layer is generic in its cell: `RNN[GRU]`.
     """
 
-    cell: AbstractCell
+    cell: Cell
     learned_state: PyTree[Array] | None
     solver: AbstractSolver | None = eqx.field(static=True)
     adjoint: AbstractSolver | ClippedAdjoint | None = eqx.field(static=True)
 
     def __init__(
         self,
-        cell: AbstractCell,
+        cell: Cell | eqx.nn.GRUCell | eqx.nn.LSTMCell,
         solver: AbstractSolver | None = None,
         *,
         adjoint: AbstractSolver | ClippedAdjoint | None = None,
@@ -53,26 +68,52 @@ class RNN(eqx.Module):
     ):
         """**Arguments:**
 
-        - `cell`: the recurrence.
+        - `cell`: the recurrence. A cell of Equinox goes through [`pararnn.from_equinox`][].
         - `solver`, `adjoint`: as for [`pararnn.solve`][]; `None` chooses.
         - `learn_init`: whether the initial state is a parameter, starting from `cell.init_state()`.
         """
+        if isinstance(cell, (eqx.nn.GRUCell, eqx.nn.LSTMCell)):
+            cell = cast(Cell, from_equinox(cell))
         if not isinstance(cell, AbstractCell):
-            raise TypeError(f"`cell` must be a pararnn.AbstractCell; got {cell!r}.")
-        for name, value in (("solver", solver), ("adjoint", adjoint)):
-            if name == "adjoint" and isinstance(value, ClippedAdjoint):
-                continue
-            if value is not None and not isinstance(value, AbstractSolver):
-                raise TypeError(f"`{name}` must be a solver instance or None; got {value!r}.")
+            raise TypeError(
+                f"`cell` must be a pararnn.AbstractCell, or a GRUCell or LSTMCell of equinox.nn; "
+                f"got {cell!r}.{instance_hint(cell)}"
+            )
+        check_solver("solver", solver)
+        check_adjoint(adjoint)
         self.cell = cell
         self.learned_state = cell.init_state() if learn_init else None
         self.solver = solver
         self.adjoint = adjoint
 
-    def init_state(self) -> PyTree[Array]:
-        """The state of the recurrence before the first step: learned if so chosen, else the
-        cell's."""
-        return self.cell.init_state() if self.learned_state is None else self.learned_state
+    def init_state(self, x: PyTree[Any] | None = None) -> PyTree[Array]:
+        """A `state` for the call and for `step` which starts anew, as `None` does: the state of the
+        recurrence before the first step, learned if so chosen, else the cell's.
+
+        **Arguments:**
+
+        - `x`: one input, or its `jax.ShapeDtypeStruct`. Only of use for a cell with a `context`,
+            whose calls return a pair: with `x` this is such a pair, past inputs of zeros included,
+            as a loop needs whose carry may not change its structure (`jax.lax.scan` over `step`).
+        """
+        state = self._initial()
+        if x is None or self.cell.context == 0:
+            return state
+        return state, self._no_inputs(_stack_one(jtu.tree_map(_zeros_like, x)))
+
+    def _initial(self) -> PyTree[Array]:
+        state = self.cell.init_state() if self.learned_state is None else self.learned_state
+        if not jtu.tree_leaves(state):
+            hint = " Did you forget `return`?" if state is None else ""
+            raise ValueError(
+                f"`init_state()` of {type(self.cell).__name__} must return the state before the "
+                f"first step, with at least one array; got {state!r}.{hint}"
+            )
+        return state
+
+    def _no_inputs(self, xs: PyTree[Array]) -> PyTree[Array]:
+        """What stands for the inputs before the first."""
+        return jtu.tree_map(lambda x: jnp.zeros((self.cell.context, *x.shape[1:]), x.dtype), xs)
 
     def solve(
         self,
@@ -94,24 +135,26 @@ class RNN(eqx.Module):
         return Solution(states, final, solution.result, solution.stats)
 
     def _solve(self, prepared: _Prepared, throw: bool) -> Solution:
-        start = prepared.start
-        initial = self.init_state()
+        start, initial = prepared.start, self._initial()
         if struct(jtu.tree_map(jnp.asarray, start)) != struct(initial):
             raise ValueError(
                 f"`state` must be shaped like the layer's `init_state()`, {struct(initial)}; got "
                 f"{struct(jtu.tree_map(jnp.asarray, start))}."
             )
-        return solve(
-            self.cell.step,
-            prepared.us,
-            start,
-            solver=self._solver(),
-            adjoint=self.adjoint,
-            reset=prepared.reset,
-            reset_state=initial,
-            structure=self.cell.structure,
-            throw=throw,
-        )
+        try:
+            return solve(
+                self.cell.step,
+                prepared.us,
+                start,
+                solver=self._solver(),
+                adjoint=self.adjoint,
+                reset=prepared.reset,
+                reset_state=initial,
+                structure=self.cell.structure,
+                throw=throw,
+            )
+        except StateDtypeError as error:
+            raise blame_inputs(error, self.cell, prepared.xs) from error
 
     def _solver(self) -> AbstractSolver | None:
         algebra, solver = self.cell.algebra, self.solver
@@ -124,6 +167,8 @@ class RNN(eqx.Module):
         return solver
 
     def _prepare(self, xs, state, reset=None, mask=None) -> _Prepared:
+        xs = to_arrays("xs", xs)
+        check_xs(xs)
         length, context = num_steps(xs), self.cell.context
         packing, count, pieces = None, length, None
         if reset is not None:
@@ -135,23 +180,45 @@ class RNN(eqx.Module):
             count, xs = packing.count, packing.compact(xs)
             pieces = None if pieces is None else packing.pieces(pieces)
             reset = packing.resets(pieces)
+        start, past = self._split(state, xs)
         if context == 0:
-            start = self.init_state() if state is None else state
-            return _Prepared(self.cell.project(xs), start, None, reset, packing)
-        if state is None:
-            start = self.init_state()
-            past = jtu.tree_map(lambda x: jnp.zeros((context, *x.shape[1:]), x.dtype), xs)
-        else:
-            start, past = state
+            return _Prepared(xs, self._project(xs), start, None, reset, packing)
         extended = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), past, xs)
         if pieces is None:
-            us = jtu.tree_map(lambda u: u[context:], self.cell.project(extended))
+            us = jtu.tree_map(lambda u: u[context:], self._project(extended))
         else:
             windows, piece = windows_of_pieces(extended, pieces, context)
-            us = jtu.tree_map(lambda u: u[:, -1], jax.vmap(self.cell.project)(windows))
+            us = jtu.tree_map(lambda u: u[:, -1], jax.vmap(self._project)(windows))
             extended = zero_unless(piece == piece[context - 1 + count], extended)
         past = jtu.tree_map(lambda x: jax.lax.dynamic_slice_in_dim(x, count, context), extended)
-        return _Prepared(us, start, past, reset, packing)
+        return _Prepared(xs, us, start, past, reset, packing)
+
+    def _project(self, xs: PyTree[Array]) -> PyTree[Array]:
+        us = self.cell.project(xs)
+        check_projected(us, num_steps(xs))
+        return us
+
+    def _split(self, state, xs: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        """The state of the recurrence and the past inputs, of what a call is given as `state`."""
+        context = self.cell.context
+        if context == 0:
+            return self._initial() if state is None else state, None
+        initial, past = self._initial(), self._no_inputs(xs)
+        if state is None:
+            return initial, past
+        # As `init_state()` returns it. No pair of a state and inputs has the state's structure.
+        if jtu.tree_structure(state) == jtu.tree_structure(initial):
+            return state, past
+        if jtu.tree_structure(state) != jtu.tree_structure((initial, past)) or any(
+            jnp.shape(a) != jnp.shape(b)
+            for a, b in zip(jtu.tree_leaves(state[1]), jtu.tree_leaves(past), strict=True)
+        ):
+            raise ValueError(
+                "`state` must be what the call or the step before returned, here a pair of the "
+                f"recurrence's state and the last {context} inputs, or `init_state()`: like "
+                f"{struct((initial, past))}; got {state!r}."
+            )
+        return state
 
     def __call__(
         self,
@@ -160,16 +227,22 @@ class RNN(eqx.Module):
         *,
         reset: Bool[Array | np.ndarray, " L"] | None = None,
         mask: Bool[Array | np.ndarray, " L"] | None = None,
+        throw: bool = True,
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         """**Arguments:**
 
         - `xs`: the inputs, with a leading axis of length `L`.
-        - `state`: where to continue, as returned by the call before; `None` starts anew.
+        - `state`: where to continue, as returned by the call before; `None`, or `init_state()`,
+            starts anew.
         - `reset`: a boolean per step; where true, the step starts from `init_state()`, and sees no
             input before its own. For packed sequences: `segment_starts(segment_ids)`.
         - `mask`: a boolean per step; where false, the step is padding, and all goes on as if it
             were not there; its output is zero. For a sequence of some `length`:
             `jnp.arange(L) < length`. A `reset` within padding holds for the next real step.
+        - `throw`: raise an error at run time if the solve is not `successful`. What raises is a
+            call back to Python, with which a program can be neither exported (`jax.export`) nor
+            kept in JAX's persistent cache: pass `throw=False` for these. Nothing then tells a
+            failure but the values themselves; `solve(..., throw=False)` returns the report.
 
         **Returns:**
 
@@ -178,7 +251,7 @@ class RNN(eqx.Module):
         inputs.
         """
         prepared = self._prepare(xs, state, reset, mask)
-        solution, packing = self._solve(prepared, throw=True), prepared.packing
+        solution, packing = self._solve(prepared, throw), prepared.packing
         ys, final = self.cell.readout(solution.states, prepared.us), solution.final
         if packing is not None:
             nothing = jtu.tree_map(lambda y: jnp.zeros(y.shape[1:], y.dtype), ys)
@@ -197,7 +270,8 @@ class RNN(eqx.Module):
         **Arguments:**
 
         - `x`: one time slice of the inputs.
-        - `state`: as returned by the step, or the call, before; `None` starts anew.
+        - `state`: as returned by the step, or the call, before; `None`, or `init_state()`, starts
+            anew.
 
         **Returns:**
 
@@ -205,6 +279,10 @@ class RNN(eqx.Module):
         """
         prepared = self._prepare(_stack_one(x), state)
         new = self.cell.step(prepared.start, _unstack_one(prepared.us))
+        try:
+            check_new_state(new, prepared.start)
+        except StateDtypeError as error:
+            raise blame_inputs(error, self.cell, prepared.xs) from error
         y = _unstack_one(self.cell.readout(_stack_one(new), prepared.us))
         return y, new if self.cell.context == 0 else (new, prepared.past)
 
@@ -215,3 +293,7 @@ def _stack_one(tree: PyTree[Any]) -> PyTree[Array]:
 
 def _unstack_one(tree: PyTree[Array]) -> PyTree[Array]:
     return jtu.tree_map(lambda x: x[0], tree)
+
+
+def _zeros_like(x: Any) -> Array:
+    return jnp.zeros(jnp.shape(x), jnp.result_type(x))

@@ -10,6 +10,9 @@ from ._misc import num_steps, raveler, time_slice
 from ._structure import AbstractStructure, Dense
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
 
+# JAX's names of a platform; `gpu` is what its default backend is called on CUDA and ROCm.
+_PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
+
 # Beyond this many state elements a dense Newton correction costs more than the sweeps that it
 # saves.
 _MAX_DENSE_SIZE = 128
@@ -29,7 +32,8 @@ def select_solver(
 
     - `step`, `xs`, `init`: as for [`pararnn.solve`][]. Only shapes and dtypes matter.
     - `structure`: the Jacobian's structure, if it is known; it is detected otherwise.
-    - `platform`: `"cpu"`, `"gpu"`, …; `None` is `jax.default_backend()`.
+    - `platform`: `"cpu"`, `"gpu"`, `"cuda"`, `"rocm"` or `"tpu"`; `None` is
+        `jax.default_backend()`.
 
     **Returns:**
 
@@ -39,6 +43,8 @@ def select_solver(
         platform = jax.default_backend()
     if not isinstance(platform, str):
         raise TypeError(f"`platform` must be a string or None; got {platform!r}.")
+    if platform not in (*_PLATFORMS, jax.default_backend()):
+        raise ValueError(f"`platform` must be one of {_PLATFORMS} or None; got {platform!r}.")
     if platform == "cpu":
         return Sequential(), (
             "On a CPU, one pass of `lax.scan` is near the machine's limit; parallel sweeps do the "

@@ -110,6 +110,10 @@ def throw_unless_successful(states: PyTree[Array], result: RESULTS) -> PyTree[Ar
         return f"Solution(\n{textwrap.indent(lines, '  ')})"
 
 
+def _message(index: int) -> str:
+    return RESULTS[jtu.tree_map(lambda _: np.asarray(index), RESULTS.successful)]
+
+
 def _is_concrete(value: Any) -> bool:
     if isinstance(value, jax.Array):
         traced = isinstance(value, jax.core.Tracer)
@@ -135,8 +139,7 @@ def _show_result(result: RESULTS) -> str:
     if len(leaves) != 1 or not _is_concrete(leaves[0]):
         return repr(result)
     values, counts = np.unique(np.asarray(leaves[0]), return_counts=True)
-    items = [jtu.tree_map(lambda _, v=v: np.asarray(v), RESULTS.successful) for v in values]
-    messages = [RESULTS[item] for item in items]
+    messages = [_message(int(value)) for value in values]
     if np.ndim(leaves[0]) == 0:
         return f"RESULTS<{messages[0]}>"
     short = (message.partition(". ")[0] for message in messages)

@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ClippedAdjoint, solve_states, solve_states_clipped
 from ._checks import (
+    ExplainedStep,
+    check_adjoint,
+    check_callable,
     check_flags,
     check_guess,
     check_init,
@@ -92,11 +95,9 @@ def solve(
     arguments do not fit together; `equinox.EquinoxRuntimeError` with `throw=True` when a state is
     not finite, or when the iteration did not converge with `fallback=False`.
     """
-    if not callable(step):
-        raise TypeError(f"`step` must be callable as step(state, x); got {step!r}.")
+    check_callable(step)
     check_solver("solver", solver)
-    if not isinstance(adjoint, ClippedAdjoint):
-        check_solver("adjoint", adjoint)
+    check_adjoint(adjoint)
     if structure is not None and not isinstance(structure, AbstractStructure):
         raise TypeError(
             "`structure` must be a pararnn.Diagonal, BlockDiagonal or Dense, or None; "
@@ -141,6 +142,7 @@ def _solve(
     step, xs, init, solver, adjoint, reset, reset_state, mask, guess, structure, report, throw
 ) -> Solution:
     length = num_steps(xs)
+    step = ExplainedStep(step)
 
     def precise_step(state, x):
         with jax.default_matmul_precision("highest"):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._adjoint import ClippedAdjoint
 from ._blocks import AbstractBlock
+from ._checks import check_sequence
 from ._layers import RNN
 from ._misc import flip_time
 from ._packing import segment_starts
@@ -44,6 +45,11 @@ class Stack(AbstractBlock):
         keys = (None,) * count if key is None else jax.random.split(key, count)
         return zip(self.blocks, states, keys, strict=True)
 
+    def init_state(
+        self, x: Float[Array, " width"] | jax.ShapeDtypeStruct | None = None
+    ) -> PyTree[Array]:
+        return tuple(block.init_state(x) for block in self.blocks)
+
     def __call__(
         self,
         xs: Float[Array, "L width"],
@@ -52,10 +58,12 @@ class Stack(AbstractBlock):
         reset: Bool[Array | np.ndarray, " L"] | None = None,
         mask: Bool[Array | np.ndarray, " L"] | None = None,
         key: PRNGKeyArray | None = None,
+        throw: bool = True,
     ) -> tuple[Float[Array, "L width"], PyTree[Array]]:
+        check_sequence("stack", xs)
         new = []
         for block, old, block_key in self._parts(state, key):
-            xs, final = block(xs, old, reset=reset, mask=mask, key=block_key)
+            xs, final = block(xs, old, reset=reset, mask=mask, key=block_key, throw=throw)
             new.append(final)
         return xs, tuple(new)
 
@@ -108,13 +116,14 @@ class Bidirectional(eqx.Module):
         *,
         reset: Bool[Array | np.ndarray, " L"] | None = None,
         mask: Bool[Array | np.ndarray, " L"] | None = None,
+        throw: bool = True,
     ) -> tuple[PyTree[Array], tuple[PyTree[Array], PyTree[Array]]]:
         """**Arguments:**
 
         - `xs`: the inputs, with a leading axis of length `L`.
         - `reset`: a boolean per step; where true, a new piece begins. No information passes
             between pieces, in neither direction.
-        - `mask`: as for [`pararnn.RNN`][].
+        - `mask`, `throw`: as for [`pararnn.RNN`][].
 
         **Returns:**
 
@@ -122,11 +131,11 @@ class Bidirectional(eqx.Module):
         and their final states: the forward one after the last step, the backward one after the
         first.
         """
-        ys, final = self.forward(xs, reset=reset, mask=mask)
+        ys, final = self.forward(xs, reset=reset, mask=mask, throw=throw)
         if reset is not None:
             reset = segment_starts(jnp.flip(jnp.cumsum(jnp.asarray(reset))))
         mask = None if mask is None else jnp.flip(jnp.asarray(mask))
         flipped = flip_time(jtu.tree_map(jnp.asarray, xs))
-        back, backward_final = self.backward(flipped, reset=reset, mask=mask)
+        back, backward_final = self.backward(flipped, reset=reset, mask=mask, throw=throw)
         joined = jtu.tree_map(lambda a, b: jnp.concatenate([a, b], -1), ys, flip_time(back))
         return joined, (final, backward_final)

@@ -1,5 +1,9 @@
 """Wrong arguments are refused by name, and the message shows what came."""
 
+import sys
+import traceback
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -22,6 +26,7 @@ def step(h, x):
 
 
 XS, INIT = jnp.ones((5, 2)), jnp.ones(2)
+ELMAN = prnn.Elman(2, 3, key=jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +36,7 @@ XS, INIT = jnp.ones((5, 2)), jnp.ones(2)
         (TypeError, "`solver`.*Newton.*forget the parentheses", {"solver": prnn.Newton}),
         (TypeError, "`adjoint` must be a solver.*got 3", {"adjoint": 3}),
         (TypeError, "`adjoint`.*forget the parentheses", {"adjoint": prnn.Sequential}),
+        (TypeError, "`adjoint`.*ClippedAdjoint.*parentheses", {"adjoint": prnn.ClippedAdjoint}),
         (TypeError, "`structure` must be.*got 'diagonal'", {"structure": "diagonal"}),
         (
             ValueError,
@@ -38,7 +44,13 @@ XS, INIT = jnp.ones((5, 2)), jnp.ones(2)
             {"structure": prnn.BlockDiagonal.contiguous(2, 2)},
         ),
         (ValueError, r"`reset`.*\(5,\).*got bool of shape \(4,\)", {"reset": np.ones(4, bool)}),
-        (ValueError, r"`reset`.*got int64 of shape \(5,\)", {"reset": np.ones(5, np.int64)}),
+        (
+            ValueError,
+            r"`reset`.*got int64 of shape \(5,\).*`reset.astype\(bool\)`.*`pararnn.segment_starts",
+            {"reset": np.ones(5, np.int64)},
+        ),
+        (ValueError, r"`mask`.*got float64.*`mask.astype\(bool\)`", {"mask": np.ones(5)}),
+        (ValueError, r"`mask`.*got bool of shape \(3, 5\).*vmap", {"mask": np.ones((3, 5), bool)}),
         (ValueError, r"`reset`.*got bool of shape \(\)", {"reset": True}),
         (ValueError, r"`reset`.*got bool of shape \(5, 1\)", {"reset": np.ones((5, 1), bool)}),
         (ValueError, r"`reset_state`.*\(2,\).*got .*\(3,\)", {"reset_state": jnp.ones(3)}),
@@ -79,6 +91,7 @@ def test_inputs(error, message, xs):
     [
         (ValueError, "`init` must have at least one array", ()),
         (TypeError, "`init` must be floating-point or complex.*got int64", np.ones(2, np.int64)),
+        (TypeError, "`init` must be floating.*got int64. Cast it to a float.*move.*to `xs`", 0),
         (TypeError, r"`init\['n'\]`.*got bool", {"h": INIT, "n": np.ones(2, bool)}),
         (TypeError, "`init` must be an array; got <object", object()),
     ],
@@ -92,7 +105,11 @@ def test_initial_states(error, message, init):
     "error, message, bad",
     [
         (TypeError, "`step` must be callable.*got 5", 5),
+        (TypeError, "`step`.*got the cell Elman.*RNN.*`cell.step`", ELMAN),
+        (TypeError, "`step`.*parentheses", prnn.Elman),
         (ValueError, r"structure of `init`.*\*.*got .*\(\*, \*\)", lambda h, x: (h, h)),
+        (ValueError, "Return the state only, not `.carry, y.`.*`readout`", lambda h, x: (h, h)),
+        (ValueError, "Return the state only, not `.carry, y.`.*`readout`", lambda h, x: (h, None)),
         (ValueError, "structure of `init`.*got .*None", lambda h, x: None),
         (ValueError, r"keep the shape.*`init` has \(2,\).* \(1,\)", lambda h, x: h[:1]),
         (ValueError, r"keep the shape.*\(2,\).* \(2, 2\)", lambda h, x: h * x[:, None]),
@@ -202,21 +219,75 @@ def test_settings_that_do_not_fit_the_step():
 def test_platform():
     with pytest.raises(TypeError, match="`platform` must be a string or None; got 3"):
         prnn.select_solver(step, XS, INIT, platform=3)
+    with pytest.raises(ValueError, match="`platform` must be one of.*'cuda'.*'tpu'.*got 'GPU'"):
+        prnn.select_solver(step, XS, INIT, platform="GPU")
+    for platform in ("cpu", "gpu", "cuda", "rocm", "tpu"):
+        prnn.select_solver(step, XS, INIT, platform=platform)
+
+
+@pytest.mark.parametrize(
+    "bad, us, message",
+    [
+        (step, XS, r"shaped like `state`, f64\[2\]; got f64\[5,2\].*pass `us\[0\]`"),
+        (lambda h, x: h + jnp.diag(h) @ x, XS, r"`step` failed when it was traced.*pass `us\[0\]`"),
+        (lambda h, x: (h, x), INIT, r"shaped like `state`, f64\[2\]; got \(f64\[2\], f64\[2\]\)"),
+    ],
+)
+def test_structure_of_one_time_slice(bad, us, message):
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    try:
+        with pytest.raises((ValueError, TypeError), match=message):
+            prnn.detect_structure(bad, INIT, us)
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def test_plotting_without_matplotlib(monkeypatch):
+    row = {"name": "x", "forward": {"seconds": None}}
+    made = prnn.Benchmark(prnn.Sequential(), row, ())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"matplotlib: pip install 'pararnn\[examples\]'"):
+        made.plot()
+
+
+def step_of_the_failure(h, x):
+    return h * h + x
+
+
+def test_a_failure_is_reported_where_it_happened():
+    """The first call is compiled for all calls; its line must not turn up in the second's."""
+    good, bad = INIT / 2, INIT * 1e200
+    prnn.solve(step_of_the_failure, XS / 9, good)  # an unrelated line
+    with pytest.raises(eqx.EquinoxRuntimeError, match="A state is not finite") as caught:
+        prnn.solve(step_of_the_failure, XS / 9, bad)
+    text = "".join(traceback.format_exception(caught.value))
+    assert "prnn.solve(step_of_the_failure, XS / 9, bad)" in text
+    assert "unrelated" not in text
+    assert str(caught.value) == prnn.RESULTS[prnn.RESULTS.nonfinite]
+
+    def own_error(h, x):
+        return eqx.error_if(h + x, x[0] > 0, "an error of the user's own")
+
+    with pytest.raises(eqx.EquinoxRuntimeError, match="an error of the user's own"):
+        prnn.solve(own_error, XS, INIT, solver=prnn.Sequential())
 
 
 # --- layers ---------------------------------------------------------------------------------------
 
-CELL = prnn.Elman(2, 3, key=jax.random.key(0))
+CELL = ELMAN
+GRU = prnn.GRU(3, 4, key=jax.random.key(0))
 
 
 @pytest.mark.parametrize(
     "message, make",
     [
-        ("`cell` must be a pararnn.AbstractCell; got 'GRU'", lambda: prnn.RNN("GRU")),
-        ("`cell`.*Elman", lambda: prnn.RNN(prnn.Elman)),
-        ("`solver` must be a solver instance or None; got 'x'", lambda: prnn.RNN(CELL, "x")),
-        ("`solver`.*Newton", lambda: prnn.RNN(CELL, prnn.Newton)),
+        ("`cell` must be a pararnn.AbstractCell.*; got 'GRU'", lambda: prnn.RNN("GRU")),
+        (r"`cell`.*Elman.*parentheses.*`Elman\(", lambda: prnn.RNN(prnn.Elman)),
+        ("`cell`.*GRUCell.*parentheses", lambda: prnn.RNN(eqx.nn.GRUCell)),
+        ("`solver` must be a solver such as.* None; got 'x'", lambda: prnn.RNN(CELL, "x")),
+        (r"`solver`.*Newton.*parentheses.*`Newton\(", lambda: prnn.RNN(CELL, prnn.Newton)),
         ("`adjoint`.*got 'x'", lambda: prnn.RNN(CELL, adjoint="x")),
+        ("`adjoint`.*parentheses", lambda: prnn.RNN(CELL, adjoint=prnn.Newton)),
     ],
 )
 def test_making_a_layer(message, make):
@@ -230,7 +301,7 @@ def test_inputs_of_a_layer(cell):
     for xs, shape in ((jnp.ones((5, 3)), r"\(5, 3\)"), (jnp.ones(5), r"\(5,\)")):
         with pytest.raises(ValueError, match=rf"`xs` must have shape.*\(L, 2\); got {shape}"):
             rnn(xs)
-    with pytest.raises(ValueError, match=r"`xs` must have shape.*got \(7, 5, 2\)"):
+    with pytest.raises(ValueError, match=r"`xs` must have shape.*got \(7, 5, 2\).*use `jax.vmap`"):
         rnn(jnp.ones((7, 5, 2)))  # a batch, without vmap
     with pytest.raises(ValueError, match=r"`reset`.*\(5,\).*got bool of shape \(3,\)"):
         rnn(XS, reset=np.ones(3, bool))
@@ -254,3 +325,90 @@ def test_sizes_of_cells():
         prnn.Elman(2, 3, leak=0.0, key=key)
     with pytest.raises(ValueError, match="`num_heads` must divide.*got 3 for 4"):
         prnn.DiagonalGRU(6, 4, num_heads=3, key=key)
+
+
+# --- the step of a cell ---------------------------------------------------------------------------
+
+
+def test_inputs_that_are_not_projected():
+    us = GRU.project(jnp.ones((5, 3)))
+    assert prnn.solve(GRU.step, us, GRU.init_state()).states.shape == (5, 4)
+    # Three features could be taken for three gates.
+    with pytest.raises(ValueError, match=r"`xs` must be what.*GRU.*`cell.project\(xs\)`.*f64\[3\]"):
+        prnn.solve(GRU.step, jnp.ones((5, 3)), GRU.init_state())
+    message = r"`step` failed.*state f64\[4\].*input f64\[7\].*`cell.project\(xs\)`"
+    for step in (GRU.step, lambda h, x: GRU.step(h, x)):
+        with pytest.raises(ValueError, match=message):
+            prnn.solve(step, jnp.ones((5, 7)), GRU.init_state())
+    # One array is what the steps of this cell consume.
+    assert prnn.solve(CELL.step, CELL.project(XS), CELL.init_state()).states.shape == (5, 3)
+
+
+def test_a_failing_step_tells_its_arguments():
+    with pytest.raises(KeyError, match=r"`step` failed.*\{'a': f64\[2\]\} and an input f64\[2\]"):
+        prnn.solve(lambda s, x: {"b": s["b"]}, XS, {"a": INIT})
+
+
+class Custom(prnn.AbstractCell):
+    """A cell that does what it is told."""
+
+    initial: object = eqx.field(static=True, default=None)
+    projected: object = eqx.field(static=True, default=None)
+
+    def init_state(self):
+        return None if self.initial is None else self.initial()
+
+    def step(self, state, u):
+        return 0.5 * state + u
+
+    def project(self, xs):
+        return xs if self.projected is None else self.projected(xs)
+
+
+def zeros():
+    return jnp.zeros(2)
+
+
+@pytest.mark.parametrize(
+    "message, cell",
+    [
+        (r"`init_state\(\)` of Custom must return.*got None. Did you forget `return`", Custom()),
+        (r"`init_state\(\)` of Custom must return.*got \(\)", Custom(tuple)),
+        (r"`cell.project\(xs\)` must keep.*of . inputs.*\(., 2\)", Custom(zeros, lambda x: x[1:])),
+        (r"`us\['a'\]` of shape \(\)", Custom(zeros, lambda x: {"a": jnp.sum(x)})),
+    ],
+)
+def test_cells_that_break_the_rules(message, cell):
+    rnn = prnn.RNN(cell)
+    for call in (rnn, rnn.solve, lambda xs: rnn.step(xs[0])):
+        with pytest.raises(ValueError, match=message):
+            call(XS)
+
+
+@pytest.mark.parametrize("cell", [prnn.GRU, prnn.Elman, prnn.LSTM])
+def test_inputs_of_another_dtype(cell):
+    """What the user wrote is named, and what works is let through."""
+    wide, narrow = (cell(2, 3, dtype=dtype, key=jax.random.key(0)) for dtype in (None, jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):
+        rnn = prnn.RNN(narrow)
+        message = (
+            f"`xs` is float64, but the parameters of {cell.__name__} are float32.*"
+            r"`xs.astype\(jnp.float32\)`.*`dtype=jnp.float64`"
+        )
+        for call in (rnn, rnn.solve, lambda xs: rnn.step(xs[0])):
+            with pytest.raises(ValueError, match=message):
+                call(XS)
+        with pytest.raises(ValueError, match="keep the dtype.*float32.*float64.*cast what in `xs`"):
+            prnn.solve(narrow.step, narrow.project(XS), narrow.init_state())
+        ys, _ = prnn.RNN(wide)(XS.astype(jnp.float32))
+        assert ys.dtype == jnp.float64
+
+
+def test_inputs_that_are_no_arrays():
+    rnn = prnn.RNN(CELL)
+    with pytest.raises(TypeError, match="`xs` must be an array; got 'text'"):
+        rnn("text")
+    with pytest.raises(ValueError, match="`xs` must have a leading time axis"):
+        rnn(3.0)
+    with pytest.raises(ValueError, match=r"`xs\[0\]\[0\]` must have a leading time axis"):
+        rnn([[1.0, 2.0], [3.0, 4.0]])

@@ -219,3 +219,82 @@ def test_failure_is_raised_or_returned():
     with pytest.raises(eqx.EquinoxRuntimeError, match="A state is not finite"):
         jax.block_until_ready(rnn(inputs()))
     assert rnn.solve(inputs(), throw=False).result == prnn.RESULTS.nonfinite
+
+
+# --- without raising ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [None, prnn.Newton(chunk_size=4)], ids=["default", "Newton"])
+def test_export(solver):
+    """A program that cannot raise is complete in itself."""
+    rnn, xs = layer(prnn.DiagonalGRU, solver), inputs()
+    expected = by_scan(rnn.cell, xs, rnn.init_state())
+    exported = jax.export.export(jax.jit(lambda xs: rnn(xs, throw=False)[0]))(xs)
+    assert error(exported.call(xs), expected) <= 1e-10
+    both = prnn.Bidirectional(rnn.cell, rnn.cell, solver)
+    exported = jax.export.export(jax.jit(lambda xs: both(xs, throw=False)[0]))(xs)
+    assert error(exported.call(xs)[:, :SIZE], expected) <= 1e-10
+
+
+def test_failures_pass_without_raising():
+    rnn = prnn.RNN(
+        eqx.tree_at(lambda c: c.bias, layer(prnn.Elman).cell, jnp.full(SIZE, jnp.nan)),
+        prnn.Newton(chunk_size=3),
+    )
+    ys, final = rnn(inputs(), throw=False)
+    assert np.all(np.isnan(ys)) and np.all(np.isnan(final))
+
+
+# --- initial states -------------------------------------------------------------------------------
+
+
+def m2rnn(inputs, size, *, key):
+    return prnn.M2RNN(inputs, 1, 2, 2, size, conv_width=3, key=key)
+
+
+@pytest.mark.parametrize("learn_init", [False, True])
+@pytest.mark.parametrize("make", [prnn.GRU, prnn.LSTM, m2rnn])
+def test_initial_states_are_accepted(make, learn_init):
+    """Like no state at all: by the call, by the step, in a scan over steps, with and without an
+    example of the inputs."""
+    rnn, xs = layer(make, learn_init=learn_init), inputs(length=7)
+    rnn = jtu.tree_map(lambda x: x + 0.1 if eqx.is_inexact_array(x) else x, rnn)
+    ys, final = rnn(xs)
+    x = jax.ShapeDtypeStruct((INPUTS,), xs.dtype)
+    for state in (rnn.init_state(), rnn.init_state(xs[0]), rnn.init_state(x)):
+        got, last = rnn(xs, state)
+        assert error(got, ys) == 0 and error(last, final) == 0
+        y, after = rnn.step(xs[0], state)
+        again, last = rnn(xs[1:], after)
+        assert error(jnp.concatenate([y[None], again]), ys) <= 1e-10
+        assert error(last, final) <= 1e-10
+    assert jtu.tree_structure(rnn.init_state(x)) == jtu.tree_structure(final)
+
+    def body(state, x):
+        y, state = rnn.step(x, state)
+        return state, y
+
+    last, streamed = jax.lax.scan(body, rnn.init_state(xs[0]), xs)
+    assert error(streamed, ys) <= 1e-10 and error(last, final) <= 1e-10
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [eqx.nn.GRUCell, eqx.nn.LSTMCell])
+def test_cells_of_equinox_are_accepted(make):
+    cell, xs = make(INPUTS, SIZE, key=jax.random.key(0)), inputs()
+    rnn = prnn.RNN(cell)
+    assert eqx.tree_equal(rnn.cell, prnn.from_equinox(cell)) and rnn.cell.cell is cell
+    assert error(rnn(xs)[0], prnn.RNN(prnn.from_equinox(cell))(xs)[0]) == 0
+
+
+def test_layers_are_generic_in_their_cell():
+    class Model(eqx.Module):
+        rnn: prnn.RNN[prnn.GRU]
+
+    model = Model(layer(prnn.GRU))
+    assert model.rnn.cell.hidden_size == SIZE and isinstance(model.rnn, prnn.RNN)
+    leaves, treedef = jtu.tree_flatten(model)
+    assert eqx.tree_equal(jtu.tree_unflatten(treedef, leaves), model)
+    assert prnn.RNN[prnn.GRU](model.rnn.cell).cell is model.rnn.cell

@@ -188,6 +188,27 @@ def test_bidirectional():
     assert np.all(ys[~MASK] == 0)
 
 
+@over_blocks
+def test_initial_states_and_export(make):
+    """`init_state` is accepted like no state at all, also by a scan over steps; a call that raises
+    nothing can be exported."""
+    made, xs = block(make), inputs()[:5]
+    ys, final = made(xs)
+    for state in (made.init_state(), made.init_state(xs[0])):
+        got, last = made(xs, state)
+        assert error(got, ys) == 0 and error(last, final) == 0
+        assert error(made.step(xs[0], state)[0], ys[0]) <= 1e-10
+
+    def body(state, x):
+        y, state = made.step(x, state)
+        return state, y
+
+    last, streamed = jax.lax.scan(body, made.init_state(xs[0]), xs)
+    assert error(streamed, ys) <= 1e-10 and error(last, final) <= 1e-10
+    exported = jax.export.export(jax.jit(lambda xs: made(xs, throw=False)))(xs)
+    assert error(exported.call(xs), (ys, final)) <= 1e-10
+
+
 # --- training ---------------------------------------------------------------------------------
 
 
@@ -199,8 +220,9 @@ def bare(key, **options):
 
 def test_dropout():
     made, xs = block(bare, dropout=0.5), inputs()
-    with pytest.raises(RuntimeError, match="requires a key"):
-        made(xs)
+    for call in (made, lambda xs: made.step(xs[0]), prnn.Stack([made])):
+        with pytest.raises(ValueError, match="`key` must be given.*0.5.*inference_mode"):
+            call(xs)
     keys = jax.random.split(jax.random.key(1))
     run = eqx.filter_jit(lambda made, key: made(xs, key=key)[0])
     one, again, other = (run(made, key) for key in (keys[0], keys[0], keys[1]))
@@ -319,6 +341,15 @@ def test_errors(as_users_run_it):
         prnn.Stack([block(para), block(para).rnn])
     with pytest.raises(ValueError, match="`state` must be a tuple of 2 states, one per block; got"):
         block(stack)(inputs(), (jnp.zeros(WIDTH),))
+    for make in (para, minmax, stack):
+        with pytest.raises(
+            ValueError, match=r"`xs` must have shape \(L, width\).*\(2, 9, 4\).*vmap"
+        ):
+            block(make)(jnp.stack([inputs(), inputs()]))
+        with pytest.raises(ValueError, match=r"`mask`.*got int64.*`mask.astype\(bool\)`"):
+            block(make)(inputs(), mask=np.ones(LENGTH, int))
+    with pytest.raises(ValueError, match=r"`state` must be what the call.*last 1 inputs"):
+        block(minmax)(inputs(), (jnp.zeros(3), jnp.zeros((2, WIDTH))))
     narrow = prnn.ResidualBlock(WIDTH, prnn.Elman(WIDTH, 3, key=key), key=key)
     with pytest.raises(ValueError, match=r"`cell` must have.*\(9, 4\).*got \(9, 3\)"):
         narrow(inputs())

@@ -76,8 +76,11 @@ def check_heads(num_heads: int, **sizes: int) -> None:
 def check_inputs(xs: Any, input_size: int) -> None:
     """Raises unless `xs` is a sequence of feature vectors of the right size."""
     if jnp.ndim(xs) != 2 or jnp.shape(xs)[1] != input_size:
+        hint = ""
+        if jnp.ndim(xs) == 3:
+            hint = " For a batch of sequences use `jax.vmap`, as in `jax.vmap(rnn)(xs)`."
         raise ValueError(
-            f"`xs` must have shape (L, input_size) = (L, {input_size}); got {jnp.shape(xs)}."
+            f"`xs` must have shape (L, input_size) = (L, {input_size}); got {jnp.shape(xs)}.{hint}"
         )
 
 
