@@ -127,7 +127,7 @@ class ResidualBlock(AbstractBlock):
     """
 
     norm: eqx.nn.RMSNorm
-    rnn: RNN
+    rnn: RNN[AbstractCell]
     mlp_norm: eqx.nn.RMSNorm | None
     mlp: _GatedMLP | None
     dropout: eqx.nn.Dropout
@@ -263,7 +263,7 @@ class MinMaxBlock(AbstractBlock):
     convolution gives, behind a norm of its own. Dropout is applied to what the neuron adds.
     """
 
-    rnn: RNN
+    rnn: RNN[_Cascade]
     dropout: eqx.nn.Dropout
 
     def __init__(

@@ -30,7 +30,8 @@ from ._solve import solve
 from .cells import AbstractCell, from_equinox
 from .solvers import AbstractSolver, AssociativeScan
 
-Cell = TypeVar("Cell", bound=AbstractCell)
+# Covariant, as a module does not change: an `RNN[GRU]` is an `RNN[AbstractCell]`.
+Cell = TypeVar("Cell", bound=AbstractCell, covariant=True)
 
 
 class _Prepared(NamedTuple):

@@ -88,8 +88,8 @@ class Bidirectional(eqx.Module):
     streaming form and no state to continue from.
     """
 
-    forward: RNN
-    backward: RNN
+    forward: RNN[AbstractCell]
+    backward: RNN[AbstractCell]
 
     def __init__(
         self,
