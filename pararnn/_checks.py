@@ -25,9 +25,11 @@ _BATCH = " For a batch of sequences use `jax.vmap`."
 def check_solver(name: str, solver: Any) -> None:
     """Raises unless `solver` is a solver or None."""
     if solver is not None and not isinstance(solver, AbstractSolver):
+        clipped = isinstance(solver, ClippedAdjoint)
+        hint = " Pass it as `adjoint`." if clipped else instance_hint(solver)
         raise TypeError(
-            f"`{name}` must be a solver such as pararnn.Newton(), or None; got {solver!r}."
-            f"{instance_hint(solver)}"
+            f"`{name}` must be a solver instance such as pararnn.Newton(), or None; got {solver!r}."
+            f"{hint}"
         )
 
 

@@ -284,7 +284,7 @@ GRU = prnn.GRU(3, 4, key=jax.random.key(0))
         ("`cell` must be a pararnn.AbstractCell.*; got 'GRU'", lambda: prnn.RNN("GRU")),
         (r"`cell`.*Elman.*parentheses.*`Elman\(", lambda: prnn.RNN(prnn.Elman)),
         ("`cell`.*GRUCell.*parentheses", lambda: prnn.RNN(eqx.nn.GRUCell)),
-        ("`solver` must be a solver such as.* None; got 'x'", lambda: prnn.RNN(CELL, "x")),
+        ("`solver` must be a solver instance such as.* None; got 'x'", lambda: prnn.RNN(CELL, "x")),
         (r"`solver`.*Newton.*parentheses.*`Newton\(", lambda: prnn.RNN(CELL, prnn.Newton)),
         ("`adjoint`.*got 'x'", lambda: prnn.RNN(CELL, adjoint="x")),
         ("`adjoint`.*parentheses", lambda: prnn.RNN(CELL, adjoint=prnn.Newton)),
