@@ -230,16 +230,16 @@ def check_new_state(new: PyTree[Any], old: PyTree[Any]) -> None:
             )
 
 
-def blame_inputs(error: StateDtypeError, cell: AbstractCell, xs: PyTree[Array]) -> Exception:
-    """The error to raise in place of `error`, in terms of what the user of a layer wrote."""
+def blame_inputs(error: StateDtypeError, cell: AbstractCell, xs: PyTree[Array]) -> None:
+    """Raises in place of `error`, in terms of what the user of a layer wrote, if it is that."""
     parameters, inputs = _widest(cell), _widest(xs)
     if parameters is None or inputs is None or _bits(inputs) <= _bits(parameters):
-        return error
-    return ValueError(
+        return
+    raise ValueError(
         f"`xs` is {inputs}, but the parameters of {type(cell).__name__} are {parameters}, and the "
         f"state would not keep its dtype. Cast the inputs, `xs.astype(jnp.{parameters})`, or make "
         f"the cell with `dtype=jnp.{inputs}`."
-    )
+    ) from error
 
 
 def _bits(dtype: Any) -> int:

@@ -155,7 +155,8 @@ class RNN(eqx.Module, Generic[Cell]):
                 throw=throw,
             )
         except StateDtypeError as error:
-            raise blame_inputs(error, self.cell, prepared.xs) from error
+            blame_inputs(error, self.cell, prepared.xs)
+            raise
 
     def _solver(self) -> AbstractSolver | None:
         algebra, solver = self.cell.algebra, self.solver
@@ -217,7 +218,7 @@ class RNN(eqx.Module, Generic[Cell]):
             raise ValueError(
                 "`state` must be what the call or the step before returned, here a pair of the "
                 f"recurrence's state and the last {context} inputs, or `init_state()`: like "
-                f"{struct((initial, past))}; got {state!r}."
+                f"{eqx.tree_pformat((initial, past))}; got {eqx.tree_pformat(state)}."
             )
         return state
 
@@ -283,7 +284,8 @@ class RNN(eqx.Module, Generic[Cell]):
         try:
             check_new_state(new, prepared.start)
         except StateDtypeError as error:
-            raise blame_inputs(error, self.cell, prepared.xs) from error
+            blame_inputs(error, self.cell, prepared.xs)
+            raise
         y = _unstack_one(self.cell.readout(_stack_one(new), prepared.us))
         return y, new if self.cell.context == 0 else (new, prepared.past)
 
