@@ -29,7 +29,7 @@ from jaxtyping import Array, PyTree
 
 from ._detection import detect_structure
 from ._misc import flip_time, is_complex, previous_states, time_slice
-from ._solution import judge, throw_unless_successful
+from ._outcome import judge, throw_unless_successful
 from ._structure import AbstractStructure
 from ._tangents import sequential_tangents
 from .solvers import AbstractIterativeSolver, AbstractSolver, Newton, Sequential, run, run_linear

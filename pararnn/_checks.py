@@ -1,18 +1,16 @@
 """What `solve` and the layers refuse, and the remedy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ClippedAdjoint
 from ._misc import struct, time_slice
-from ._solution import RESULTS
 from .cells import AbstractCell
 from .solvers import AbstractSolver
 

@@ -5,16 +5,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-<<<<<<< HEAD
-import jax.tree_util as jtu
-=======
 import jax.core
 import jax.tree_util as jtu
 import numpy as np
->>>>>>> 1c77a66 (Show values and messages when a solution is printed)
 from jaxtyping import Array, Bool, Float, Int, PyTree
-
-from ._misc import all_finite
 
 
 class RESULTS(eqx.Enumeration):  # pyright: ignore[reportGeneralTypeIssues]
@@ -74,31 +68,6 @@ class Solution(eqx.Module):
     result: RESULTS
     stats: Stats
 
-<<<<<<< HEAD
-
-def judge(states: PyTree[Array], converged: Bool[Array, ""]) -> RESULTS:
-    """How a solve ended that has computed `states`."""
-    result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
-    return RESULTS.where(all_finite(states), result, RESULTS.nonfinite)
-
-
-def throw_unless_successful(states: PyTree[Array], result: RESULTS) -> PyTree[Array]:
-    """The states, each of which depends on that the result is `successful`: whatever a caller goes
-    on to use of them, an error is raised if it is not.
-
-    A loop that turns only to raise. An error attached to all states by a condition would copy them,
-    and one attached to a single row is dropped by the compiler where nothing reads that row.
-    """
-
-    def turn(carry):
-        _, states = carry
-        row = jtu.tree_map(lambda h: h[0], states)
-        row = result.error_if(row, result != RESULTS.successful)
-        return result != result, jtu.tree_map(lambda h, r: h.at[0].set(r), states, row)
-
-    failed = result != RESULTS.successful
-    return jax.lax.while_loop(lambda carry: carry[0], turn, (failed, states))[1]
-=======
     def __repr__(self) -> str:
         fields = {
             "states": eqx.tree_pformat(self.states, struct_as_array=True),
@@ -144,4 +113,3 @@ def _show_result(result: RESULTS) -> str:
         return f"RESULTS<{messages[0]}>"
     short = (message.partition(". ")[0] for message in messages)
     return f"RESULTS<{', '.join(f'{n} × {text}' for n, text in zip(counts, short, strict=True))}>"
->>>>>>> 1c77a66 (Show values and messages when a solution is printed)

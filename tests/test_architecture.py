@@ -19,6 +19,8 @@ ROOMS = [
     "_detection",
     "_linear",
     "_solution",
+    "_outcome",
+    "_jit",
     "cells",
     "solvers",
     "_tangents",
