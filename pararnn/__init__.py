@@ -29,6 +29,8 @@ from ._structure import AbstractStructure as AbstractStructure
 from ._structure import BlockDiagonal as BlockDiagonal
 from ._structure import Dense as Dense
 from ._structure import Diagonal as Diagonal
+from ._torch import TorchRNN as TorchRNN
+from ._torch import from_torch as from_torch
 from ._verify import Verification as Verification
 from ._verify import verify as verify
 from .cells import GRU as GRU

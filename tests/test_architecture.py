@@ -32,6 +32,7 @@ ROOMS = [
     "_layers",
     "_blocks",
     "_stack",
+    "_torch",
     "_lyapunov",
     "_verify",
     "_benchmark",
@@ -187,7 +188,7 @@ def test_every_family_is_exported_by_its_folder(folder):
 
 def test_entry_points_are_exported():
     outer = reexports(PACKAGE / "__init__.py")
-    for name in ("_solve", "_layers", "_solution", "_lyapunov", "_verify", "_benchmark"):
+    for name in ("_solve", "_layers", "_torch", "_solution", "_lyapunov", "_verify", "_benchmark"):
         file = PACKAGE / f"{name}.py"
         if file.exists():
             missing = public_names(file) - set(outer)

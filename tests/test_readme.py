@@ -8,13 +8,16 @@ import sys
 
 import pytest
 
-_README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+_ROOT = pathlib.Path(__file__).parents[1]
+_README = (_ROOT / "README.md").read_text()
 _EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", _README, re.S))
 _CHECKS = {
     "train": "start = 0.3 * jax.random.normal(jax.random.key(1), (8, 8))\n"
     "assert loss(w) < 0.8 * loss(start), (loss(w), loss(start))",
     "report": "assert solution.result == prnn.RESULTS.successful",
     "layer": "assert ys.shape == (100, 32) and batched[0].shape == (4, 100, 32)\n"
+    "assert jnp.allclose(y, ys[0], atol=1e-6)",
+    "torch": "assert ys.shape == (100, 32) and batched[0].shape == (4, 100, 32)\n"
     "assert jnp.allclose(y, ys[0], atol=1e-6)",
     "own": "assert prnn.verify(*problem, prnn.Newton()).ok\nassert ys.shape == (100, 2, 8)",
     "training": "assert ys.shape == (100, 16) and y.shape == (16,)",

@@ -1,0 +1,325 @@
+"""The recurrent networks of PyTorch, from their weights; PyTorch itself is not needed."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ._adjoint import ClippedAdjoint
+from ._layers import RNN
+from ._misc import struct
+from ._stack import Bidirectional
+from .cells import GRU, LSTM, AbstractCell, Elman
+from .solvers import AbstractSolver
+
+_NAME = re.compile(r"(weight|bias)_(ih|hh|hr)_l(0|[1-9][0-9]*)(_reverse)?")
+# By the blocks of rows that the weights have for each hidden unit.
+_KINDS = {1: "RNN", 3: "GRU", 4: "LSTM"}
+_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+
+
+class TorchRNN(eqx.Module):
+    """Recurrent layers, one after another, as those of `torch.nn.LSTM`, `GRU` and `RNN`; made by
+    [`pararnn.from_torch`][].
+
+    One sequence at a time, without a batch axis: use `jax.vmap` for batches. Each layer is a
+    [`pararnn.RNN`][] or, if the network reads both ways, a [`pararnn.Bidirectional`][].
+    """
+
+    layers: tuple[RNN | Bidirectional, ...]
+
+    def __call__(
+        self,
+        xs: Float[Array | np.ndarray, "L input_size"],
+        state: tuple[PyTree[Array], ...] | None = None,
+        *,
+        reset: Bool[Array | np.ndarray, " L"] | None = None,
+        mask: Bool[Array | np.ndarray, " L"] | None = None,
+    ) -> tuple[Float[Array, "L output_size"], tuple[PyTree[Array], ...]]:
+        """**Arguments:**
+
+        - `xs`: the inputs, with a leading axis of length `L`.
+        - `state`: where to continue, as returned by the call or the step before; `None` starts
+            anew. Always `None` if the network reads both ways.
+        - `reset`, `mask`: as for [`pararnn.RNN`][].
+
+        **Returns:**
+
+        `(ys, final)`: the outputs of the last layer, and of each layer the state after the last
+        step. That of an LSTM layer is `(c, h)`, that of the others `h`; that of a layer which reads
+        both ways is the pair of the two directions.
+        """
+        ys, new = jnp.asarray(xs), []
+        for layer, old in zip(self.layers, self._states(state), strict=True):
+            if isinstance(layer, Bidirectional):
+                ys, final = layer(ys, reset=reset, mask=mask)
+            else:
+                ys, final = layer(ys, old, reset=reset, mask=mask)
+            new.append(final)
+        return ys, tuple(new)
+
+    def step(
+        self,
+        x: Float[Array | np.ndarray, " input_size"],
+        state: tuple[PyTree[Array], ...] | None = None,
+    ) -> tuple[Float[Array, " output_size"], tuple[PyTree[Array], ...]]:
+        """The streaming form: one input in, one output and the state for the next call out, with
+        the numbers of the parallel call. Not for a network that reads both ways.
+
+        **Arguments:**
+
+        - `x`: one time slice of the inputs.
+        - `state`: as returned by the step, or the call, before; `None` starts anew.
+
+        **Returns:**
+
+        `(y, state)`.
+        """
+        y, new = jnp.asarray(x), []
+        for layer, old in zip(self._one_way(), self._states(state), strict=True):
+            y, final = layer.step(y, old)
+            new.append(final)
+        return y, tuple(new)
+
+    def init_state(self) -> tuple[PyTree[Array], ...]:
+        """The states of all layers before the first step. Not for a network that reads both
+        ways."""
+        return tuple(layer.init_state() for layer in self._one_way())
+
+    def _one_way(self) -> list[RNN]:
+        layers = [layer for layer in self.layers if not isinstance(layer, Bidirectional)]
+        if len(layers) < len(self.layers):
+            raise ValueError(
+                "A bidirectional network has seen all of the sequence before its first output, so "
+                "it has no `step` and no `state` to continue from; call it with all of `xs`."
+            )
+        return layers
+
+    def _states(self, state: Any) -> tuple[Any, ...]:
+        if state is None:
+            return (None,) * len(self.layers)
+        expected, got = struct(self.init_state()), struct(jtu.tree_map(jnp.asarray, state))
+        if got != expected:
+            raise ValueError(
+                "`state` must be shaped like `init_state()`, a tuple of one state per layer, "
+                f"{expected}; got {got}."
+            )
+        return state
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    solver: AbstractSolver | None = None,
+    *,
+    adjoint: AbstractSolver | ClippedAdjoint | None = None,
+    nonlinearity: str = "tanh",
+) -> TorchRNN:
+    """A `torch.nn.LSTM`, `torch.nn.GRU` or `torch.nn.RNN` as layers of this package, from its
+    weights.
+
+    Any number of layers, in one direction or both, with biases or without. The weights are copied
+    into [`pararnn.LSTM`][], [`pararnn.GRU`][] or [`pararnn.Elman`][] cells and keep their dtype.
+    Where PyTorch adds two biases the cell has their sum; where it has none, zeros. What the weights
+    do not hold is up to you: sequences have no batch axis here, whatever `batch_first` said, and
+    there is no dropout between the layers.
+
+    **Arguments:**
+
+    - `state_dict`: the names of PyTorch with an array for each, such as `module.state_dict()` or
+        what was saved of it: whatever `numpy.asarray` takes, tensors on the CPU among them.
+    - `solver`, `adjoint`: as for [`pararnn.solve`][], for all layers; `None` chooses.
+    - `nonlinearity`: of a `torch.nn.RNN`, `"tanh"` or `"relu"`. Its weights do not tell.
+
+    **Returns:**
+
+    A [`pararnn.TorchRNN`][], to be called as `ys, final = network(xs)`.
+
+    **Raises:**
+
+    `ValueError` or `TypeError` naming the entry that is missing, unknown or of a wrong shape or
+    dtype. Projections (`proj_size`) are refused.
+    """
+    if nonlinearity not in _ACTIVATIONS:
+        raise ValueError(f"`nonlinearity` must be 'tanh' or 'relu'; got {nonlinearity!r}.")
+    entries = _read(state_dict)
+    num_layers, suffixes, parts = _names(entries)
+    gates, hidden_size = _sizes(entries)
+    if nonlinearity != "tanh" and gates != 1:
+        raise ValueError(
+            f"`nonlinearity` is for the weights of a torch.nn.RNN; got {nonlinearity!r} for those "
+            f"of a torch.nn.{_KINDS[gates]}."
+        )
+    layers, inputs = [], None
+    for number in range(num_layers):
+        cells = []
+        for suffix in suffixes:
+            weights = {part: f"{part}_l{number}{suffix}" for part in parts}
+            inputs = _check_shapes(entries, weights, gates, hidden_size, inputs)
+            found = {part: entries[name] for part, name in weights.items()}
+            cells.append(_cell(found, gates, hidden_size, nonlinearity))
+        if len(cells) == 1:
+            layers.append(RNN(cells[0], solver, adjoint=adjoint))
+        else:
+            layers.append(Bidirectional(cells[0], cells[1], solver, adjoint=adjoint))
+        inputs = hidden_size * len(cells)
+    return TorchRNN(tuple(layers))
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def _read(state_dict: Any) -> dict[str, Array]:
+    """All entries as arrays of floating-point numbers of one dtype."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "`state_dict` must be a mapping from names to arrays, as `module.state_dict()` gives; "
+            f"got {state_dict!r}."
+        )
+    if not state_dict:
+        raise ValueError("`state_dict` must hold the weights of a network; got an empty mapping.")
+    for name in state_dict:
+        match = _NAME.fullmatch(name) if isinstance(name, str) else None
+        if match is None or match[0].startswith("bias_hr"):
+            raise ValueError(
+                f"`state_dict` has the unknown entry {name!r}; the names must be those of a "
+                "torch.nn.LSTM, GRU or RNN, such as 'weight_ih_l0'. If it is a part of a larger "
+                "model, pass its own entries without the prefix, as `model.part.state_dict()` has "
+                "them."
+            )
+        if match[2] == "hr":
+            raise ValueError(
+                f"`state_dict` has the entry {name!r}: an LSTM with projections (`proj_size`) is "
+                "not supported."
+            )
+    entries = {name: _array(name, value) for name, value in state_dict.items()}
+    (first, reference), *others = entries.items()
+    for name, value in others:
+        if value.dtype != reference.dtype:
+            raise ValueError(
+                f"`state_dict` must have one dtype; got {value.dtype} for {name!r} and "
+                f"{reference.dtype} for {first!r}."
+            )
+    return entries
+
+
+def _array(name: str, value: Any) -> Array:
+    if not isinstance(value, jax.Array):
+        try:
+            value = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # as tensors say it
+            raise TypeError(
+                f"`state_dict[{name!r}]` cannot be read by numpy.asarray: {error} Pass tensors "
+                "without gradient, on the CPU (`tensor.detach().cpu()`), and those of bfloat16 as "
+                "float32 (`tensor.float()`)."
+            ) from error
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"`state_dict[{name!r}]` must hold real floating-point numbers; got {value.dtype}."
+        )
+    # A copy: the memory of a tensor may change, if its owner goes on training.
+    return jnp.array(value)
+
+
+def _names(entries: Mapping[str, Any]) -> tuple[int, list[str], list[str]]:
+    """How many layers there are, what ends the names of each direction, and what begins them."""
+    matches = [match for match in map(_NAME.fullmatch, entries) if match]
+    num_layers = 1 + max(int(match[3]) for match in matches)
+    suffixes = ["", "_reverse"] if any(match[4] for match in matches) else [""]
+    parts = ["weight_ih", "weight_hh"]
+    if any(match[1] == "bias" for match in matches):
+        parts += ["bias_ih", "bias_hh"]
+
+    def wanted() -> Iterator[str]:
+        for number in range(num_layers):
+            for suffix in suffixes:
+                yield from (f"{part}_l{number}{suffix}" for part in parts)
+
+    missing = next((name for name in wanted() if name not in entries), None)
+    if missing is not None:
+        raise ValueError(
+            f"`state_dict` lacks the entry {missing!r}; it has {', '.join(sorted(entries))}."
+        )
+    return num_layers, suffixes, parts
+
+
+def _sizes(entries: Mapping[str, Array]) -> tuple[int, int]:
+    """The number of gates and of hidden units."""
+    shape = entries["weight_hh_l0"].shape
+    if len(shape) == 2 and shape[1] > 0 and shape[0] % shape[1] == 0:
+        gates, hidden_size = shape[0] // shape[1], shape[1]
+        if gates in _KINDS:
+            return gates, hidden_size
+    raise ValueError(
+        "`state_dict['weight_hh_l0']` must have the shape (gates * hidden_size, hidden_size), with "
+        f"4 gates for an LSTM, 3 for a GRU, 1 for an RNN; got {shape}."
+    )
+
+
+def _check_shapes(
+    entries: Mapping[str, Array],
+    names: Mapping[str, str],
+    gates: int,
+    hidden_size: int,
+    input_size: int | None,
+) -> int:
+    """Raises unless one layer has its shapes; returns how many inputs it has. `None` allows any."""
+    rows = gates * hidden_size
+    got = entries[names["weight_ih"]].shape
+    if input_size is None and len(got) == 2 and got[1] > 0:
+        input_size = got[1]
+    shapes = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden_size)}
+    for part, name in names.items():
+        expected, shape = shapes.get(part, (rows,)), entries[name].shape
+        if shape != expected:
+            wanted = str(expected).replace("None", "input_size")
+            raise ValueError(
+                f"`state_dict[{name!r}]` must have the shape {wanted}, as this is a layer of a "
+                f"torch.nn.{_KINDS[gates]} with {hidden_size} hidden units; got {shape}."
+            )
+    assert input_size is not None
+    return input_size
+
+
+# --- cells ------------------------------------------------------------------------------------
+
+
+def _cell(
+    weights: Mapping[str, Array], gates: int, hidden_size: int, nonlinearity: str
+) -> AbstractCell:
+    """One layer in one direction. The blocks of rows are in the order of the cells here: i, f, g, o
+    for the LSTM; r, z, n for the GRU."""
+    weight_x, weight_h = weights["weight_ih"], weights["weight_hh"]
+    zero = jnp.zeros(gates * hidden_size, weight_h.dtype)
+    bias, bias_h = weights.get("bias_ih", zero), weights.get("bias_hh", zero)
+    input_size = weight_x.shape[1]
+    if gates == 3:
+        # The reset gate acts on the bias of n, too; those of r and z are merely added.
+        bias_n = bias_h[2 * hidden_size :]
+        bias = bias + bias_h.at[2 * hidden_size :].set(0)
+        new = {"weight_x": weight_x, "weight_h": weight_h, "bias": bias, "bias_n": bias_n}
+        return _fill(GRU, input_size, hidden_size, new)
+    new = {"weight_x": weight_x, "weight_h": weight_h, "bias": bias + bias_h}
+    if gates == 4:
+        return _fill(LSTM, input_size, hidden_size, new)
+    return _fill(Elman, input_size, hidden_size, new, activation=_ACTIVATIONS[nonlinearity])
+
+
+def _fill(
+    cell: type[Elman] | type[GRU] | type[LSTM],
+    input_size: int,
+    hidden_size: int,
+    weights: Mapping[str, Array],
+    **options: Any,
+) -> AbstractCell:
+    """A cell with these weights instead of random ones, which are not even drawn."""
+    key = jax.random.key(0)
+    skeleton = eqx.filter_eval_shape(cell, input_size, hidden_size, **options, key=key)
+    return eqx.tree_at(
+        lambda c: [getattr(c, name) for name in weights], skeleton, list(weights.values())
+    )
