@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -43,3 +44,10 @@ def test_example(name):
         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"},
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_metadata_name_one_home():
+    urls = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls.keys() == {"Homepage", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith(urls["Homepage"]) for url in urls.values())
+    assert f"repository-code: {urls['Homepage']}\n" in (_ROOT / "CITATION.cff").read_text()
