@@ -1,10 +1,11 @@
 """The benchmarks' files: resumed, and reported as they are."""
 
 import json
+import pathlib
 
 import pytest
 
-from benchmarks import _cases, _plots, report, speed
+from benchmarks import __main__, _cases, _plots, report, speed
 from benchmarks._cases import Case
 
 
@@ -141,3 +142,25 @@ def test_goals_that_are_missed_are_bold():
     diagonal, dense, floor = report.goals_table(content).splitlines()[2:]
     assert "| 700× |" in diagonal and "| **50×** |" in dense
     assert "| **5** |" in floor
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_help_explains_each_benchmark_in_a_line(words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks", *words])
+    __main__.main()
+    lines = capsys.readouterr().out.splitlines()
+    explained = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    programs = pathlib.Path(__main__.__file__).parent.glob("[a-z]*.py")
+    assert explained.keys() == {path.stem for path in programs}
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_an_unknown_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks", "chess"])
+    with pytest.raises(SystemExit) as exit:
+        __main__.main()
+    assert exit.value.code == 2
+    assert "error: unknown benchmark 'chess'" in capsys.readouterr().err
