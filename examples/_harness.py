@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import equinox as eqx
@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 from matplotlib.figure import Figure
-from tqdm import tqdm
+
+from ._progress import progress_bar
 
 Metrics = dict[str, float]
 CHECKPOINT, METRICS, PLOT = "checkpoint.eqx", "metrics.jsonl", "metrics.png"
@@ -58,19 +59,28 @@ def save_checkpoint(path: pathlib.Path, state: PyTree, options: dict[str, Any]) 
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: pathlib.Path, like: PyTree, options: dict[str, Any]) -> PyTree:
+def load_checkpoint(
+    path: pathlib.Path, like: PyTree, options: dict[str, Any], free: Collection[str] = ()
+) -> PyTree:
     """Reads what `save_checkpoint` wrote. `like` has the structure, shapes and dtypes of the state.
 
-    Raises ValueError if the file was written with other options.
+    Raises ValueError if the file was written with other options, but for those named in `free`.
     """
     with open(path, "rb") as file:
         written = json.loads(file.readline())
-        wanted = json.loads(json.dumps(options))
+        wanted = json.loads(json.dumps(options))  # tuples become lists
         names = [k for k in {**written, **wanted} if written.get(k) != wanted.get(k)]
+        names = [k for k in names if k not in free]
         if names:
             pairs = ", ".join(f"{k}={written.get(k)!r}, not {wanted.get(k)!r}" for k in names)
             raise ValueError(f"{path} is of a run with other `options`: {pairs}.")
         return eqx.tree_deserialise_leaves(file, like, _read_leaf)
+
+
+def read_options(path: pathlib.Path) -> dict[str, Any]:
+    """The options that a checkpoint was written with."""
+    with open(path, "rb") as file:
+        return json.loads(file.readline())
 
 
 def _is_key(leaf: Any) -> bool:
@@ -118,6 +128,22 @@ def plot_metrics(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     figure.savefig(path)
 
 
+def _resumed(
+    checkpoint: pathlib.Path, like: State, steps: int, options: dict[str, Any]
+) -> tuple[State, int]:
+    """The state in `checkpoint`, and at how many steps its run was to end."""
+    if not checkpoint.exists():
+        raise FileNotFoundError(
+            f"There is nothing to resume: {checkpoint} does not exist. Start without `resume`."
+        )
+    state = load_checkpoint(checkpoint, like, options, free=("steps",))
+    if state.step > steps:
+        raise ValueError(
+            f"`steps` must be at least {state.step}, as {checkpoint} has come so far; got {steps}."
+        )
+    return state, read_options(checkpoint).get("steps", steps)
+
+
 # --- the loop -------------------------------------------------------------------------------------
 
 
@@ -145,8 +171,8 @@ def fit(
     - `folder`: gets `checkpoint.eqx`, `metrics.jsonl` with one JSON object per call of `advance`,
         and, at the end, `metrics.png`.
     - `options`: what the run depends on, stored with the checkpoint. Resuming with others is
-        refused.
-    - `resume`: whether to continue from the checkpoint in `folder`, if there is one.
+        refused, but for other `"steps"`, from which a run goes on by the new ones.
+    - `resume`: whether to continue from the checkpoint in `folder`.
     - `save_every`: seconds between two checkpoints. There is one more at the end, and one when the
         run ends by an exception, Ctrl-C among them.
     - `description`, `quiet`: of the progress bar.
@@ -154,24 +180,33 @@ def fit(
     **Returns:**
 
     The last state. Raises FloatingPointError at a loss that is not finite; the checkpoint then
-    holds the last state before it.
+    holds the last state before it. Raises FileNotFoundError if there is nothing to resume, and
+    ValueError if it has gone further than `steps`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / CHECKPOINT, folder / METRICS
     rows = []
-    if resume and checkpoint.exists():
-        state = load_checkpoint(checkpoint, state, options)
+    planned = steps
+    if resume:
+        state, planned = _resumed(checkpoint, state, steps, options)
         # What was reported after the checkpoint will be reported again.
         rows = [row for row in read_metrics(log) if row["step"] <= state.step]
+    folder.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     saved = time.monotonic()
     # The stale checkpoint of another run must not outlive the first moment of this one.
     save_checkpoint(checkpoint, state, options)
+    goes_on = state.step < steps and not done(state)
+    if goes_on and planned != steps and not quiet:
+        print(
+            f"Goes on from step {state.step} to {steps} instead of {planned}, with the learning "
+            f"rates of a run of {steps} steps.\nThe steps so far had others, so the end is not "
+            "that of such a run from its start.",
+            flush=True,
+        )
+    note = "compiling" if goes_on else ""
     with (
         open(log, "a") as file,
-        tqdm(
-            desc=description, total=steps, initial=state.step, unit="step", disable=quiet
-        ) as progress,
+        progress_bar(description, steps, initial=state.step, note=note, quiet=quiet) as progress,
     ):
         try:
             while state.step < steps and not done(state):
@@ -187,8 +222,9 @@ def fit(
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 rows.append(row)
+                shown = {k: f"{v:.3g}" for k, v in row.items() if k != "step"}
+                progress.set_postfix(shown, refresh=False)
                 progress.update(new.step - state.step)
-                progress.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step"})
                 state = new
                 if time.monotonic() - saved >= save_every:
                     save_checkpoint(checkpoint, state, options)

@@ -24,7 +24,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import pararnn as prnn
 
@@ -39,6 +38,7 @@ from ._language_model import (
     with_solver,
 )
 from ._options import number
+from ._progress import progress_bar
 from ._text import Text, Tokens, Windows, all_windows, load_text, random_windows
 
 SOLVERS = {
@@ -137,22 +137,26 @@ def train(
 
     rng = np.random.default_rng(options.seed)
     held_out_windows = all_windows(text.held_out, options.length)
-    losses, held_out = [], {0: evaluate(model, held_out_windows, options.batch)}
+    losses, held_out = [], {}
     seconds = speed = 0.0
-    progress = tqdm(range(1, options.steps + 1), desc="training", unit="step")
-    for i in progress:
-        windows = random_windows(text.train, options.batch, options.length, rng)
-        start = time.perf_counter()
-        model, state, loss = train_step(model, state, windows)
-        losses.append(float(loss))  # waits for the result
-        elapsed = time.perf_counter() - start
-        if not math.isfinite(losses[-1]):
-            raise SystemExit(f"error: the loss is not finite at step {i}; try a smaller --lr.")
-        seconds = elapsed if i <= 2 else seconds + elapsed  # forgets the first step, which compiles
-        speed = options.batch * options.length * max(1, i - 1) / seconds
-        progress.set_postfix_str(f"{losses[-1]:.2f} bits/char, {speed:,.0f} chars/s")
-        if i % max(1, options.steps // 10) == 0 or i == options.steps:
-            held_out[i] = evaluate(model, held_out_windows, options.batch)
+    with progress_bar("training", options.steps, note="compiling") as progress:
+        held_out[0] = evaluate(model, held_out_windows, options.batch)
+        for i in range(1, options.steps + 1):
+            windows = random_windows(text.train, options.batch, options.length, rng)
+            start = time.perf_counter()
+            model, state, loss = train_step(model, state, windows)
+            losses.append(float(loss))  # waits for the result
+            elapsed = time.perf_counter() - start
+            if not math.isfinite(losses[-1]):
+                raise SystemExit(f"error: the loss is not finite at step {i}; try a smaller --lr.")
+            # Forgets the first step, which compiles.
+            seconds = elapsed if i <= 2 else seconds + elapsed
+            speed = options.batch * options.length * max(1, i - 1) / seconds
+            shown = f"{losses[-1]:.2f} bits/char, {speed:,.0f} chars/s"
+            progress.set_postfix_str(shown, refresh=False)
+            progress.update()
+            if i % max(1, options.steps // 10) == 0 or i == options.steps:
+                held_out[i] = evaluate(model, held_out_windows, options.batch)
     return model, History(losses, held_out, speed)
 
 
@@ -262,7 +266,9 @@ def main(args: Sequence[str] | None = None) -> None:
         f"Text: {len(text.train):,} characters to train on, {len(text.held_out):,} held out, "
         f"{len(text.vocabulary)} distinct.\n"
         f"Model: {parameters:,} parameters; cell {options.cell}, width {options.width}, depth "
-        f"{options.depth}.\n"
+        f"{options.depth}.\n\n"
+        "Compiling, to compare the solvers before training; this can take a minute ...",
+        flush=True,
     )
 
     chosen = options.solver

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import pararnn as prnn
 
-from ._harness import METRICS, read_metrics
+from ._harness import CHECKPOINT, METRICS, read_metrics
 from ._model import SequenceModel, with_solver
 from .tasks import TASKS, Task
 from .tasks import _recall as recall
@@ -134,7 +134,8 @@ def run(row: Row, folder: pathlib.Path, resume: bool) -> dict[str, Any]:
     for seed in range(row.seeds):
         options = dataclasses.replace(row.options, seed=seed)
         path = folder / f"{options.task}-{options.cell}-{seed}"
-        state = train(options, path, resume=resume)
+        # Where the run was stopped, later models had not begun.
+        state = train(options, path, resume=resume and (path / CHECKPOINT).exists())
         log = read_metrics(path / METRICS)
         steps = np.diff([r["step"] for r in log], prepend=0)
         seconds = float(np.sum(steps / np.array([r["steps_per_second"] for r in log])))
@@ -247,11 +248,16 @@ def main(args: Sequence[str] | None = None) -> None:
         help="folder of the checkpoints and metrics (default: %(default)s)",
     )
     flags = parser.parse_args(args)
+    runs = flags.runs / flags.table
+    if flags.resume and not runs.is_dir():
+        raise SystemExit(
+            f"error: There is nothing to resume: {runs} does not exist. Start without --resume."
+        )
     flags.output.mkdir(parents=True, exist_ok=True)
     results = []
     try:
         for row in TABLES[flags.table]():
-            results.append(run(row, flags.runs / flags.table, flags.resume))
+            results.append(run(row, runs, flags.resume))
             print(markdown(results[-1:]), flush=True)
     except KeyboardInterrupt:
         raise SystemExit("\nStopped. Go on with --resume.") from None

@@ -19,8 +19,11 @@ TINY = "--width 8 --depth 1 --length 20 --batch 2 --steps 3 --sample 5".split()
 
 def test_char_lm(tmp_path, capsys, fast_compile):
     char_lm.main([*TINY, "--output", str(tmp_path)])
-    text, printed = load_text(), capsys.readouterr().out
+    text, (printed, progress) = load_text(), capsys.readouterr()
     assert "bits per character before training" in printed
+    assert "\nCompiling, " in printed.split("Relative difference")[0]
+    assert progress.startswith("training: 0 of 3 steps, ") and "\r" not in progress
+    assert progress.splitlines()[0].endswith(", compiling")
 
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((tmp_path / "metrics.json").read_text())

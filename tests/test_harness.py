@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import io
 import json
+import shutil
 
 import equinox as eqx
 import jax
@@ -10,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples._harness import State, fit, load_checkpoint, read_metrics, save_checkpoint
+from examples import _progress
+from examples._harness import (
+    State,
+    fit,
+    load_checkpoint,
+    read_metrics,
+    read_options,
+    save_checkpoint,
+)
 from examples.tasks import _train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -124,6 +134,59 @@ def test_resuming_a_finished_run_does_nothing(uninterrupted, tmp_path):
     assert bits(run(tmp_path, stop_after(0, AssertionError()), resume=True)) == bits(state)
 
 
+def test_more_steps_go_on_after_the_end(uninterrupted, tmp_path, capsys):
+    """By the longer run's learning rates, and with the same bits if that is stopped as well."""
+    expected, folder = uninterrupted
+    longer = dataclasses.replace(OPTIONS, steps=140)
+    advance = functools.partial(_train.advance, options=longer)
+    for _ in range(2):
+        expected, _ = advance(expected)
+
+    shutil.copytree(folder, tmp_path / "a")
+    state = _train.train(longer, tmp_path / "a", resume=True)
+    assert capsys.readouterr().out.startswith("Goes on from step 100 to 140 instead of 100, ")
+    assert state.step == 140 and bits(state) == bits(expected)
+    assert [row["step"] for row in without_speed(tmp_path / "a")] == list(range(20, 141, 20))
+    assert read_options(tmp_path / "a/checkpoint.eqx")["steps"] == 140
+
+    def stop(state):
+        if state.step == 120:
+            raise KeyboardInterrupt
+        return advance(state)
+
+    shutil.copytree(folder, tmp_path / "b")
+    options = {"steps": 140, "folder": tmp_path / "b", "options": dataclasses.asdict(longer)}
+    with pytest.raises(KeyboardInterrupt):
+        fit(_train.start(longer), stop, resume=True, quiet=True, **options)
+    assert bits(_train.train(longer, tmp_path / "b", resume=True, quiet=True)) == bits(expected)
+    assert without_speed(tmp_path / "b") == without_speed(tmp_path / "a")
+
+
+def test_fewer_steps(uninterrupted, tmp_path):
+    """A run that was stopped may end earlier, but not before where it is."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop_after(3, KeyboardInterrupt()))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def resume(steps):
+        options = {"steps": steps, "folder": tmp_path, "options": RECORD | {"steps": steps}}
+        return fit(_train.start(OPTIONS), ADVANCE, resume=True, quiet=True, **options)
+
+    with pytest.raises(ValueError, match="`steps` must be at least 60, as .*; got 59"):
+        resume(59)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert resume(60).step == 60
+    assert resume(80).step == 80
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_to_resume(tmp_path, there):
+    folder = tmp_path if there else tmp_path / "missing"
+    with pytest.raises(FileNotFoundError, match="nothing to resume: .*checkpoint.eqx does not"):
+        run(folder, resume=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_stopped_while_saving(tmp_path, monkeypatch):
     """The checkpoint is the old one until the new one is complete."""
     path, state = tmp_path / "checkpoint.eqx", _train.start(OPTIONS)
@@ -162,3 +225,50 @@ def test_dtypes_and_keys_survive(tmp_path):
     loaded = load_checkpoint(tmp_path / "c", state, {})
     assert bits(loaded) == bits(state) and (loaded.step, loaded.stage) == (5, 1)
     assert loaded.key.dtype == keys.dtype and loaded.model.dtype == jnp.bfloat16
+
+
+# --- progress ---------------------------------------------------------------------------------
+
+
+def shown(monkeypatch, terminal, seconds):
+    """What a program of 100 steps writes to the standard error."""
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(_progress, "_SECONDS", seconds)
+    with _progress.progress_bar("training", 100, note="compiling") as progress:
+        for i in range(100):
+            progress.set_postfix_str(f"loss {i}", refresh=False)
+            progress.update()
+    return stream.getvalue()
+
+
+def test_a_log_has_a_line_now_and_then(monkeypatch):
+    written = shown(monkeypatch, terminal=False, seconds=1e9)
+    assert "\r" not in written and written.endswith("\n")
+    first, last = written.splitlines()
+    assert first == "training: 0 of 100 steps, 00:00 elapsed, ? left, compiling"
+    assert last.startswith("training: 100 of 100 steps, ") and last.endswith(", loss 99")
+
+    lines = shown(monkeypatch, terminal=False, seconds=0.0).splitlines()
+    counts = [int(line.split()[1]) for line in lines]
+    assert counts == list(range(101))
+
+
+def test_a_terminal_has_a_bar(monkeypatch):
+    written = shown(monkeypatch, terminal=True, seconds=1e9)
+    assert written.count("\n") == 1 and "\rtraining: 100%|" in written
+    assert "compiling" in written.split("\r")[1]
+
+
+def test_a_run_says_that_it_compiles(tmp_path, capsys):
+    def advance(state):
+        return eqx.tree_at(lambda s: s.step, state, state.step + 1), {"loss": 1.0}
+
+    state, options = State(jnp.ones(2), None, jax.random.key(0)), {"steps": 3}
+    fit(state, advance, steps=3, folder=tmp_path, options=options)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(", compiling") and lines[-1].startswith("training: 3 of 3 steps, ")
+    assert "loss=1, " in lines[-1]
+    fit(state, advance, steps=3, folder=tmp_path, options=options, resume=True)
+    assert "compiling" not in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Every task against an answer worked out in plain Python, one sequence and one step at a time."""
 
 import json
+import shutil
 
 import equinox as eqx
 import jax
@@ -224,6 +225,17 @@ def test_command(tmp_path, capsys):
 
     with pytest.raises(SystemExit, match="error: .* seed=0, not 1"):
         __main__.main([*words, "--seed", "1", "--resume"])
+    with pytest.raises(SystemExit, match="error: `steps` must be at least 20, .*; got 10"):
+        __main__.main([*words, "--steps", "10", "--resume"])
+
+
+def test_nothing_to_resume(tmp_path):
+    missing = tmp_path / "missing"
+    with pytest.raises(SystemExit, match="error: There is nothing to resume: .*missing"):
+        __main__.main(["parity", *TINY, "--resume", "--output", str(missing)])
+    with pytest.raises(SystemExit, match="error: There is nothing to resume: .*missing.digits"):
+        tables.main(["digits", "--resume", "--runs", str(missing), "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_help(capsys):
@@ -257,12 +269,13 @@ def test_bad_flags(words, message, capsys):
 def test_table(tmp_path, capsys, monkeypatch):
     """Seeds are tried until one reaches the target; the best one is written."""
     options = Options("parity", "elman", width=4, batch=4, steps=20, lengths=(3,))
-    scores = iter([0.25, 0.75, 0.5, 0.75, 1.0])
+    scores = iter(2 * [0.25, 0.75, 0.5, 0.75])
     tests = {"3": (TASKS["parity"], 3)}
     rows = [tables.Row(options, tests, seeds=3), tables.Row(options, tests, target=0.5, seeds=3)]
     monkeypatch.setitem(tables.TABLES, "digits", lambda: rows)
     monkeypatch.setattr(tables, "evaluate", lambda *_, **__: next(scores))
-    tables.main(["digits", "--output", str(tmp_path / "a"), "--runs", str(tmp_path / "b")])
+    words = ["digits", "--output", str(tmp_path / "a"), "--runs", str(tmp_path / "b")]
+    tables.main(words)
 
     printed = capsys.readouterr().out
     assert "| parity | elman | 3 | 75.00 % | 1 | 3 | 20 |" in printed
@@ -272,6 +285,14 @@ def test_table(tmp_path, capsys, monkeypatch):
     assert [row["seeds tried"] for row in found] == [3, 1]
     assert [step for step, *_ in found[0]["curve"]] == [20]
     assert (tmp_path / "a/digits.png").read_bytes().startswith(b"\x89PNG")
+
+    # Stopped before the second seed: that one begins, the others are not trained again.
+    shutil.rmtree(tmp_path / "b/digits/parity-elman-1")
+    kept = (tmp_path / "b/digits/parity-elman-2/metrics.jsonl").read_text()
+    tables.main([*words, "--resume"])
+    again = json.loads((tmp_path / "a/digits.json").read_text())["rows"]
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in found]
+    assert (tmp_path / "b/digits/parity-elman-2/metrics.jsonl").read_text() == kept
 
 
 @pytest.mark.parametrize("name", tables.TABLES)

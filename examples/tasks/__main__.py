@@ -49,7 +49,11 @@ def parse_options(args: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", default=1000, help="training steps", type=count, metavar="N")
     add("--lr", default=3e-3, help="learning rate after warm-up", type=positive, metavar="RATE")
     add("--seed", default=0, help="of weights and sequences", type=maybe_zero, metavar="N")
-    add("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint in the output folder; --steps may be another",
+    )
     add(
         "--output",
         default=None,
@@ -77,12 +81,12 @@ def main(args: Sequence[str] | None = None) -> None:
     given = {name: value for name, value in vars(flags).items() if name in names}
     options = Options(**given, lengths=tuple(flags.length))
     task = TASKS[options.task]
-    print(f"{options.task}: {task.description}.")
+    print(f"{options.task}: {task.description}.", flush=True)
     try:
         state = train(options, flags.output, resume=flags.resume)
     except KeyboardInterrupt:
         raise SystemExit(f"\nStopped. Go on with --resume; all is in {flags.output}.") from None
-    except (FloatingPointError, ValueError) as error:
+    except (FloatingPointError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     accuracies = {}
     for length in sorted({options.lengths[-1], *flags.eval_lengths}):
