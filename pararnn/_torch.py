@@ -124,7 +124,8 @@ def from_torch(
     weights.
 
     Any number of layers, in one direction or both, with biases or without. The weights are copied
-    into [`pararnn.LSTM`][], [`pararnn.GRU`][] or [`pararnn.Elman`][] cells and keep their dtype.
+    into [`pararnn.LSTM`][], [`pararnn.GRU`][] or [`pararnn.Elman`][] cells and keep their dtype
+    (float64 needs JAX's `jax_enable_x64`, without which they become float32, as all arrays do).
     Where PyTorch adds two biases the cell has their sum; where it has none, zeros. What the weights
     do not hold is up to you: sequences have no batch axis here, whatever `batch_first` said, and
     there is no dropout between the layers.
