@@ -136,11 +136,9 @@ class Chunks:
 
     def fine_scale(self, starts, ends) -> Float[Array, "starts size"]:
         """The scale of each element of the starts, from a sweep that has led to `ends`."""
-        coarse = self.tolerance.coarse(starts)
-        disturbed = self.disturbed_ends(starts)
-        return self.tolerance.fine(starts, ends[:-1], disturbed[:-1], coarse)
+        return self.tolerance.fine(starts, ends[:-1], self.disturbed_ends(starts)[:-1])
 
-    def mismatches(self, states: PyTree[Array], starts) -> Float[Array, " starts"]:
+    def mismatches(self, states: PyTree[Array]) -> Float[Array, " starts"]:
         """By how much the first state of each chunk but the first differs from the step of the
         state before it, in units of the tolerance."""
         first = slice(self.chunk_size, None, self.chunk_size)
@@ -151,9 +149,7 @@ class Chunks:
         places = jnp.arange(self.num_chunks - 1)
         disturbed = jax.vmap(self._disturbed_step)(before, (places, inputs))
         got, images, disturbed = (jax.vmap(self.ravel)(x) for x in (got, images, disturbed))
-        coarse = self.tolerance.coarse(starts)
-        scale = self.tolerance.fine(got, images, disturbed, coarse)
-        return self.tolerance.norm(images - got, scale)
+        return self.tolerance.norm(images - got, self.tolerance.fine(got, images, disturbed))
 
     def correct(self, starts, ends, jacobians, damping=None):
         """The new starts, and which of them had to be replaced: where the linear recurrence

@@ -116,7 +116,7 @@ def multiple_shooting(
         bad = (progress.error > 1) | _off(chunks, progress, ends[:-1] - progress.starts, scale)
         # Across each boundary too, a returned state must be the step of the one before it, even
         # where the step expands differences.
-        bad |= chunks.mismatches(states, progress.starts) > 1
+        bad |= chunks.mismatches(states) > 1
         return _judged(progress, bad, scale), states, bad
 
     def contradicted(carry):

@@ -55,9 +55,10 @@ class Tolerance:
         self._factor = 1.0 if rtol is None else rtol / default_rtol(self._dtype)
         self._atol = atol
         # Elements of one group share their coarse scale: those of a leaf that may meet.
-        pairs = np.stack([np.repeat(np.arange(len(leaves)), sizes), structure.labels(size)])
-        _, self._labels = np.unique(pairs, axis=1, return_inverse=True)
-        self._labels = self._labels.reshape(-1)
+        self._leaves = np.repeat(np.arange(len(leaves)), sizes)
+        pairs = np.stack([self._leaves, structure.labels(size)])
+        _, groups = np.unique(pairs, axis=1, return_inverse=True)
+        self._groups = groups.reshape(-1)
 
     def _per_element(self, values: np.ndarray) -> Float[Array, "1 size"]:
         return jnp.expand_dims(jnp.asarray(values), 0)
@@ -71,31 +72,25 @@ class Tolerance:
 
         A state that decays to zero is judged by what it was, one that grows by what it is now.
         """
-        magnitude = self._magnitude(values)
-        count = int(self._labels.max(initial=-1)) + 1
-        if count == 1:
-            largest = jnp.max(magnitude, axis=1, keepdims=True)
-            magnitude = jnp.broadcast_to(largest, magnitude.shape)
-        elif count < self._labels.size:
-            magnitude = jnp.max(magnitude[:, _members(self._labels)], axis=-1)[:, self._labels]
-        return self._coarsest * jax.lax.cummax(magnitude)
+        largest = _largest(self._magnitude(values), self._groups)
+        return self._coarsest * jax.lax.cummax(largest)
 
-    def fine(
-        self, values: Array, images: Array, disturbed: Array, coarse: Array
-    ) -> Float[Array, "n size"]:
+    def fine(self, values: Array, images: Array, disturbed: Array) -> Float[Array, "n size"]:
         """The scale close to a solution: of each element on its own.
 
         **Arguments:**
 
         - `values`: the solution.
         - `images`, `disturbed`: what the steps before led to, and where they lead when disturbed.
-        - `coarse`: the coarse scale, which is never exceeded.
         """
         moved = self._magnitude(disturbed.astype(self._wide) - images.astype(self._wide))
         for _ in range(_NEIGHBOURS):
             moved = jnp.maximum(moved, _beside(moved))
-        local = self._per_element(self._grain) * self._magnitude(values)
-        return jnp.minimum(coarse, local + moved)
+        magnitude = self._magnitude(values)
+        local = self._per_element(self._grain) * magnitude
+        # Chaos may drive a disturbance to any size: never more than what is granted to the largest.
+        most = jnp.max(_largest(magnitude, self._leaves), axis=0, keepdims=True, initial=0.0)
+        return jnp.minimum(self._coarsest * most, local + moved)
 
     def norm(self, difference: Array, scale: Float[Array, "n size"]) -> Float[Array, " n"]:
         """The largest element of each difference, in units of the tolerance; `inf` if any is not
@@ -127,6 +122,16 @@ class Tolerance:
         leaves, treedef = jtu.tree_flatten(state)
         seeds = range(len(leaves))
         return jtu.tree_unflatten(treedef, map(one, leaves, self._grains, seeds))
+
+
+def _largest(values: Array, labels: np.ndarray) -> Float[Array, "n size"]:
+    """For each element the largest of its row that has its label."""
+    count = int(labels.max(initial=-1)) + 1
+    if count == labels.size:
+        return values
+    if count == 1:
+        return jnp.broadcast_to(jnp.max(values, axis=1, keepdims=True), values.shape)
+    return jnp.max(values[:, _members(labels)], axis=-1)[:, labels]
 
 
 def _members(labels: np.ndarray) -> Int[np.ndarray, "groups k"]:
