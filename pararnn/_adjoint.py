@@ -28,7 +28,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._detection import detect_structure
-from ._misc import flip_time, is_complex, previous_states, time_slice
+from ._misc import flip_time, is_complex, or_zeros, previous_states, time_slice
 from ._outcome import judge, throw_unless_successful
 from ._structure import AbstractStructure
 from ._tangents import sequential_tangents
@@ -103,8 +103,24 @@ def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report, 
         return jax.vmap(step)(previous_states(init, states), xs)
 
     _, offsets = eqx.filter_jvp(all_steps, (step, xs, init), tuple(tangents))
+    offsets = _tied(or_zeros(offsets, states), tangents)
     solution = _linear_solve(step, xs, init, states, offsets, adjoint, structure)
     return out, (solution, *silent)
+
+
+def _tied(offsets: PyTree[Array], tangents: PyTree[Array | None]) -> PyTree[Array]:
+    """The same numbers, each of which depends on all `tangents` as far as JAX can tell.
+
+    `custom_linear_solve` can be transposed only with respect to all leaves of its right-hand side
+    at once; that of a leaf which depends on nothing but the state (a delay line, a clock) is a
+    constant zero. By selection, as the product of zero and infinity is NaN; XLA removes it.
+    """
+    leaves, treedef = jtu.tree_flatten(offsets)
+    if len(leaves) == 1:
+        return offsets
+    total = sum(jnp.sum(t).real.astype(jnp.float32) for t in jtu.tree_leaves(tangents))
+    tied = [jnp.where(jnp.zeros_like(b, bool), jnp.asarray(total, b.dtype), b) for b in leaves]
+    return jtu.tree_unflatten(treedef, tied)
 
 
 def _linear_solve(step, xs, init, states, offsets, adjoint, structure):
@@ -243,7 +259,9 @@ def _solve_states_clipped_bwd(
     if isinstance(solver, AbstractIterativeSolver):
         # A derivative has no place to report a failure: it must always be finished.
         solver = dataclasses.replace(solver, fallback=True)
-    inputs = _backward_inputs(xs, init, states, cotangents[0])
+    # Those of states that the loss does not read are left out.
+    cotangents = or_zeros(cotangents[0], states)
+    inputs = _backward_inputs(xs, init, states, cotangents)
     clipped, _, _ = solve_states(
         _ClippedPull(step, adjoint.limit),
         inputs,

@@ -100,6 +100,14 @@ def previous_states(init: PyTree[Array], states: PyTree[Array]) -> PyTree[Array]
     )
 
 
+def or_zeros(tangents: PyTree[Array | None], values: PyTree[Array]) -> PyTree[Array]:
+    """The derivatives that go with `values`, zero where they are left out as `None`.
+
+    Led by `values`: a `None` in there is a part of the tree, not a derivative.
+    """
+    return jtu.tree_map(lambda x, t: jnp.zeros_like(x) if t is None else t, values, tangents)
+
+
 def flip_time(tree: PyTree[Array]) -> PyTree[Array]:
     return jtu.tree_map(lambda x: jnp.flip(x, 0), tree)
 

@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._detection import reaches
-from ._misc import num_steps, previous_states, struct, time_slice
+from ._misc import num_steps, or_zeros, previous_states, struct, time_slice
 
 # More steps per block would not fit a processor's caches.
 _MAX_BLOCK = 256
@@ -49,10 +49,10 @@ def sequential_tangents(
             v = jtu.tree_map(jnp.add, pushes.apply(varying, shared, v), offset)
             return v, v
 
-        return jax.lax.scan(push, arriving, (varying, _or_zeros(offsets, states)))
+        return jax.lax.scan(push, arriving, (varying, or_zeros(offsets, states)))
 
     through_block = jax.checkpoint(through_block, prevent_cse=False)
-    arriving = _or_zeros(init_tangent, init)
+    arriving = or_zeros(init_tangent, init)
     length = num_steps(states)
     block = _block_size(length)
     whole = length - length % block
@@ -78,15 +78,6 @@ def _block_size(length: int) -> int:
 
 def _split(tree: PyTree[Array], index: int) -> tuple[PyTree[Array], PyTree[Array]]:
     return jtu.tree_map(lambda x: x[:index], tree), jtu.tree_map(lambda x: x[index:], tree)
-
-
-def _or_zeros(tangents: PyTree[Array | None], values: PyTree[Array]) -> PyTree[Array]:
-    return jtu.tree_map(
-        lambda t, x: jnp.zeros_like(x) if t is None else t,
-        tangents,
-        values,
-        is_leaf=lambda t: t is None,
-    )
 
 
 class _Pushes:
