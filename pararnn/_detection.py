@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from ._misc import raveler, struct
 from ._patterns import CALLS, Pattern, TooDenseError, inner_jaxpr, interpret
 from ._structure import AbstractStructure, BlockDiagonal, Dense, Diagonal
+from ._traits import REFUSALS, lacks_derivative
 
 _SLICE = "`x` must be one time slice of the inputs: pass `us[0]`, not `us`."
 
@@ -43,11 +44,14 @@ def detect_structure(
     **Returns:**
 
     [`pararnn.Diagonal`][], [`pararnn.BlockDiagonal`][] or [`pararnn.Dense`][]. The pattern that it
-    describes contains every entry of the Jacobian that can be non-zero, for any parameters.
+    describes contains every entry of the Jacobian that can be non-zero, for any parameters. A step
+    without a derivative in forward mode, whose Jacobian cannot be looked at, is `Dense`.
     """
     jaxpr, size = _trace_derivative(step, state, x)
     if size == 0:
         return Diagonal()
+    if jaxpr is None:
+        return Dense()
     inputs: list[Pattern] = [None] * (len(jaxpr.invars) - 1)
     identity = cast(sp.csr_array, sp.eye_array(size, dtype=bool, format="csr"))
     try:
@@ -67,12 +71,15 @@ def is_affine(
     affine.
     """
     jaxpr, size = _trace_derivative(step, state, x)
+    if size == 0 or jaxpr is None:
+        return size == 0
     inputs = len(jaxpr.invars) - 2
-    return size == 0 or not any(reaches(jaxpr, [True, *[False] * inputs, False]))
+    return not any(reaches(jaxpr, [True, *[False] * inputs, False]))
 
 
 def _trace_derivative(step, state, x) -> tuple[Any, int]:
-    """The jaxpr of `(raveled state, x, tangent) -> ∂step/∂state · tangent`; the state size."""
+    """The jaxpr of `(raveled state, x, tangent) -> ∂step/∂state · tangent`, `None` if the step has
+    no such derivative; the state size."""
     state, x = struct(state), struct(x)
     ravel, unravel, size, dtype = raveler(state)
     vector = jax.ShapeDtypeStruct((size,), dtype)
@@ -93,7 +100,12 @@ def _trace_derivative(step, state, x) -> tuple[Any, int]:
     def derivative(vector, x, tangent):
         return jax.jvp(lambda v: vector_step(v, x), (vector,), (tangent,))[1]
 
-    return jax.make_jaxpr(derivative)(vector, x, vector).jaxpr, size
+    try:
+        return jax.make_jaxpr(derivative)(vector, x, vector).jaxpr, size
+    except REFUSALS:
+        if lacks_derivative(step, state, x):
+            return None, size
+        raise
 
 
 def _shapes(tree: PyTree[Any]) -> tuple[Any, list[tuple[int, ...]]]:

@@ -23,10 +23,11 @@ from ._checks import (
     instance_hint,
     to_arrays,
 )
-from ._misc import num_steps, struct
+from ._misc import num_steps, struct, time_slice
 from ._packing import Packing, windows_of_pieces, zero_unless
 from ._solution import Solution
 from ._solve import solve
+from ._traits import check_unmasked
 from .cells import AbstractCell, from_equinox
 from .solvers import AbstractSolver, AssociativeScan
 
@@ -142,6 +143,8 @@ class RNN(eqx.Module, Generic[Cell]):
                 f"`state` must be shaped like the layer's `init_state()`, {struct(initial)}; got "
                 f"{struct(jtu.tree_map(jnp.asarray, start))}."
             )
+        if prepared.packing is not None:
+            check_unmasked(self.cell.step, start, time_slice(prepared.us))
         try:
             return solve(
                 self.cell.step,

@@ -26,9 +26,10 @@ from ._checks import (
 from ._jit import is_traced, run_jitted
 from ._misc import ResettingStep, all_finite, num_steps, raveler, struct, time_slice
 from ._packing import Packing
-from ._select import select_solver
+from ._select import choose
 from ._solution import RESULTS, Solution, Stats
 from ._structure import AbstractStructure
+from ._traits import check_unmasked
 from .solvers import AbstractSolver
 
 
@@ -58,14 +59,16 @@ def solve(
     **Arguments:**
 
     - `step`: the recurrence, `step(state, x) -> state`: a pure function or callable module. It may
-        close over arrays, traced ones included; derivatives flow to them.
+        close over arrays, traced ones included; derivatives flow to them. If it exchanges values
+        with other sequences of a batch (`jax.lax.pmean`), only `Sequential` solves it.
     - `xs`: the inputs: a pytree of arrays that share a leading axis of length `L`, which may be 0.
     - `init`: the initial state: a pytree of floating-point or complex arrays. Each state has its
         structure, shapes and dtypes.
     - `solver`: the method, for example [`pararnn.Newton`][]. `None` chooses by platform, structure
         and shape, as [`pararnn.select_solver`][] explains.
     - `adjoint`: the solver of the derivative's linear recurrence, which has the true Jacobian
-        always. `None` is one pass over the steps on a CPU, and [`pararnn.Newton`][] elsewhere. A
+        always. `None` is one pass over the steps on a CPU and for steps without a derivative in
+        forward mode (`jax.custom_vjp`), and [`pararnn.Newton`][] elsewhere. A
         [`pararnn.ClippedAdjoint`][] clips what flows back through time; it has no forward mode.
     - `reset`: a boolean per step; where true, that step starts from `reset_state` and not from the
         state before it.
@@ -162,8 +165,9 @@ def _solve(
         full_step, full_xs = converted, xs
     else:
         full_step, full_xs = ResettingStep(converted, reset_state), (reset, xs)
-    if solver is None:
-        solver, _ = select_solver(full_step, full_xs, init, structure=structure)
+    if mask is not None:
+        check_unmasked(full_step, init, time_slice(full_xs))
+    solver, adjoint = choose(full_step, full_xs, init, solver, adjoint, structure)
     options = {"solver": solver, "structure": structure, "report": report, "throw": throw}
     if isinstance(adjoint, ClippedAdjoint):
         problem = (full_step, full_xs, init)

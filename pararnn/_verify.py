@@ -11,10 +11,18 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from ._misc import agreement_tolerance, num_steps, previous_states, raveler, relative_error
+from ._misc import (
+    agreement_tolerance,
+    num_steps,
+    previous_states,
+    raveler,
+    relative_error,
+    time_slice,
+)
 from ._solution import RESULTS
 from ._solve import solve
 from ._structure import AbstractStructure
+from ._traits import check_alone
 from .solvers import AbstractSolver
 
 _Step = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
@@ -86,6 +94,7 @@ def verify(
     A [`pararnn.Verification`][].
     """
     xs, init = jtu.tree_map(jnp.asarray, (xs, init))
+    check_alone("verify", step, init, time_slice(xs))
     _, _, _, dtype = raveler(init)
     if tolerance is None:
         tolerance = agreement_tolerance(dtype)

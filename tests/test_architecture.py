@@ -16,6 +16,7 @@ ROOMS = [
     "_patterns",
     "_counts",
     "_compare",
+    "_traits",
     "_detection",
     "_linear",
     "_solution",

@@ -13,6 +13,7 @@ from .._linear import LinearMethod
 from .._misc import ResettingStep, bool_where, time_slice
 from .._solution import Stats
 from .._structure import AbstractStructure
+from .._traits import check_tangents
 from ._base import AbstractSolver, check_linear_method
 from ._chunks import Chunks, finish_sequentially, first_index
 from ._newton import Newton
@@ -60,6 +61,7 @@ def associative_scan(
 ) -> tuple[PyTree[Array], Bool[Array, ""], Stats]:
     """`(states, converged, stats)` of a recurrence of at least one step."""
     stepwise = Newton(chunk_size=1, linear_method=solver.linear_method)
+    check_tangents(solver, step, init, time_slice(xs))
     chunks = Chunks(step, xs, init, stepwise, structure)
     if solver.algebra is not None:
         states = _compose(solver.algebra, step, xs, init)

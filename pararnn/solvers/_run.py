@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from .._misc import num_steps
+from .._misc import num_steps, raveler, time_slice
 from .._solution import Stats
 from .._structure import AbstractStructure
+from .._traits import check_tangents
 from ._base import AbstractIterativeSolver, AbstractSolver
 from ._exact import AssociativeScan, associative_scan
 from ._newton import Newton
@@ -52,6 +53,8 @@ def run(
     if isinstance(solver, AssociativeScan):
         return associative_scan(step, xs, init, solver=solver, structure=structure)
     assert isinstance(solver, AbstractIterativeSolver)
+    if solver.linearization(structure, raveler(init)[2]).propagated is not None:
+        check_tangents(solver, step, init, time_slice(xs))
     return multiple_shooting(
         step, xs, init, guess, solver=solver, structure=structure, report=report
     )

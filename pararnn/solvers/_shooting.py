@@ -364,6 +364,8 @@ def _off(chunks: Chunks, progress: _Progress, defects: Array, scale: Array) -> B
         beyond = jnp.cumsum(norm(chunks.tolerance.beyond_rounding(defects, scale), scale))
         return jnp.where(rounding, beyond, reached)
 
-    doubtful = ~progress.trusted & (reached[-1] > 1)
-    added_up = jax.lax.cond(doubtful, by_forgetting, lambda: reached) > 1
+    if chunks.differentiable:
+        doubtful = ~progress.trusted & (reached[-1] > 1)
+        reached = jax.lax.cond(doubtful, by_forgetting, lambda: reached)
+    added_up = reached > 1
     return (norms > 1) | (added_up & ~progress.trusted)

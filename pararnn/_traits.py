@@ -1,0 +1,156 @@
+"""What a step allows to be done with it: whether tangents can be pushed through it, and whether it
+stands alone or meets other sequences.
+
+Both are seen when it is traced, hence they hold for all parameters and inputs.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend.core as jex_core
+from jaxtyping import PyTree
+
+_Step = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
+# How JAX refuses to push tangents: by its own rules, those of a callback, and for want of a rule.
+REFUSALS = (TypeError, ValueError, NotImplementedError)
+# Primitives that name an axis, but bring nothing along it.
+_SILENT = frozenset({"axis_index", "pvary", "pcast"})
+
+
+def lacks_derivative(
+    step: _Step, state: PyTree[Any], x: PyTree[Any], *, of_all: bool = False
+) -> bool:
+    """Whether `step` can be traced, but tangents cannot be pushed through it.
+
+    **Arguments:**
+
+    - `step`: the recurrence, `step(state, x) -> state`.
+    - `state`, `x`: a state and one time slice of the inputs, as arrays or as
+        `jax.ShapeDtypeStruct`.
+    - `of_all`: whether to push tangents of the inputs and of all arrays that `step` carries too,
+        and not of the state alone.
+    """
+
+    def call(step, state, x):
+        return step(state, x)
+
+    def push(step, state, x):
+        def at(point):
+            return call(*point) if of_all else call(step, point, x)
+
+        point = (step, state, x) if of_all else state
+        inexact, rest = eqx.partition(point, eqx.is_inexact_array)
+        _, pushed = eqx.filter_jvp(lambda p: at(eqx.combine(p, rest)), (inexact,), (inexact,))
+        return pushed
+
+    try:
+        eqx.filter_eval_shape(call, step, state, x)
+    except Exception:
+        return False  # whatever is wrong here, it is not the derivative
+    try:
+        jaxpr = eqx.filter_make_jaxpr(push)(step, state, x)[0]
+    except REFUSALS:
+        return True
+    # JAX traces the tangents of a `custom_vjp`, in case that they are only transposed.
+    return any(eqn.primitive.name == "custom_lin" for eqn in _equations(jaxpr.jaxpr))
+
+
+def lacks_transpose(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> bool:
+    """Whether cotangents of the state cannot be pulled back through `step`, for example because of
+    a `while_loop`. Arguments as for `lacks_derivative`."""
+
+    def pull(state, x):
+        new, pull = jax.vjp(lambda s: step(s, x), state)
+        return pull(new)
+
+    try:
+        jax.eval_shape(pull, state, x)
+    except REFUSALS:
+        return True
+    return False
+
+
+def check_tangents(solver: Any, step: _Step, state: PyTree[Any], x: PyTree[Any]) -> None:
+    """Raises a `ValueError` if `solver`, which pushes tangents through `step`, cannot."""
+    if lacks_derivative(step, state, x):
+        raise ValueError(
+            f"`solver={type(solver).__name__}(…)` pushes tangents through `step`, which has no "
+            "derivative in forward mode: it uses a `jax.custom_vjp`, a callback or a primitive "
+            "without such a rule. Use Jacobi(), Picard() or Sequential(), which need none, or a "
+            "`jax.custom_jvp` within `step`."
+        )
+
+
+def shared_axes(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> tuple[str, ...]:
+    """The axes of `jax.vmap` or `jax.shard_map` along which `step` exchanges values with other
+    sequences or devices, as by `jax.lax.pmean`. Arguments as for `lacks_derivative`."""
+    jaxpr = eqx.filter_make_jaxpr(lambda step, state, x: step(state, x))(step, state, x)[0]
+    return tuple(sorted(_exchanges(jaxpr.jaxpr)))
+
+
+def check_alone(caller: str, step: _Step, state: PyTree[Any], x: PyTree[Any]) -> None:
+    """Raises a `ValueError` if `step` needs other sequences beside it, which `caller` lacks."""
+    try:
+        eqx.filter_eval_shape(lambda step, state, x: step(state, x), step, state, x)
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise ValueError(
+            f"`{caller}` runs one sequence by itself, but `step` exchanges values along a named "
+            f"axis ({error}). Make the batch an axis of the state, and reduce over it; or compare "
+            "`solve` with `jax.lax.scan` under your own `jax.vmap`."
+        ) from error
+
+
+def listed(axes: tuple[str, ...]) -> str:
+    """The axes, for an error message."""
+    names = ", ".join(f"'{axis}'" for axis in axes)
+    return f"the axis {names}" if len(axes) == 1 else f"the axes {names}"
+
+
+def check_unmasked(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> None:
+    """Raises a `ValueError` if `step` exchanges values with other sequences, for the use of masks,
+    which move steps to other places."""
+    axes = shared_axes(step, state, x)
+    if axes:
+        raise ValueError(
+            "`mask` moves the steps of a sequence that count to its front, but `step` exchanges "
+            f"values along {listed(axes)}, and would meet other steps there. Take the mask into "
+            "the inputs, and keep the state in `step` where it is False."
+        )
+
+
+def _exchanges(jaxpr: Any) -> set[str]:
+    names = set[str]()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _SILENT:
+            continue
+        for key in ("axes", "axis_name"):
+            value = eqn.params.get(key, ())
+            value = value if isinstance(value, (tuple, list, frozenset)) else (value,)
+            names.update(str(name) for name in value if not isinstance(name, int))
+        inner = set[str]().union(*map(_exchanges, _inner(eqn)))
+        # What a `shard_map` within the step exchanges, it exchanges within the step.
+        for key in ("manual_axes", "newly_manual_axes"):
+            inner -= {str(name) for name in eqn.params.get(key, ())}
+        names |= inner
+    return names
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in _inner(eqn):
+            yield from _equations(inner)
+
+
+def _inner(eqn: Any) -> Iterator[Any]:
+    """The jaxprs among the parameters of an equation."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, jex_core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, jex_core.Jaxpr):
+                yield item
