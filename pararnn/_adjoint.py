@@ -32,6 +32,7 @@ from ._misc import flip_time, is_complex, or_zeros, previous_states, time_slice
 from ._outcome import judge, throw_unless_successful
 from ._structure import AbstractStructure
 from ._tangents import sequential_tangents
+from ._traits import lacks_transpose
 from .solvers import AbstractIterativeSolver, AbstractSolver, Newton, Sequential, run, run_linear
 
 
@@ -165,7 +166,10 @@ def _linear_solve(step, xs, init, states, offsets, adjoint, structure):
         inputs = _backward_inputs(xs, init, states, g)
         return flip_time(run_linear(adjoint, linear_step, inputs, zero, structure))
 
-    return jax.lax.custom_linear_solve(residual, offsets, solve, transpose_solve)
+    # JAX traces the transposed solve at once, also where it only pushes tangents.
+    forward_only = lacks_transpose(step, init, time_slice(xs))
+    transposed = None if forward_only else transpose_solve
+    return jax.lax.custom_linear_solve(residual, offsets, solve, transposed)
 
 
 def _backward_inputs(xs, init, states, cotangents):
