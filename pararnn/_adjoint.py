@@ -56,22 +56,25 @@ def solve_states(
     adjoint: AbstractSolver | None,
     structure: AbstractStructure | None,
     report: Callable[[int, float, int, int], Any] | None = None,
-    throw: bool = False,
+    throw: str | None = None,
 ):
     """`(states, result, stats)` of a recurrence of at least one step, differentiable.
 
     `step` must carry everything it depends on as array leaves (`equinox.filter_closure_convert`).
+    `throw` is the place that an error at run time names; without one, none is raised.
     """
     if structure is None and not isinstance(solver, Sequential):
         structure = detect_structure(step, init, time_slice(xs))
     states, converged, stats = run(solver, step, xs, init, guess, structure, report)
     result = judge(states, converged)
     # Here and not on what `solve` returns, so that derivatives read checked states, too.
-    return throw_unless_successful(states, result) if throw else states, result, stats
+    if throw is not None:
+        states = throw_unless_successful(states, result, throw)
+    return states, result, stats
 
 
 @solve_states.def_jvp
-def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report, throw):
+def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report=None, throw=False):
     step, xs, init, guess = primals
     *tangents, _ = tangents  # the solution does not depend on the guess
     if adjoint is None:

@@ -25,6 +25,7 @@ from ._checks import (
 )
 from ._jit import is_traced, run_jitted
 from ._misc import ResettingStep, all_finite, num_steps, raveler, struct, time_slice
+from ._outcome import call_site, raise_if
 from ._packing import Packing
 from ._select import choose
 from ._solution import RESULTS, Solution, Stats
@@ -58,9 +59,11 @@ def solve(
 
     **Arguments:**
 
-    - `step`: the recurrence, `step(state, x) -> state`: a pure function or callable module. It may
-        close over arrays, traced ones included; derivatives flow to them. If it exchanges values
-        with other sequences of a batch (`jax.lax.pmean`), only `Sequential` solves it.
+    - `step`: the recurrence, `step(state, x) -> state`: a pure function or callable module, and
+        total: it is evaluated at states that the sequential run never meets, too, and must end
+        there, with any result. A `while_loop` in it that ends near the true states only would hang.
+        It may close over arrays, traced ones included; derivatives flow to them. If it exchanges
+        values with other sequences of a batch (`jax.lax.pmean`), only `Sequential` solves it.
     - `xs`: the inputs: a pytree of arrays that share a leading axis of length `L`, which may be 0.
     - `init`: the initial state: a pytree of floating-point or complex arrays. Each state has its
         structure, shapes and dtypes.
@@ -129,13 +132,13 @@ def solve(
     report = (_print_progress if verbose else None) if isinstance(verbose, bool) else verbose
     args = (xs, init, solver, adjoint, reset, reset_state, mask, guess, structure, report)
     if not throw:
-        return run_jitted(_solve, step, *args, False)
+        return run_jitted(_solve, step, *args, None)
     if is_traced((step, args)):
-        return run_jitted(_solve, step, *args, True)
+        return run_jitted(_solve, step, *args, call_site())
     # Outside of all transformations no program needs to raise: the error comes from here.
-    solution = run_jitted(_solve, step, *args, False)
+    solution = run_jitted(_solve, step, *args, None)
     if is_traced(solution):  # `step` closes over values that are traced
-        return run_jitted(_solve, step, *args, True)
+        return run_jitted(_solve, step, *args, call_site())
     if solution.result != RESULTS.successful:
         raise eqx.EquinoxRuntimeError(RESULTS[solution.result])
     return solution
@@ -184,8 +187,8 @@ def _solve(
     final = jtu.tree_map(lambda h: h[-1], states)
     # Before the first unmasked step, they are `init`, which has not been judged.
     result = RESULTS.where(all_finite(states), result, RESULTS.nonfinite)
-    if throw:
-        final = result.error_if(final, result != RESULTS.successful)
+    if throw is not None:
+        final = raise_if(final, result, throw)
         states = jtu.tree_map(lambda h, last: h.at[-1].set(last), states, final)
     return Solution(states, final, result, stats)
 

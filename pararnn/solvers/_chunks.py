@@ -1,6 +1,5 @@
 """A recurrence cut into chunks: sweeps over them, corrections of their starts, and the finish."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +10,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._linear import LinearMethod, default_linear_method, linear_recurrence
-from .._misc import alignment, bool_where, num_steps, raveler, time_slice
+from .._misc import alignment, bool_where, num_steps, raveler
 from .._structure import AbstractStructure, restrict
-from .._traits import lacks_derivative
 from ._base import AbstractIterativeSolver
 from ._damped import LevenbergMarquardt, damped_correction
 from ._tolerance import Tolerance
@@ -79,18 +77,6 @@ class Chunks:
         states = jax.vmap(self.unravel)(starts)
         ends, _ = _run(jax.vmap(self._step), states, self._chunked_xs, keep=False)
         return jax.vmap(self.ravel)(ends)
-
-    @functools.cached_property
-    def differentiable(self) -> bool:
-        """Whether `push` is to be had: some methods need no derivative of the step."""
-        return not lacks_derivative(self._step, self._init, time_slice(self._xs))
-
-    def push(self, starts, vectors: Float[Array, "starts size"]) -> Float[Array, "starts size"]:
-        """What small deviations of the starts become at the ends of their chunks."""
-        _, pushed = jax.jvp(
-            lambda s: self.ends(jnp.concatenate([self.first_start, s])), (starts,), (vectors,)
-        )
-        return pushed[1:]
 
     def through_first_chunk(self, vectors: Float[Array, "n size"]) -> Float[Array, "n size"]:
         """What any number of states become under the inputs of the first chunk."""

@@ -1,10 +1,10 @@
 """Recurrences that need no iteration: affine ones, and those with an algebra."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
 from .._algebra import AbstractAlgebra
@@ -15,12 +15,11 @@ from .._solution import Stats
 from .._structure import AbstractStructure
 from .._traits import check_tangents
 from ._base import AbstractSolver, check_linear_method
-from ._chunks import Chunks, finish_sequentially, first_index
 from ._newton import Newton
+from ._shooting import multiple_shooting
 
-# The first solves an affine recurrence, the second finds out how far off it is. A rotation over
-# 65,536 steps takes one more; a step that takes many is none that one pass solves.
-_MAX_CORRECTIONS = 5
+# A step that takes more is none that one pass solves.
+_MAX_ITERS = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,53 +57,25 @@ def associative_scan(
     *,
     solver: AssociativeScan,
     structure: AbstractStructure,
+    report: Callable[[int, float, int, int], Any] | None = None,
 ) -> tuple[PyTree[Array], Bool[Array, ""], Stats]:
     """`(states, converged, stats)` of a recurrence of at least one step."""
-    stepwise = Newton(chunk_size=1, linear_method=solver.linear_method)
     check_tangents(solver, step, init, time_slice(xs))
-    chunks = Chunks(step, xs, init, stepwise, structure)
+    guess = None
     if solver.algebra is not None:
-        states = _compose(solver.algebra, step, xs, init)
-        starts = jax.vmap(chunks.ravel)(jtu.tree_map(lambda h: h[:-1], states))
-    elif is_affine(step, init, time_slice(xs)):
-        starts = jnp.zeros((chunks.length - 1, chunks.size), chunks.dtype)
-    else:
+        guess = _compose(solver.algebra, step, xs, init)
+    elif not is_affine(step, init, time_slice(xs)):
         raise ValueError(
             "`solver=AssociativeScan()` needs a `step` that is affine in the state, but its "
             "Jacobian depends on the state. Use Newton(), or pass an `algebra` that has it."
         )
-
-    # An algebra may not be the step's, `stop_gradient` can hide a nonlinearity, and the rounding of
-    # long products adds up: never trust. What is missing is a linear recurrence driven by the
-    # defects, and its solution, added, is the remedy as well.
-
-    def correct(carry):
-        count, starts, _, _ = carry
-        ends, jacobians = chunks.sweep(starts)
-        new, replaced = chunks.correct(starts, ends, jacobians)
-        scale = chunks.fine_scale(starts, ends)
-        bad = replaced | (chunks.tolerance.norm(new - starts, scale) > 1)
-        return count + 1, jnp.where(jnp.any(bad), new, starts), ends, bad
-
-    def unfinished(carry):
-        count, _, _, bad = carry
-        return (count == 0) | (jnp.any(bad) & (count < _MAX_CORRECTIONS))
-
-    ends = jnp.zeros((chunks.length, chunks.size), chunks.dtype)
-    carry = (jnp.asarray(0), starts, ends, jnp.ones(chunks.length - 1, bool))
-    count, _, ends, bad = jax.lax.while_loop(unfinished, correct, carry)
-    first_step = 1 + first_index(bad)
-    states = jax.vmap(chunks.unravel)(ends)
-    states = finish_sequentially(step, xs, states, init, first_step, 1)
-    finished = chunks.length - first_step
-    stats = Stats(
-        iterations=count,
-        correction=jnp.zeros((), jnp.float32),
-        chunk_size=1,
-        sequential_steps=count + finished,
-        fallback=finished > 0,
+    # An affine recurrence is one correction of Newton's method from anywhere. An algebra may not be
+    # the step's, `stop_gradient` can hide a nonlinearity, and the rounding of long products adds
+    # up: never trust. What is missing is the next correction, if any is needed.
+    newton = Newton(chunk_size=1, linear_method=solver.linear_method, max_iters=_MAX_ITERS)
+    return multiple_shooting(
+        step, xs, init, guess, solver=newton, structure=structure, report=report
     )
-    return states, jnp.asarray(True), stats
 
 
 def _compose(algebra, step, xs, init):

@@ -51,7 +51,7 @@ def run(
         return _scan(step, xs, init), jnp.asarray(True), stats
     assert structure is not None
     if isinstance(solver, AssociativeScan):
-        return associative_scan(step, xs, init, solver=solver, structure=structure)
+        return associative_scan(step, xs, init, solver=solver, structure=structure, report=report)
     assert isinstance(solver, AbstractIterativeSolver)
     if solver.linearization(structure, raveler(init)[2]).propagated is not None:
         check_tangents(solver, step, init, time_slice(xs))

@@ -12,6 +12,7 @@ are needed, and a sequential finish from the first chunk that has not converged 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,8 +37,11 @@ _AMPLIFIED_ROUNDING = 10.0
 # Give up after this many iterations in which no more than the guaranteed chunk became right and the
 # corrections of the others did not shrink either.
 _PATIENCE = 15
-# From this length on, the rounding of an associative scan's products is corrected.
-_REFINED_FROM = 1024
+# What remains of a deviation is tried with one of about this many tolerances.
+_TRIED = 8.0
+# From this length on, the rounding of the products that a linear recurrence is solved by is
+# corrected; a sequential one has no products.
+_REFINED_FROM = {"associative": 1024, "chunked": 16_384, "sequential": math.inf}
 # Adaptive damping: where it starts, how it changes when a correction is accepted or rejected, and
 # below which value the correction is Newton's for the purpose of judging convergence.
 _FIRST_DAMPING, _DAMPING_DOWN, _DAMPING_UP, _MIN_DAMPING, _NEARLY_UNDAMPED = (
@@ -113,7 +117,7 @@ def multiple_shooting(
         # The returned states: one more sweep, from the final starts, which also judges them.
         ends, states = chunks.trajectory(progress.starts)
         scale = chunks.fine_scale(progress.starts, ends)
-        bad = (progress.error > 1) | _off(chunks, progress, ends[:-1] - progress.starts, scale)
+        bad = (progress.error > 1) | _off(chunks, progress, ends, scale)
         # Across each boundary too, a returned state must be the step of the one before it, even
         # where the step expands differences.
         bad |= chunks.mismatches(states) > 1
@@ -166,7 +170,7 @@ def linear_shooting(
     if chunks.chunk_size == 1:
         assert jacobians is not None  # an exact method has a linearization
         solution = linear_recurrence(structure, jacobians, ends, method=chunks.linear_method)
-        if chunks.linear_method == "associative" and chunks.length >= _REFINED_FROM:
+        if chunks.length >= _REFINED_FROM[chunks.linear_method]:
             # The rounding of products grows with their length: once more, for what is missing.
             starts = solution[:-1]
             starts, _ = chunks.correct(starts, *chunks.sweep(starts))
@@ -346,9 +350,10 @@ def _judged(progress: _Progress, bad: Bool[Array, " starts"], scale: Array) -> _
     )
 
 
-def _off(chunks: Chunks, progress: _Progress, defects: Array, scale: Array) -> Bool[Array, "..."]:
+def _off(chunks: Chunks, progress: _Progress, ends: Array, scale: Array) -> Bool[Array, " starts"]:
     """Which of the final starts the last sweep contradicts."""
     norm = chunks.tolerance.norm
+    defects = ends[:-1] - progress.starts
     norms = norm(defects, scale)
     # A slow mode may hide behind a fast one, whose rate is no guide then; but as long as chunks do
     # not expand, a chunk is no further off than the sum of the defects before it.
@@ -357,15 +362,18 @@ def _off(chunks: Chunks, progress: _Progress, defects: Array, scale: Array) -> B
     def by_forgetting():
         # Where chunks forget, rounding does not add up to more than a geometric series. A system
         # that does not forget carries every defect on, a drift of a few units in the last place
-        # too.
-        kept = jnp.sum(norm(chunks.push(progress.starts, defects), scale)) / jnp.sum(norms)
+        # too. How much is kept is tried, as a derivative may be none: with larger deviations, so
+        # that their own rounding does not hide it.
+        factor = jnp.clip(_TRIED / jnp.max(norms), 1, 64)
+        tried = progress.starts + factor.astype(defects.dtype) * defects
+        tried = jnp.concatenate([chunks.first_start, tried])
+        pushed = chunks.ends(tried)[1:] - ends[1:]
+        kept = jnp.sum(norm(pushed, scale)) / (factor * jnp.sum(norms))
         series = jnp.max(norms) / (1 - kept)
         rounding = (kept < 1) & (series <= 1)
         beyond = jnp.cumsum(norm(chunks.tolerance.beyond_rounding(defects, scale), scale))
         return jnp.where(rounding, beyond, reached)
 
-    if chunks.differentiable:
-        doubtful = ~progress.trusted & (reached[-1] > 1)
-        reached = jax.lax.cond(doubtful, by_forgetting, lambda: reached)
-    added_up = reached > 1
+    doubtful = ~progress.trusted & (reached[-1] > 1)
+    added_up = jax.lax.cond(doubtful, by_forgetting, lambda: reached) > 1
     return (norms > 1) | (added_up & ~progress.trusted)
