@@ -84,6 +84,7 @@ def compare(
     limit: float = float("inf"),
     costs: bool = True,
     title: str | None = None,
+    judge: Callable[[Any, Any], float] = relative_error,
 ) -> list[dict[str, Any]]:
     """Measures functions that compute the same states; the first is the baseline.
 
@@ -98,6 +99,7 @@ def compare(
     - `repetitions`, `limit`: as for `interleaved`.
     - `costs`: whether to count operations and bytes, which compiles and runs each function anew.
     - `title`: of a progress bar; `None` for no bar.
+    - `judge`: the error of states, given those of the baseline too.
 
     **Returns:**
 
@@ -129,9 +131,9 @@ def compare(
                 if kind == "forward":
                     weights = _weights(results) if weights is None else weights
                     rows[name].update(_statistics(other))
-                rows[name]["error" if kind == "forward" else "gradient_error"] = relative_error(
-                    results, expected
-                )
+                    rows[name]["error"] = judge(results, expected)
+                else:
+                    rows[name]["gradient_error"] = relative_error(results, expected)
                 if costs:
                     row.update(count(function, *inputs)._asdict())
                 rows[name][kind] = row

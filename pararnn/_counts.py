@@ -75,7 +75,7 @@ def count(function: Callable[..., Any], *args: Any) -> Counts:
 # `_run` and `_count` meet the `while` loops in the same order.
 
 
-def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     closed = isinstance(jaxpr, jex_core.ClosedJaxpr)
     return (jaxpr.jaxpr, jaxpr.consts) if closed else (jaxpr, ())
 
@@ -90,19 +90,19 @@ def _inner(eqn: Any) -> list[Any]:
     return found
 
 
-def _called(eqn: Any) -> Any:
+def called(eqn: Any) -> Any:
     """The jaxpr that an equation merely calls (`jit`, `custom_jvp_call`, `remat`, …), or None."""
     name, inner = eqn.primitive.name, _inner(eqn)
     if name == "custom_linear_solve":
         return eqn.params["jaxprs"].solve
     if name in _NOT_ENTERED | _LOOPS or len(inner) != 1:
         return None
-    jaxpr, _ = _open(inner[0])
+    jaxpr, _ = open_jaxpr(inner[0])
     same = len(jaxpr.invars) == len(eqn.invars) and len(jaxpr.outvars) == len(eqn.outvars)
     return inner[0] if same else None
 
 
-def _call_args(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
+def call_args(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
     """What the called jaxpr takes of the equation's arguments."""
     if eqn.primitive.name != "custom_linear_solve":
         return args
@@ -114,15 +114,15 @@ def _call_args(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
 
 def _entered(eqn: Any) -> list[Any]:
     """The jaxprs of an equation that are walked, in order."""
-    called = _called(eqn)
-    if called is not None:
-        return [called]
+    inner = called(eqn)
+    if inner is not None:
+        return [inner]
     return _inner(eqn) if eqn.primitive.name in _LOOPS else []
 
 
 def _num_loops(jaxpr: Any) -> int:
     """How many `while` loops are walked."""
-    eqns = _open(jaxpr)[0].eqns
+    eqns = open_jaxpr(jaxpr)[0].eqns
     own = sum(eqn.primitive.name == "while" for eqn in eqns)
     return own + sum(_num_loops(inner) for eqn in eqns for inner in _entered(eqn))
 
@@ -147,9 +147,9 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> tuple[list[A
 
 def _run_eqn(jaxpr: Any, eqn: Any, ins: list[Any]) -> tuple[Sequence[Any], list[Any]]:
     name, params = eqn.primitive.name, eqn.params
-    called = _called(eqn)
-    if called is not None:
-        return _run(*_open(called), _call_args(eqn, ins))
+    inner = called(eqn)
+    if inner is not None:
+        return _run(*open_jaxpr(inner), call_args(eqn, ins))
     if name == "while":
         return _run_while(params, ins)
     if name in ("scan", "cond") and any(map(_num_loops, _entered(eqn))):
@@ -161,8 +161,8 @@ def _run_eqn(jaxpr: Any, eqn: Any, ins: list[Any]) -> tuple[Sequence[Any], list[
 
 
 def _run_while(params: Any, ins: list[Any]) -> tuple[list[Any], list[Any]]:
-    test, test_consts = _open(params["cond_jaxpr"])
-    body, body_consts = _open(params["body_jaxpr"])
+    test, test_consts = open_jaxpr(params["cond_jaxpr"])
+    body, body_consts = open_jaxpr(params["body_jaxpr"])
     n, m = params["cond_nconsts"], params["body_nconsts"]
     inner = _num_loops(test) + _num_loops(body)
 
@@ -194,7 +194,7 @@ def _expand(flags: Any, ndim: int) -> Any:
 
 def _run_scan(eqn: Any, ins: list[Any]) -> tuple[list[Any], list[Any]]:
     params = eqn.params
-    body, consts = _open(params["jaxpr"])
+    body, consts = open_jaxpr(params["jaxpr"])
     n, m = scan_parts(eqn)
 
     def turn(carry, x):
@@ -213,7 +213,7 @@ def _run_cond(params: Any, ins: list[Any]) -> tuple[list[Any], list[Any]]:
 
     def make(k):
         def run(args):
-            outs, trips = _run(*_open(branches[k]), args)
+            outs, trips = _run(*open_jaxpr(branches[k]), args)
             others = [[jnp.asarray(0)] * n for n in numbers]
             return outs, sum([*others[:k], trips, *others[k + 1 :]], [])
 
@@ -226,20 +226,20 @@ def _count(jaxpr: Any, times: float, trips: Iterator[int]) -> Counts:
     total = Counts(0.0, 0.0)
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        called = _called(eqn)
-        if called is not None:
-            total += _count(_open(called)[0], times, trips)
+        inner = called(eqn)
+        if inner is not None:
+            total += _count(open_jaxpr(inner)[0], times, trips)
         elif name == "scan":
             num_consts, num_carry = scan_parts(eqn)
             sliced = [*eqn.invars[num_consts + num_carry :], *eqn.outvars[num_carry:]]
             total += Counts(0.0, float(sum(map(_bytes, sliced)))).times(times)
-            total += _count(_open(params["jaxpr"])[0], times * params["length"], trips)
+            total += _count(open_jaxpr(params["jaxpr"])[0], times * params["length"], trips)
         elif name == "while":
             turns = float(next(trips))
             for part in ("cond_jaxpr", "body_jaxpr"):
-                total += _count(_open(params[part])[0], turns, trips)
+                total += _count(open_jaxpr(params[part])[0], turns, trips)
         elif name == "cond":
-            branches = [_count(_open(j)[0], times, trips) for j in params["branches"]]
+            branches = [_count(open_jaxpr(j)[0], times, trips) for j in params["branches"]]
             total += Counts(*map(max, zip(*branches, strict=True)))
         else:
             total += _primitive(eqn).times(times)

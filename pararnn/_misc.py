@@ -78,7 +78,7 @@ class ResettingStep(eqx.Module):
         return self.step(bool_where(flag, self.reset_state, state), x)
 
 
-def num_steps(xs: PyTree[Array]) -> int:
+def num_steps(xs: PyTree[Any]) -> int:
     """The length of the leading axis that the leaves of `xs` share."""
     return jtu.tree_leaves(xs)[0].shape[0]
 

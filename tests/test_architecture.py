@@ -15,8 +15,11 @@ ROOMS = [
     "_algebra",
     "_patterns",
     "_counts",
+    "_rounding",
     "_compare",
     "_traits",
+    "_agreement",
+    "_table",
     "_detection",
     "_linear",
     "_solution",
@@ -34,6 +37,9 @@ ROOMS = [
     "_blocks",
     "_stack",
     "_torch",
+    "_problem",
+    "_choose",
+    "_streaming",
     "_lyapunov",
     "_verify",
     "_benchmark",
@@ -189,7 +195,9 @@ def test_every_family_is_exported_by_its_folder(folder):
 
 def test_entry_points_are_exported():
     outer = reexports(PACKAGE / "__init__.py")
-    for name in ("_solve", "_layers", "_torch", "_solution", "_lyapunov", "_verify", "_benchmark"):
+    for name in (
+        "_solve", "_layers", "_torch", "_solution", "_lyapunov", "_choose", "_verify", "_benchmark",
+    ):
         file = PACKAGE / f"{name}.py"
         if file.exists():
             missing = public_names(file) - set(outer)

@@ -1,0 +1,105 @@
+"""What rounding can do to a function: Monte Carlo arithmetic.
+
+The function is evaluated primitive by primitive, and what a primitive rounds is rounded otherwise,
+at random (Parker, *Monte Carlo arithmetic*, 1997). How far the results of such evaluations lie
+apart is what rounding alone explains: no more can be asked of another way to compute the same.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Integer
+
+from ._counts import call_args, called, open_jaxpr
+
+# These round nothing.
+_EXACT = frozenset(
+    "abs argmax argmin broadcast_in_dim ceil clamp complex concatenate conj copy copy_p cummax "
+    "cummin dynamic_slice dynamic_update_slice expand_dims floor gather imag iota max min neg "
+    "optimization_barrier pad real reduce_max reduce_min reshape rev round scatter select_n sign "
+    "slice sort split squeeze stack stop_gradient tile transpose".split()
+)
+# An integer that these return was not rounded, as a rule: counters and flags stay as they are. That
+# a gate is exactly 1, however, is rounding.
+_KEEPING_INTEGERS = frozenset(
+    "add add_any cond convert_element_type cumprod cumsum div dot_general integer_pow mul "
+    "reduce_prod reduce_sum scan scatter-add square sub while".split()
+)
+
+
+def rounded_anew(function: Callable[..., Any], salt: Integer[Array, ""]) -> Callable[..., Any]:
+    """`function`, with each of its roundings off by up to an ulp more, at random.
+
+    Zeros stay zero, and what is at most 1 in magnitude stays so: a gate never leaves its range.
+
+    **Arguments:**
+
+    - `function`: from pytrees of arrays to a pytree of arrays.
+    - `salt`: an unsigned 32-bit integer, which may be traced: another one gives other roundings.
+    """
+
+    def run(*args):
+        closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+        results = _evaluate(closed.jaxpr, closed.consts, jtu.tree_leaves(args), [salt])
+        return jtu.tree_unflatten(jtu.tree_structure(out), results)
+
+    return run
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], salt: list[Any]) -> list[Any]:
+    """`salt` has one element, which each rounding replaces."""
+
+    def read(var):
+        if isinstance(var, jex_core.Literal):
+            return jnp.asarray(var.val, getattr(var.aval, "dtype", None))
+        return values[var]
+
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        ins = [read(v) for v in eqn.invars]
+        inner = called(eqn)
+        if inner is not None:
+            outs = _evaluate(*open_jaxpr(inner), call_args(eqn, ins), salt)
+        else:
+            outs = _alone(jaxpr, eqn, ins)
+            if eqn.primitive.name not in _EXACT:
+                outs = [_round(x, eqn.primitive.name, salt) for x in outs]
+        values.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _alone(jaxpr: Any, eqn: Any, ins: Sequence[Any]) -> Sequence[Any]:
+    """JAX evaluates the equation, as a jaxpr of its own."""
+    known = {v: x for v, x in zip(eqn.invars, ins, strict=True) if isinstance(v, jex_core.Var)}
+    alone = jaxpr.replace(constvars=[], invars=list(known), outvars=eqn.outvars, eqns=[eqn])
+    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(alone, ()))(*known.values())
+
+
+def _round(x: Any, name: str, salt: list[Any]) -> Any:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):  # parts are rounded as the whole is large
+        return x + jax.lax.complex(*(_noise(jnp.abs(x), salt) for _ in range(2)))
+    y = x + _noise(x, salt)
+    y = jnp.where(jnp.abs(x) <= 1, jnp.clip(y, -1, 1), y)
+    return jnp.where(x == jnp.round(x), x, y) if name in _KEEPING_INTEGERS else y
+
+
+def _noise(x: Any, salt: list[Any]) -> Any:
+    """Uniform in `x * [-eps, eps]`."""
+    salt[0] = _hash(salt[0])
+    bits = _hash(jax.lax.iota(jnp.uint32, x.size).reshape(x.shape) ^ salt[0])
+    signed = jax.lax.bitcast_convert_type(bits, jnp.int32).astype(jnp.float32)
+    return x * (signed * (float(jnp.finfo(x.dtype).eps) / 2**31)).astype(x.dtype)
+
+
+def _hash(bits: Any) -> Any:
+    """The finaliser of MurmurHash3: cheaper, and quicker to compile, than a random key."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return bits ^ (bits >> jnp.uint32(16))
