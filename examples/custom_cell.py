@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     structure = prnn.detect_structure(cell.step, init, us[0])
     kind, tangents = type(structure).__name__, structure.num_seeds(16)
     print(f"  structure found: {kind}, {tangents} tangents per sweep")
-    print(f"  {prnn.lyapunov(cell.step, us, init)}")
-    print(f"  Newton {prnn.verify(cell.step, us, init, prnn.Newton())}")
+    print(f"  {prnn.lyapunov(cell, xs)}")
+    print(f"  Newton {prnn.verify(cell, xs, solver=prnn.Newton())}")
     targets = jnp.tanh(jnp.cumsum(xs[:, :1]) - jnp.roll(jnp.cumsum(xs[:, :1]), 8))[:, None]
     before, after = train(prnn.RNN(cell, prnn.Newton()), xs, targets, args.steps)
     print(f"  training in parallel: loss {before:.3f} -> {after:.3f}")

@@ -12,13 +12,13 @@ from ._benchmark import tune as tune
 from ._blocks import AbstractBlock as AbstractBlock
 from ._blocks import MinMaxBlock as MinMaxBlock
 from ._blocks import ResidualBlock as ResidualBlock
+from ._choose import select_solver as select_solver
 from ._detection import detect_structure as detect_structure
 from ._layers import RNN as RNN
 from ._linear import linear_recurrence as linear_recurrence
 from ._lyapunov import Lyapunov as Lyapunov
 from ._lyapunov import lyapunov as lyapunov
 from ._packing import segment_starts as segment_starts
-from ._select import select_solver as select_solver
 from ._solution import RESULTS as RESULTS
 from ._solution import Solution as Solution
 from ._solution import Stats as Stats

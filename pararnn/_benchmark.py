@@ -1,21 +1,25 @@
 """What do the solvers cost on this machine, and which is fastest?"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-import jax.tree_util as jtu
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from ._adjoint import ClippedAdjoint
+from ._agreement import Agreement
 from ._compare import Spread, compare, scan_states
-from ._detection import detect_structure
+from ._detection import detect_structure, is_affine
 from ._misc import agreement_tolerance, num_steps, raveler, time_slice
+from ._problem import Problem, Recurrence, check_batch_size, make_problem, resolved
 from ._solve import solve
-from .solvers import AbstractSolver, Jacobi, Newton, QuasiNewton, Sequential
+from ._table import fill, fit, number, spread_text
+from .solvers import AbstractSolver, AssociativeScan, Jacobi, Newton, QuasiNewton, Sequential
 
-_Step = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
+# Gradients of weights are sums over all steps, of which the scan's own rounding leaves less.
+_GRADIENT_FACTOR = 100
 _KINDS = {"forward": "forward", "gradient": "forward + gradient"}
 _COSTS = (
     ("compile / s", "compile_seconds", 1),
@@ -23,6 +27,17 @@ _COSTS = (
     ("Gflop", "flops", 1e9),
     ("unfused / GB", "bytes", 1e9),
 )
+_LEGEND = """
+    Times are medians with their quartiles (lower–upper), of runs in turns; "/ lax.scan" is the
+    time over that of the scan, pair by pair: below 1 is faster. "iterations" are sweeps with a
+    correction each, "steps" those made one after another. "error" is that of the states: 1 would
+    be 100 % of an element's own scale. What disagrees is "discarded"; "finished" had to make some
+    steps sequentially in the end. "default" is what `solve` chooses.
+"""
+_COSTS_LEGEND = """
+    "temporary" is the memory beside arguments and results; "Gflop" counts operations; "unfused" is
+    what would be moved if each operation read and wrote its arrays.
+"""
 _COLOURS = {"forward": "#0072B2", "gradient": "#D55E00"}
 _MARKERS = {"forward": "o", "gradient": "s"}
 
@@ -44,8 +59,10 @@ class Benchmark:
             `flops` and `bytes`, the latter as if nothing were fused: an upper bound;
         - `iterations`, `sequential_steps` (the critical path), `chunk_size`, `fallback`, as in
             [`pararnn.Stats`][];
-        - `error` and `gradient_error`, relative to the baseline; `agrees`, whether `error` is at
-            most 1e-5 in float32 and 1e-10 in float64.
+        - `error` and `gradient_error`, to the baseline: of the states as [`pararnn.verify`][]
+            judges them, each element by its own scale; of the gradient relative to the largest
+            magnitude in each array. `agrees`, whether `error` is at most 1e-5 in float32 and 1e-10
+            in float64, and `gradient_error`, if measured, at most a hundred times that.
     """
 
     solver: AbstractSolver | None
@@ -54,22 +71,41 @@ class Benchmark:
 
     def __str__(self) -> str:
         rows = sorted((self.baseline, *self.rows), key=_rank)
-        times: list[list[str]] = []
-        costs: list[list[str]] = []
-        for kind, title in _KINDS.items():
-            if kind not in self.baseline:
-                continue
+        kinds = {kind: title for kind, title in _KINDS.items() if kind in self.baseline}
+        times: list[list[list[str]]] = []
+        costs: list[list[list[str]]] = []
+        for kind, title in kinds.items():
             cells = [row[kind] for row in rows]
-            times.append([f"{title} / ms", *(_milliseconds(c["seconds"]) for c in cells)])
-            times.append(["/ lax.scan", *(str(c["ratio"]) for c in cells)])
-            for header, key, unit in _COSTS:
-                if cells[0].get(key) is not None:
-                    costs.append([f"{kind}: {header}", *(f"{c[key] / unit:.3g}" for c in cells)])
-        for header, key in (("iterations", "iterations"), ("steps", "sequential_steps")):
-            times.append([header, *(str(row.get(key, "")) for row in rows)])
-        times.append(["error", *(f"{row['error']:.1e}" for row in rows)])
-        names = ["solver", *(row["name"] + _remark(row) for row in rows)]
-        return "\n\n".join(_table([names, *columns]) for columns in (times, costs))
+            milliseconds = [f"{title} / ms", *(_milliseconds(c["seconds"]) for c in cells)]
+            ratios = ["/ lax.scan", *(spread_text(c["ratio"]) for c in cells)]
+            times.append([milliseconds, ratios])
+            known = [cost for cost in _COSTS if cells[0].get(cost[1]) is not None]
+            columns = [[name, *(number(c[key] / unit) for c in cells)] for name, key, unit in known]
+            if columns:
+                columns[0][0] = f"{kind}: {columns[0][0]}"
+                costs.append(columns)
+        counts = [
+            [header, *(str(row.get(key, "")) for row in rows)]
+            for header, key in (("iterations", "iterations"), ("steps", "sequential_steps"))
+        ]
+        times.append([*counts, ["error", *(f"{row['error']:.1e}" for row in rows)]])
+        if any(map(_remark, rows)):
+            times[-1].append(["remark", *map(_remark, rows)])
+        names = ["solver", *(row["name"] for row in rows)]
+        legend = fill(_LEGEND + (_COSTS_LEGEND if costs else ""))
+        tables = [fit(names, groups) for groups in (times, costs) if groups]
+        return "\n\n".join([*tables, legend, self._verdict()])
+
+    def _verdict(self) -> str:
+        best = min((row for row in self.rows if row["agrees"]), key=_rank, default=None)
+        if best is None:
+            return fill("No solver that was measured agrees with lax.scan: use Sequential().")
+        kind = "gradient" if "gradient" in best else "forward"
+        ratio = best[kind]["ratio"].median
+        return fill(
+            f"Fastest that agrees: {best['name']}, {_KINDS[kind]} in {number(ratio)} of the scan's "
+            f"time{'' if ratio < 1 else ': no faster than lax.scan'}."
+        )
 
     def plot(self, path: str | None = None) -> Any:
         """Draws the times with their quartiles: dotted lines for `lax.scan`, crosses for what
@@ -123,23 +159,12 @@ def _rank(row: dict[str, Any]) -> float:
 
 
 def _milliseconds(seconds: Spread) -> str:
-    return str(Spread(*(1e3 * s for s in seconds)))
+    return spread_text(Spread(*(1e3 * s for s in seconds)))
 
 
 def _remark(row: dict[str, Any]) -> str:
-    remark = "" if row["agrees"] else "  (discarded: disagrees)"
-    return remark + ("  (finished sequentially)" if row.get("fallback") else "")
-
-
-def _table(columns: list[list[str]]) -> str:
-    """Columns with their headers, all but the first aligned to the right."""
-    names, *numbers = columns
-    width = max(map(len, names))
-    lines = [name.ljust(width) for name in names]
-    for column in numbers:
-        width = max(map(len, column))
-        lines = [f"{a}  {b.rjust(width)}" for a, b in zip(lines, column, strict=True)]
-    return "\n".join(lines)
+    remarks = {"discarded": not row["agrees"], "finished": row.get("fallback", False)}
+    return ", ".join(word for word, holds in remarks.items() if holds)
 
 
 def _describe(solver: AbstractSolver | None) -> str:
@@ -155,30 +180,36 @@ def _describe(solver: AbstractSolver | None) -> str:
 
 
 def benchmark(
-    step: _Step,
+    recurrence: Recurrence,
     xs: PyTree[Any],
-    init: PyTree[Any],
+    init: PyTree[Any] | None = None,
     *,
     solvers: Sequence[AbstractSolver | None] | None = None,
+    batch_size: int | None = None,
     gradient: bool = True,
     repetitions: int = 7,
     costs: bool = True,
     progress: bool = True,
 ) -> Benchmark:
-    """Measures solvers on this machine against the jitted `jax.lax.scan` of a step.
+    """Measures solvers on this machine against the jitted `jax.lax.scan` of a recurrence.
 
     Time (in turns: A B A B …), compile time, memory, operations and bytes, iterations, critical
     path, and the error against the sequential run. Runs outside of `jit`, on concrete arrays.
 
     **Arguments:**
 
-    - `step`, `xs`, `init`: as for [`pararnn.solve`][], with at least one step.
+    - `recurrence`: a step function `step(state, x)`; or a cell or an [`pararnn.RNN`][]. What is
+        measured is the recurrence, without `project` and `readout`, from which nothing is gained.
+    - `xs`, `init`: for a step function, as for [`pararnn.solve`][]; for a cell or a layer, the
+        inputs of the layer, and the state to start from, which may be left out. At least one step.
     - `solvers`: what to measure; `None` in it is what `solve` chooses. `None` instead of it is the
-        choice of `solve` and the usual solvers with several chunk sizes.
-    - `gradient`: whether to measure forward and gradient too, with the solver as `adjoint`: a
-        quadratic loss of the states and its derivative with respect to `xs`, `init` and the arrays
-        in `step`, if it is an Equinox module or a method of one, against JAX's own derivative of
-        the scan.
+        layer's solver or the choice of `solve`, and the usual solvers with several chunk sizes.
+    - `batch_size`: measures `jax.vmap` over so many sequences: `xs`, which is one sequence here
+        too, and `xs` rolled along time by further and further. `None` measures `xs` without `vmap`.
+    - `gradient`: whether to measure forward and gradient too, with the solver as `adjoint` (or the
+        layer's): a quadratic loss of the states and its derivative with respect to `xs`, `init` and
+        the weights of a cell or the arrays in a step that is an Equinox module or a method of one,
+        against JAX's own derivative of the scan.
     - `repetitions`: how often each is timed.
     - `costs`: whether to count operations and bytes, which takes about as long as compiling.
     - `progress`: whether to show a progress bar.
@@ -191,15 +222,17 @@ def benchmark(
 
     `ValueError` or `TypeError` naming the argument, as [`pararnn.solve`][] does.
     """
-    return _benchmark(step, xs, init, solvers, gradient, repetitions, costs, progress, "benchmark")
+    options = (solvers, batch_size, gradient, repetitions, costs, progress)
+    return _benchmark(make_problem(recurrence, xs, init), *options, title="benchmark")
 
 
 def tune(
-    step: _Step,
+    recurrence: Recurrence,
     xs: PyTree[Any],
-    init: PyTree[Any],
+    init: PyTree[Any] | None = None,
     *,
     solvers: Sequence[AbstractSolver] | None = None,
+    batch_size: int | None = None,
     gradient: bool = False,
     repetitions: int = 7,
     progress: bool = True,
@@ -209,9 +242,10 @@ def tune(
 
     **Arguments:**
 
-    - `step`, `xs`, `init`, `gradient`, `repetitions`, `progress`: as for [`pararnn.benchmark`][].
-    - `solvers`: the candidates; `None` tries the usual ones with several chunk sizes. `Sequential`
-        is always among them.
+    - `recurrence`, `xs`, `init`, `batch_size`, `gradient`, `repetitions`, `progress`: as for
+        [`pararnn.benchmark`][].
+    - `solvers`: the candidates; `None` tries the usual ones with several chunk sizes, and the
+        layer's. `Sequential` is always among them.
 
     **Returns:**
 
@@ -219,54 +253,98 @@ def tune(
     """
     if solvers is not None:
         solvers = [Sequential(), *(s for s in solvers if not isinstance(s, Sequential))]
-    return _benchmark(step, xs, init, solvers, gradient, repetitions, False, progress, "tune")
+    options = (solvers, batch_size, gradient, repetitions, False, progress)
+    return _benchmark(make_problem(recurrence, xs, init), *options, title="tune")
 
 
-def _benchmark(step, xs, init, solvers, gradient, repetitions, costs, progress, title) -> Benchmark:
-    xs, init = jtu.tree_map(jnp.asarray, (xs, init))
-    if num_steps(xs) == 0:
+def _benchmark(
+    one: Problem, solvers, batch_size, gradient, repetitions, costs, progress, title
+) -> Benchmark:
+    if num_steps(one.us) == 0:
         raise ValueError("`xs` must have at least one step to measure anything; got 0.")
+    check_batch_size(batch_size)
     if isinstance(repetitions, bool) or not isinstance(repetitions, int) or repetitions < 1:
         raise ValueError(f"`repetitions` must be a positive Python int; got {repetitions!r}.")
     for solver in solvers or ():
         if solver is not None and not isinstance(solver, AbstractSolver):
             raise TypeError(f"`solvers` must be solver instances or None; got {solver!r}.")
     if solvers is None:
-        solvers = [None] if costs else []
-        solvers += [Sequential(), *_usual_solvers(step, xs, init)]
-    runs: dict[str, Any] = {"lax.scan": lambda *args: (scan_states(*args), None)}
+        solvers = [one.solver] if costs or one.solver is not None else []
+        solvers += [Sequential(), *_usual_solvers(one)]
+    problem = one if batch_size is None else one.batched(batch_size)
+
+    def scan(step, us, init):
+        return scan_states(step if batch_size is None else jax.vmap(step), us, init), None
+
+    runs: dict[str, Any] = {"lax.scan": scan}
     for solver in solvers:
-        runs[_describe(solver)] = _run(solver)
+        run = _run(one, solver)
+        if batch_size is not None:
+            run = _over_batch(run)
+        runs[_describe(solver)] = run
+    known: list[Agreement] = []
+
+    def judge(states, expected):
+        if not known:
+            known.append(Agreement(problem.step, problem.us, problem.init, expected))
+        return known[0].value_error(states)
+
     baseline, *rows = compare(
         runs,
-        (step, xs, init),
+        (one.step, problem.us, problem.init),
         gradient=gradient,
         repetitions=repetitions,
         costs=costs,
         title=title if progress else None,
+        judge=judge,
     )
-    tolerance = agreement_tolerance(raveler(init)[3])
+    tolerance = agreement_tolerance(raveler(problem.init)[3])
     named = {_describe(solver): solver for solver in solvers}
     for row in (baseline, *rows):
-        row["agrees"] = row["error"] <= tolerance
+        right = row.get("gradient_error", 0.0) <= _GRADIENT_FACTOR * tolerance
+        row["agrees"] = right and row["error"] <= tolerance
     rows = [{"solver": named[row["name"]], **row} for row in rows]
     best = min((row for row in rows if row["agrees"]), key=_rank, default=None)
     return Benchmark(Sequential() if best is None else best["solver"], baseline, tuple(rows))
 
 
-def _run(solver: AbstractSolver | None):
-    def run(step, xs, init):
-        solution = solve(step, xs, init, solver=solver, adjoint=solver, throw=False)
+def _run(problem: Problem, solver: AbstractSolver | None):
+    adjoint = solver if problem.adjoint is None else problem.adjoint
+    if isinstance(adjoint, ClippedAdjoint):
+        adjoint = dataclasses.replace(adjoint, limit=float("inf"))
+
+    def run(step, us, init):
+        solution = solve(
+            step,
+            us,
+            init,
+            solver=resolved(problem, solver),
+            adjoint=adjoint,
+            structure=problem.structure,
+            throw=False,
+        )
         return solution.states, solution.stats
 
     return run
 
 
-def _usual_solvers(step, xs, init) -> list[AbstractSolver]:
-    length = num_steps(xs)
-    structure = detect_structure(step, init, time_slice(xs))
+def _over_batch(run):
+    def batched(step, us, init):
+        return jax.vmap(lambda u, h: run(step, u, h), in_axes=(1, 0), out_axes=(1, 0))(us, init)
+
+    return batched
+
+
+def _usual_solvers(problem: Problem) -> list[AbstractSolver]:
+    step, init, slices = problem.step, problem.init, time_slice(problem.us)
+    length = num_steps(problem.us)
+    structure = problem.structure
+    if structure is None:
+        structure = detect_structure(step, init, slices)
     _, _, size, _ = raveler(init)
-    solvers: list[AbstractSolver] = [Jacobi(chunk_size=c) for c in (16, 64, 256) if c < length]
+    exact = problem.algebra is not None or is_affine(step, init, slices)
+    solvers: list[AbstractSolver] = [AssociativeScan()] if exact else []
+    solvers += [Jacobi(chunk_size=c) for c in (16, 64, 256) if c < length]
     if structure.num_seeds(size) <= 4:
         solvers += [Newton(chunk_size=c) for c in (1, 16) if c < length]
     else:

@@ -1,6 +1,5 @@
 """Equinox modules that put a cell and a solver together."""
 
-import dataclasses
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import equinox as eqx
@@ -25,11 +24,12 @@ from ._checks import (
 )
 from ._misc import num_steps, struct, time_slice
 from ._packing import Packing, windows_of_pieces, zero_unless
+from ._select import with_algebra
 from ._solution import Solution
 from ._solve import solve
 from ._traits import check_unmasked
 from .cells import AbstractCell, from_equinox
-from .solvers import AbstractSolver, AssociativeScan
+from .solvers import AbstractSolver
 
 # Covariant, as a module does not change: an `RNN[GRU]` is an `RNN[AbstractCell]`.
 Cell = TypeVar("Cell", bound=AbstractCell, covariant=True)
@@ -162,14 +162,7 @@ class RNN(eqx.Module, Generic[Cell]):
             raise
 
     def _solver(self) -> AbstractSolver | None:
-        algebra, solver = self.cell.algebra, self.solver
-        if algebra is None:
-            return solver
-        if solver is None and jax.default_backend() != "cpu":
-            return AssociativeScan(algebra=algebra)
-        if isinstance(solver, AssociativeScan) and solver.algebra is None:
-            return dataclasses.replace(solver, algebra=algebra)
-        return solver
+        return with_algebra(self.solver, self.cell.algebra)
 
     def _prepare(self, xs, state, reset=None, mask=None) -> _Prepared:
         xs = to_arrays("xs", xs)

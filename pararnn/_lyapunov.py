@@ -1,18 +1,15 @@
 """Does the driven system forget its state? This decides whether it can be solved in parallel."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
 from ._misc import num_steps, raveler, struct
-
-_Step = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
+from ._problem import Recurrence, make_problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +59,7 @@ def _memory(exponent: float) -> int:
     return max(1, round(1 / max(abs(exponent), 1e-3)))
 
 
-def lyapunov(step: _Step, xs: PyTree[Any], init: PyTree[Any]) -> Lyapunov:
+def lyapunov(recurrence: Recurrence, xs: PyTree[Any], init: PyTree[Any] | None = None) -> Lyapunov:
     """Estimates the largest Lyapunov exponent of a recurrence driven by its inputs.
 
     One tangent is pushed through the sequential run and normalised at each step (Benettin et al.,
@@ -73,28 +70,38 @@ def lyapunov(step: _Step, xs: PyTree[Any], init: PyTree[Any]) -> Lyapunov:
 
     **Arguments:**
 
-    - `step`, `xs`, `init`: as for [`pararnn.solve`][], with at least one step.
+    - `recurrence`: a step function `step(state, x)`; or a cell or an [`pararnn.RNN`][].
+    - `xs`, `init`: for a step function, as for [`pararnn.solve`][]; for a cell or a layer, the
+        inputs of the layer, and the state to start from, which may be left out. At least one step.
 
     **Returns:**
 
     A [`pararnn.Lyapunov`][].
     """
-    xs, init = jtu.tree_map(jnp.asarray, (xs, init))
-    length = num_steps(xs)
+    problem = make_problem(recurrence, xs, init)
+    step, us, start = problem.step, problem.us, problem.init
+    length = num_steps(us)
     if length == 0:
         raise ValueError("`xs` must have at least one step to estimate an exponent; got 0.")
-    ravel, unravel, size, dtype = raveler(struct(init))
-    tangent = jax.random.normal(jax.random.key(0), (size,), dtype)
+    ravel, unravel, size, dtype = raveler(struct(start))
+
+    def normalised(tangent):
+        # By the largest magnitude first, whose square need not be a normal number.
+        largest = jnp.max(jnp.abs(tangent), initial=0.0)
+        tangent = tangent / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+        norm = jnp.sqrt(jnp.sum(jnp.square(tangent)))
+        tangent = tangent / jnp.where(norm > 0, norm, jnp.ones_like(norm))
+        return tangent, jnp.log(largest) + jnp.log(norm)
 
     def body(carry, x):
         vector, tangent = carry
         vector, tangent = jax.jvp(lambda v: ravel(step(unravel(v), x)), (vector,), (tangent,))
-        norm = jnp.sqrt(jnp.sum(jnp.square(tangent)))
-        safe = jnp.where(norm > 0, norm, jnp.ones_like(norm))
-        return (vector, tangent / safe), jnp.log(norm)
+        tangent, growth = normalised(tangent)
+        return (vector, tangent), growth
 
-    start = ravel(init), tangent / jnp.sqrt(jnp.sum(jnp.square(tangent)))
-    growth = np.asarray(jax.jit(lambda xs: jax.lax.scan(body, start, xs)[1])(xs), float)
+    tangent, _ = normalised(jax.random.normal(jax.random.key(0), (size,), dtype))
+    first = ravel(start), tangent
+    growth = np.asarray(jax.jit(lambda us: jax.lax.scan(body, first, us)[1])(us), float)
     growth = np.nan_to_num(growth[length // 10 :], nan=np.inf, posinf=np.inf, neginf=-np.inf)
     window = min(len(growth), 32)
     windows = np.lib.stride_tricks.sliding_window_view(growth, window).mean(axis=1)

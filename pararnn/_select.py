@@ -1,11 +1,14 @@
 """Choosing what runs from what is known before running anything; refusing what cannot be right."""
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ._adjoint import ClippedAdjoint, select_adjoint
+from ._algebra import AbstractAlgebra
 from ._detection import detect_structure, is_affine
 from ._misc import num_steps, raveler, time_slice
 from ._structure import AbstractStructure, Dense
@@ -20,10 +23,24 @@ _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 _MAX_DENSE_SIZE = 128
 
 
+def with_algebra(
+    solver: AbstractSolver | None, algebra: AbstractAlgebra | None, platform: str | None = None
+) -> AbstractSolver | None:
+    """The solver of a cell with this algebra: one associative scan, unless another was asked for.
+    On a CPU, no solver stays the choice of `solve`."""
+    if algebra is None:
+        return solver
+    if solver is None and (jax.default_backend() if platform is None else platform) != "cpu":
+        return AssociativeScan(algebra=algebra)
+    if isinstance(solver, AssociativeScan) and solver.algebra is None:
+        return dataclasses.replace(solver, algebra=algebra)
+    return solver
+
+
 def select_solver(
     step,
-    xs: PyTree[Array],
-    init: PyTree[Array],
+    xs: PyTree[Any],
+    init: PyTree[Any],
     *,
     structure: AbstractStructure | None = None,
     platform: str | None = None,

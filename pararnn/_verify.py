@@ -1,7 +1,6 @@
 """Does a solver give the numbers of the sequential run, in values and gradients?"""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,21 +10,17 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from ._misc import (
-    agreement_tolerance,
-    num_steps,
-    previous_states,
-    raveler,
-    relative_error,
-    time_slice,
-)
+from ._adjoint import ClippedAdjoint
+from ._agreement import GRADIENT_FACTOR, Agreement
+from ._compare import scan_states
+from ._misc import num_steps, previous_states, raveler, time_slice
+from ._problem import Problem, Recurrence, check_batch_size, make_problem, resolved
 from ._solution import RESULTS
 from ._solve import solve
+from ._streaming import broken_promises
 from ._structure import AbstractStructure
 from ._traits import check_alone
 from .solvers import AbstractSolver
-
-_Step = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +28,16 @@ class Verification:
     """What [`pararnn.verify`][] found. `bool(verification)` is `ok`; printing it explains.
 
     - `ok`: whether everything agrees within `tolerance`.
-    - `value_error`, `gradient_error`: the largest difference to the sequential run of any state,
-        and of any gradient with respect to inputs and initial state, relative to the largest
-        magnitude in its leaf.
+    - `value_error`, `gradient_error`: the largest difference to the sequential run of any element
+        of any state, and of any gradient with respect to inputs and initial state; 1 is 100 % of
+        the largest magnitude that the same element had lately.
     - `structure_ok`: whether the declared structure contains the Jacobian that was found.
     - `result`: the message of the solve; empty if successful.
     - `fallback`: whether steps were finished sequentially.
     - `tolerance`: for the values; gradients are allowed ten times as much.
+    - `broken_promises`: what is wrong with `project`, `readout` or streaming of a cell, a sentence
+        each.
+    - `where`: the state that is furthest off, if the values disagree; empty otherwise.
     """
 
     ok: bool
@@ -49,18 +47,31 @@ class Verification:
     result: str
     fallback: bool
     tolerance: float
+    broken_promises: tuple[str, ...] = ()
+    where: str = ""
 
     def __bool__(self) -> bool:
         return self.ok
 
     def __str__(self) -> str:
+        agrees = self.value_error <= self.tolerance
+        agrees = agrees and self.gradient_error <= GRADIENT_FACTOR * self.tolerance
+        if self.ok:
+            first = "agrees with the sequential run"
+        elif agrees and self.broken_promises and self.structure_ok and not self.result:
+            first = "FAILED: agrees with the sequential run, but the cell breaks its promises"
+        else:
+            first = "DISAGREES with the sequential run"
         lines = [
-            "agrees with the sequential run" if self.ok else "DISAGREES with the sequential run",
-            f"  values:    {self.value_error:.1e} (tolerance {self.tolerance:.1e})",
-            f"  gradients: {self.gradient_error:.1e} (tolerance {10 * self.tolerance:.1e})",
+            first,
+            f"  values:    {self.value_error:.1e} (tolerance {self.tolerance:.1e})"
+            + (f": {self.where}" if self.where else ""),
+            f"  gradients: {self.gradient_error:.1e} "
+            f"(tolerance {GRADIENT_FACTOR * self.tolerance:.1e})",
         ]
         if not self.structure_ok:
             lines.append("  the declared structure leaves out entries of the Jacobian")
+        lines += [f"  {sentence}" for sentence in self.broken_promises]
         if self.fallback:
             lines.append("  some steps were finished sequentially")
         if self.result:
@@ -69,104 +80,155 @@ class Verification:
 
 
 def verify(
-    step: _Step,
+    recurrence: Recurrence,
     xs: PyTree[Any],
-    init: PyTree[Any],
+    init: PyTree[Any] | None = None,
     solver: AbstractSolver | None = None,
     *,
-    adjoint: AbstractSolver | None = None,
+    adjoint: AbstractSolver | ClippedAdjoint | None = None,
     structure: AbstractStructure | None = None,
     tolerance: float | None = None,
+    batch_size: int | None = None,
+    axis_name: Any = None,
 ) -> Verification:
-    """Compares a solver with the sequential run: values, gradients, and a declared structure.
+    """Compares a solver with the sequential run: values, gradients, and a declared structure; of a
+    cell or a layer also its projection, its readout, and streaming.
 
     Runs outside of `jit`, on concrete arrays. The reference is differentiated by JAX through
     `jax.lax.scan`, not by this package.
 
+    Each element of the state is judged on its own: a difference counts by the largest magnitude
+    that the same element had within the last sixteenth of the sequence. What rounding explains, as
+    repeated sequential runs with other roundings show, counts as the tolerance at most; then each
+    state must also be the step's image of the one before it, so that a trajectory of a chaotic
+    system is right if it is one.
+
     **Arguments:**
 
-    - `step`, `xs`, `init`, `solver`, `adjoint`, `structure`: as for [`pararnn.solve`][].
-    - `tolerance`: for the relative error of the values; `None` is 1e-5 in float32 and 1e-10 in
-        float64, and follows the dtype's precision in others.
+    - `recurrence`: a step function `step(state, x)`; or a cell or an [`pararnn.RNN`][], whose
+        solver, adjoint, structure and initial state are taken unless given here.
+    - `xs`, `init`: for a step function, as for [`pararnn.solve`][]; for a cell or a layer, the
+        inputs of the layer, and the state to start from, which may be left out.
+    - `solver`, `adjoint`, `structure`: as for [`pararnn.solve`][]. A [`pararnn.ClippedAdjoint`][]
+        is compared with its limit lifted.
+    - `tolerance`: for the error of the values; `None` is 1e-5 in float32 and 1e-10 in float64, and
+        follows the dtype's precision in others.
+    - `batch_size`: solves so many sequences at once, with `jax.vmap`: `xs`, and `xs` rolled along
+        time by further and further. `None` solves `xs` alone, without `vmap`.
+    - `axis_name`: of the `vmap` over `batch_size`, for a step with collectives such as `lax.pmean`.
 
     **Returns:**
 
     A [`pararnn.Verification`][].
+
+    **Raises:**
+
+    `ValueError` or `TypeError` naming the argument, as [`pararnn.solve`][] does.
     """
-    xs, init = jtu.tree_map(jnp.asarray, (xs, init))
-    check_alone("verify", step, init, time_slice(xs))
-    _, _, _, dtype = raveler(init)
-    if tolerance is None:
-        tolerance = agreement_tolerance(dtype)
-    key = jax.random.key(0)
-    length = num_steps(xs)
+    check_batch_size(batch_size)
+    if axis_name is not None and batch_size is None:
+        raise ValueError("`axis_name` needs a `batch_size`: it names the axis of the sequences.")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"`tolerance` must be positive, or None; got {tolerance!r}.")
+    one = make_problem(recurrence, xs, init, solver=solver, adjoint=adjoint, structure=structure)
+    problem = one if batch_size is None else one.batched(batch_size, axis_name)
+    if axis_name is None:
+        check_alone("verify", one.step, one.init, time_slice(one.us))
+    adjoint = one.adjoint
+    if isinstance(adjoint, ClippedAdjoint):
+        adjoint = dataclasses.replace(adjoint, limit=float("inf"))
 
-    def reference(xs, init):
-        def body(state, x):
-            state = step(state, x)
-            return state, state
-
-        with jax.default_matmul_precision("highest"):
-            return jax.lax.scan(body, init, xs)[1]
-
-    def ours(xs, init):
+    def states_of(us, init):
         solution = solve(
-            step, xs, init, solver=solver, adjoint=adjoint, structure=structure, throw=False
+            one.step,
+            us,
+            init,
+            solver=resolved(one, one.solver),
+            adjoint=adjoint,
+            structure=one.structure,
+            throw=False,
         )
-        return solution.states, solution
+        return solution.states, (solution.result, solution.stats)
 
-    leaves, treedef = jtu.tree_flatten(
-        jtu.tree_map(lambda h: jax.ShapeDtypeStruct((length, *h.shape), h.dtype), init)
-    )
-    keys = jax.random.split(key, len(leaves))
-    weights = [jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)]
-    weights = jtu.tree_unflatten(treedef, weights)
+    if batch_size is not None:
+        states_of = jax.vmap(states_of, in_axes=(1, 0), out_axes=(1, 0), axis_name=axis_name)
 
-    def pull(states_of, has_aux):
+    weights = _weights(problem)
+
+    def pull(function, has_aux):
         @eqx.filter_jit
         def run(inputs):
             states, vjp, *aux = eqx.filter_vjp(
-                lambda inputs: states_of(*inputs), inputs, has_aux=has_aux
+                lambda inputs: function(*inputs), inputs, has_aux=has_aux
             )
-            return states, vjp(weights), aux
+            return states, vjp(weights)[0], aux
 
-        return run((xs, init))
+        return run((problem.us, problem.init))
+
+    def reference(us, init):
+        return scan_states(problem.step, us, init)
 
     expected, expected_gradient, _ = pull(reference, False)
-    states, gradient, (solution,) = pull(ours, True)
-    value_error = relative_error(states, expected)
-    gradient_error = relative_error(gradient, expected_gradient)
-    structure_ok = structure is None or _contains(structure, step, xs, init, expected)
-    result = "" if bool(solution.result == RESULTS.successful) else RESULTS[solution.result]
-    ok = value_error <= tolerance and gradient_error <= 10 * tolerance and structure_ok
+    states, gradient, ((result, stats),) = pull(states_of, True)
+    agreement = Agreement(problem.step, problem.us, problem.init, expected, tolerance)
+    tolerance = agreement.tolerance
+    value_error = agreement.value_error(states)
+    gradient_error = agreement.gradient_error(gradient, expected_gradient, states, weights)
+    structure_ok = _contains(one, problem, expected, axis_name)
+    first = expected if batch_size is None else jtu.tree_map(lambda h: h[:, 0], expected)
+    broken = broken_promises(one, first)
+    message = _message(result)
+    ok = value_error <= tolerance and gradient_error <= GRADIENT_FACTOR * tolerance
     return Verification(
-        ok=ok and not result,
+        ok=ok and structure_ok and not broken and not message,
         value_error=value_error,
         gradient_error=gradient_error,
         structure_ok=structure_ok,
-        result=result,
-        fallback=bool(solution.stats.fallback),
+        result=message,
+        fallback=bool(np.any(stats.fallback)),
         tolerance=tolerance,
+        broken_promises=broken,
+        where=agreement.where,
     )
 
 
-def _contains(structure, step, xs, init, states) -> bool:
+def _weights(problem: Problem) -> PyTree[Any]:
+    """Random cotangents of all states."""
+    length = num_steps(problem.us)
+    leaves, treedef = jtu.tree_flatten(problem.init)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    weights = [
+        jax.random.normal(k, (length, *h.shape), h.dtype) for k, h in zip(keys, leaves, strict=True)
+    ]
+    return jtu.tree_unflatten(treedef, weights)
+
+
+def _message(result: Any) -> str:
+    """Empty if all sequences were solved; else the message of the first that was not."""
+    failed = np.flatnonzero(np.asarray(result != RESULTS.successful))
+    if not failed.size:
+        return ""
+    return RESULTS[jtu.tree_map(lambda r: jnp.ravel(r)[int(failed[0])], result)]
+
+
+def _contains(problem: Problem, batch: Problem, states, axis_name) -> bool:
     """Whether the Jacobians at some of the states lie inside the declared structure."""
-    ravel, unravel, size, _ = raveler(init)
-    if num_steps(xs) == 0:
+    structure = problem.structure
+    if structure is None or num_steps(problem.us) == 0:
         return True
-    before = previous_states(init, states)
-    sample = np.unique(np.linspace(0, num_steps(xs) - 1, 8).astype(int))
-    pick = jtu.tree_map(lambda x: x[sample], (before, xs))
+    ravel, unravel, size, _ = raveler(problem.init)
+    before = previous_states(batch.init, states)
+    sample = np.unique(np.linspace(0, num_steps(problem.us) - 1, 8).astype(int))
+    pick = jtu.tree_map(lambda x: x[sample], (before, batch.us))
 
     def jacobian(state, x):
-        return jax.jacfwd(lambda v: ravel(step(unravel(v), x)))(ravel(state))
+        return jax.jacfwd(lambda v: ravel(problem.step(unravel(v), x)))(ravel(state))
 
-    full = np.asarray(jax.jit(jax.vmap(jacobian))(*pick)).astype(float)
+    if batch is not problem:
+        jacobian = jax.vmap(jacobian, axis_name=axis_name)
+    full = np.asarray(jax.jit(jax.vmap(jacobian))(*pick)).astype(float).reshape(-1, size, size)
     seeds = structure.seeds(size, full.dtype)
     kept = structure.to_dense(structure.compress(jnp.einsum("nij,kj->nki", full, seeds)))
-    return bool(
-        np.allclose(
-            np.asarray(kept), full, rtol=1e-5, atol=1e-6 * np.max(np.abs(full), initial=1e-30)
-        )
-    )
+    # Each element of the state by what moves it most.
+    scale = np.max(np.abs(full), axis=(0, 2), initial=1e-30)[:, None]
+    return bool(np.all(np.abs(np.asarray(kept) - full) <= 1e-5 * np.abs(full) + 1e-6 * scale))

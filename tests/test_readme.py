@@ -20,7 +20,7 @@ _CHECKS = {
     "assert jnp.allclose(y, ys[0], atol=1e-6)",
     "torch": "assert ys.shape == (100, 32) and batched[0].shape == (4, 100, 32)\n"
     "assert jnp.allclose(y, ys[0], atol=1e-6)",
-    "own": "assert prnn.verify(*problem, prnn.Newton()).ok\nassert ys.shape == (100, 2, 8)",
+    "own": "assert prnn.verify(cell, xs, solver=prnn.Newton()).ok\nassert ys.shape == (100, 2, 8)",
     "training": "assert ys.shape == (100, 16) and y.shape == (16,)",
 }
 

@@ -1,0 +1,175 @@
+"""What the diagnostic tools are given, a step function, a cell or a layer, as one problem."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from ._adjoint import ClippedAdjoint
+from ._algebra import AbstractAlgebra
+from ._blocks import AbstractBlock
+from ._layers import RNN
+from ._misc import num_steps
+from ._select import with_algebra
+from ._stack import Bidirectional
+from ._structure import AbstractStructure
+from .cells import AbstractCell
+from .solvers import AbstractSolver
+
+Recurrence = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]] | AbstractCell | RNN
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A recurrence as [`pararnn.solve`][] takes it.
+
+    - `step`, `us`, `init`: the recurrence itself; of a cell, after its projection.
+    - `solver`, `adjoint`, `structure`, `algebra`: what the caller, the layer or the cell says of
+        it, or `None`. `solver` is as it was given, without the algebra.
+    - `layer`, `xs`, `state`: the layer (of a cell, one made of it), its inputs and the state to
+        start from as the layer takes it; `layer` is `None` for a step function.
+    """
+
+    step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
+    us: PyTree[Any]
+    init: PyTree[Any]
+    solver: AbstractSolver | None
+    adjoint: AbstractSolver | ClippedAdjoint | None
+    structure: AbstractStructure | None
+    algebra: AbstractAlgebra | None
+    layer: RNN | None
+    xs: PyTree[Any]
+    state: PyTree[Any]
+
+    def batched(self, batch_size: int, axis_name: Any = None) -> "Problem":
+        """The recurrence of `batch_size` sequences, with the batch axis behind time's. The inputs
+        are these ones, each time rolled further along time."""
+        length = num_steps(self.us)
+        shifts = [i * length // batch_size for i in range(batch_size)]
+
+        def roll(x):
+            return jnp.stack([jnp.roll(x, shift, 0) for shift in shifts], axis=1)
+
+        def repeat(h):
+            return jnp.broadcast_to(h, (batch_size, *h.shape))
+
+        step = jax.vmap(self.step, axis_name=axis_name)
+        us, init = jtu.tree_map(roll, self.us), jtu.tree_map(repeat, self.init)
+        return dataclasses.replace(self, step=step, us=us, init=init)
+
+
+def make_problem(
+    recurrence: Any,
+    xs: PyTree[Any],
+    init: PyTree[Any] | None = None,
+    *,
+    solver: AbstractSolver | None = None,
+    adjoint: AbstractSolver | ClippedAdjoint | None = None,
+    structure: AbstractStructure | None = None,
+    abstract: bool = False,
+) -> Problem:
+    """Checks what belongs together, and projects the inputs of a cell.
+
+    **Arguments:**
+
+    - `recurrence`, `xs`, `init`: `step, us, init`; or a cell or a layer, with the inputs that the
+        layer takes and the state to start from, `None` for its own.
+    - `solver`, `adjoint`, `structure`: those of the caller.
+    - `abstract`: whether shapes and dtypes are enough.
+    """
+    layer = _as_layer(recurrence)
+    for name, value in (("init", init), ("xs", xs)):
+        if isinstance(value, AbstractSolver):
+            raise TypeError(f"`{name}` is a solver: pass it by name, `solver={value!r}`.")
+    xs, init = jtu.tree_map(_to_array, (xs, init))
+    if layer is None:
+        if init is None:
+            raise ValueError(
+                "`init` is needed for a step function: the state before the first step. (A cell or "
+                "an RNN knows its own: pass that itself instead of its `step`, with its raw `xs`.)"
+            )
+        return Problem(
+            recurrence, xs, init, solver, adjoint, structure, None, layer=None, xs=xs, state=init
+        )
+    prepare = eqx.filter_eval_shape if abstract else _call
+    prepared = prepare(_prepare, layer, xs, init)
+    cell = layer.cell
+    return Problem(
+        cell.step,
+        prepared.us,
+        prepared.start,
+        _only("solver", solver, layer.solver),
+        _only("adjoint", adjoint, layer.adjoint),
+        cell.structure if structure is None else structure,
+        cell.algebra,
+        layer=layer,
+        xs=xs,
+        state=init,
+    )
+
+
+def resolved(problem: Problem, solver: AbstractSolver | None) -> AbstractSolver | None:
+    """What a layer makes of this solver: it knows the cell's algebra."""
+    return with_algebra(solver, problem.algebra)
+
+
+def check_batch_size(batch_size: Any) -> None:
+    if batch_size is None:
+        return
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            "`batch_size` must be a positive Python int, how many sequences to make of `xs`, or "
+            f"None for `xs` alone; got {batch_size!r}."
+        )
+
+
+def _to_array(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+
+
+@eqx.filter_jit
+def _call(function, *args):
+    return function(*args)
+
+
+def _prepare(layer: RNN, xs: PyTree[Array], state: PyTree[Array] | None) -> Any:
+    return layer._prepare(xs, state)
+
+
+def _as_layer(recurrence: Any) -> RNN | None:
+    if inspect.isclass(recurrence):
+        raise TypeError(
+            f"`recurrence` must be a step function, a cell or an RNN; got the class "
+            f"{recurrence.__name__}: make an instance of it."
+        )
+    if isinstance(recurrence, (AbstractBlock, Bidirectional)):
+        raise TypeError(
+            f"`recurrence` must be one recurrence; got a {type(recurrence).__name__}, which has "
+            "more around it or several of them. Pass an `RNN` that it holds (the `rnn` of a "
+            "ResidualBlock), with inputs of that layer."
+        )
+    if isinstance(recurrence, RNN):
+        return recurrence
+    if isinstance(recurrence, (AbstractCell, eqx.nn.GRUCell, eqx.nn.LSTMCell)):
+        return RNN(recurrence)
+    if not callable(recurrence):
+        raise TypeError(
+            "`recurrence` must be callable as step(state, x), or a cell, or an RNN; got "
+            f"{recurrence!r}."
+        )
+    return None
+
+
+def _only(name: str, given: Any, own: Any) -> Any:
+    if given is not None and own is not None and given != own:
+        raise ValueError(
+            f"`{name}` is given twice: the layer has {own!r}, the argument is {given!r}. Pass "
+            "`rnn.cell` to judge the cell with another one."
+        )
+    return own if given is None else given
