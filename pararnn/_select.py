@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ._adjoint import ClippedAdjoint, select_adjoint
 from ._algebra import AbstractAlgebra

@@ -196,7 +196,14 @@ def test_every_family_is_exported_by_its_folder(folder):
 def test_entry_points_are_exported():
     outer = reexports(PACKAGE / "__init__.py")
     for name in (
-        "_solve", "_layers", "_torch", "_solution", "_lyapunov", "_choose", "_verify", "_benchmark",
+        "_solve",
+        "_layers",
+        "_torch",
+        "_solution",
+        "_lyapunov",
+        "_choose",
+        "_verify",
+        "_benchmark",
     ):
         file = PACKAGE / f"{name}.py"
         if file.exists():
