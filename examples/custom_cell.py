@@ -68,6 +68,25 @@ def train(rnn: prnn.RNN, xs: Array, targets: Array, steps: int) -> tuple[float, 
     return values[0], values[-1]
 
 
+def never_forgets(length: int) -> None:
+    """Solves a latch, which corrections cannot carry across its basins, in two ways."""
+    print("\nA cell that never forgets")
+    signs = jnp.where(jax.random.bernoulli(jax.random.key(3), 0.5, (length,)), 1.0, -1.0)
+    print(f"  {prnn.lyapunov(latch, signs, jnp.ones(()))}")
+    for solver in (prnn.Newton(), prnn.Speculative(chunk_size=16, num_candidates=4)):
+        solution = prnn.solve(latch, signs, jnp.ones(()), solver=solver)
+        stats = solution.stats
+        print(
+            f"  {type(solver).__name__}: {int(stats.iterations)} iterations, "
+            f"{int(stats.sequential_steps)} steps on the critical path instead of {length}, "
+            f"finished sequentially: {bool(stats.fallback)}"
+        )
+    print(
+        "  Both are right. `fallback` tells that Newton had to finish sequentially; Speculative\n"
+        "  runs every chunk from one candidate per basin and looks up afterwards which was true."
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.custom_cell", description=__doc__)
     parser.add_argument("--length", type=int, default=2000, help="time steps (default 2000)")
@@ -87,21 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     before, after = train(prnn.RNN(cell, prnn.Newton()), xs, targets, args.steps)
     print(f"  training in parallel: loss {before:.3f} -> {after:.3f}")
 
-    print("\nA cell that never forgets")
-    signs = jnp.where(jax.random.bernoulli(jax.random.key(3), 0.5, (args.length,)), 1.0, -1.0)
-    print(f"  {prnn.lyapunov(latch, signs, jnp.ones(()))}")
-    for solver in (prnn.Newton(), prnn.Speculative(chunk_size=16, num_candidates=4)):
-        solution = prnn.solve(latch, signs, jnp.ones(()), solver=solver)
-        stats = solution.stats
-        print(
-            f"  {type(solver).__name__}: {int(stats.iterations)} iterations, "
-            f"{int(stats.sequential_steps)} steps on the critical path instead of {args.length}, "
-            f"finished sequentially: {bool(stats.fallback)}"
-        )
-    print(
-        "  Both are right. `fallback` tells that Newton had to finish sequentially; Speculative\n"
-        "  runs every chunk from one candidate per basin and looks up afterwards which was true."
-    )
+    never_forgets(args.length)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,14 @@ class TorchRNN(eqx.Module):
         *,
         reset: Bool[Array | np.ndarray, " L"] | None = None,
         mask: Bool[Array | np.ndarray, " L"] | None = None,
+        throw: bool = True,
     ) -> tuple[Float[Array, "L output_size"], tuple[PyTree[Array], ...]]:
         """**Arguments:**
 
         - `xs`: the inputs, with a leading axis of length `L`.
         - `state`: where to continue, as returned by the call or the step before; `None` starts
             anew. Always `None` if the network reads both ways.
-        - `reset`, `mask`: as for [`pararnn.RNN`][].
+        - `reset`, `mask`, `throw`: as for [`pararnn.RNN`][].
 
         **Returns:**
 
@@ -58,9 +59,9 @@ class TorchRNN(eqx.Module):
         ys, new = jnp.asarray(xs), []
         for layer, old in zip(self.layers, self._states(state), strict=True):
             if isinstance(layer, Bidirectional):
-                ys, final = layer(ys, reset=reset, mask=mask)
+                ys, final = layer(ys, reset=reset, mask=mask, throw=throw)
             else:
-                ys, final = layer(ys, old, reset=reset, mask=mask)
+                ys, final = layer(ys, old, reset=reset, mask=mask, throw=throw)
             new.append(final)
         return ys, tuple(new)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import equinox as eqx
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import char_lm
+from examples import char_lm, custom_cell
 from examples._agreement import Agreement, check
 from examples._language_model import LanguageModel, load
 from examples._text import all_windows, load_text
@@ -93,3 +94,14 @@ def test_the_output_must_be_a_folder(tmp_path, capsys):
     with pytest.raises(SystemExit):
         char_lm.main(["--output", str(tmp_path / "file")])
     assert "--output: " in capsys.readouterr().err
+
+
+def test_custom_cell_does_what_it_says(capsys, fast_compile):
+    """Newton has to finish sequentially where a network tracks a state; Speculative need not."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        custom_cell.never_forgets(300)
+    printed = capsys.readouterr().out
+    said = re.findall(r"(\w+): \d+ iterations, (\d+) steps .* sequentially: (\w+)", printed)
+    (newton, steps, finished), (speculative, few, unfinished) = said
+    assert (newton, finished, speculative, unfinished) == ("Newton", "True", "Speculative", "False")
+    assert int(steps) >= 300 and int(few) <= 150

@@ -142,6 +142,16 @@ def test_solved_in_parallel():
     assert all(rnn.solver == solver and rnn.adjoint == adjoint for rnn in one_way.layers)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_throw(bidirectional):
+    network = prnn.from_torch(random_weights("RNN", layers=1, bidirectional=bidirectional))
+    xs = inputs()
+    xs[3] = np.nan
+    assert np.isnan(network(xs, throw=False)[0][3]).all()
+    with pytest.raises(RuntimeError, match="not finite"):
+        network(xs)
+
+
 def test_streaming_and_going_on():
     network, xs = prnn.from_torch(random_weights("LSTM")), inputs()
     ys, final = network(xs)
