@@ -401,6 +401,14 @@ def accumulating(_, h, x):
     return h + 2e-6 * jax.lax.stop_gradient(h) + x
 
 
+@over_solvers
+def test_small_defects(solver):
+    """A derivative that leaves a little out of each step."""
+    xs = jnp.full((4096, 1), 2.0**-12, jnp.float32)
+    solution, expected, _ = compiled(accumulating, solver)(None, xs, jnp.zeros(1, jnp.float32))
+    assert_right(solution, expected)
+
+
 def test_small_defects_that_add_up():
     """Each is below the tolerance; their sum is 12 % of the result."""
     length = 65_536
