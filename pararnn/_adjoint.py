@@ -28,7 +28,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._detection import detect_structure
-from ._misc import flip_time, is_complex, or_zeros, previous_states, time_slice
+from ._devices import typed_slice
+from ._misc import flip_time, is_complex, or_zeros, previous_states
 from ._outcome import judge, throw_unless_successful
 from ._structure import AbstractStructure
 from ._tangents import sequential_tangents
@@ -64,7 +65,7 @@ def solve_states(
     `throw` is the place that an error at run time names; without one, none is raised.
     """
     if structure is None and not isinstance(solver, Sequential):
-        structure = detect_structure(step, init, time_slice(xs))
+        structure = detect_structure(step, init, typed_slice(xs))
     states, converged, stats = run(solver, step, xs, init, guess, structure, report)
     result = judge(states, converged)
     # Here and not on what `solve` returns, so that derivatives read checked states, too.
@@ -81,7 +82,7 @@ def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report=N
         adjoint = select_adjoint(jax.default_backend())
     in_one_pass = isinstance(adjoint, Sequential)
     if structure is None and not (in_one_pass and isinstance(solver, Sequential)):
-        structure = detect_structure(step, init, time_slice(xs))
+        structure = detect_structure(step, init, typed_slice(xs))
     out = solve_states(
         step,
         xs,
@@ -170,7 +171,7 @@ def _linear_solve(step, xs, init, states, offsets, adjoint, structure):
         return flip_time(run_linear(adjoint, linear_step, inputs, zero, structure))
 
     # JAX traces the transposed solve at once, also where it only pushes tangents.
-    forward_only = lacks_transpose(step, init, time_slice(xs))
+    forward_only = lacks_transpose(step, init, typed_slice(xs))
     transposed = None if forward_only else transpose_solve
     return jax.lax.custom_linear_solve(residual, offsets, solve, transposed)
 

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ClippedAdjoint
-from ._misc import struct, time_slice
+from ._misc import struct
 from .cells import AbstractCell
 from .solvers import AbstractSolver
 
@@ -191,11 +191,6 @@ def _describe(tree: PyTree[Any]) -> str:
 
 class StateDtypeError(ValueError):
     """A step does not keep the dtype of the state."""
-
-
-def check_step(step: Any, xs: PyTree[Array], init: PyTree[Array]) -> None:
-    """Raises unless `step` returns a state like `init`."""
-    check_new_state(eqx.filter_eval_shape(step, struct(init), time_slice(xs)), init)
 
 
 def check_new_state(new: PyTree[Any], old: PyTree[Any]) -> None:

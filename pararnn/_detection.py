@@ -22,7 +22,8 @@ import scipy.sparse as sp
 from jaxtyping import PyTree
 from scipy.sparse.csgraph import connected_components
 
-from ._misc import raveler, struct
+from ._devices import typed_result, typed_struct
+from ._misc import raveler
 from ._patterns import CALLS, Pattern, TooDenseError, inner_jaxpr, interpret
 from ._structure import AbstractStructure, BlockDiagonal, Dense, Diagonal
 from ._traits import REFUSALS, lacks_derivative
@@ -80,9 +81,9 @@ def is_affine(
 def _trace_derivative(step, state, x) -> tuple[Any, int]:
     """The jaxpr of `(raveled state, x, tangent) -> ∂step/∂state · tangent`, `None` if the step has
     no such derivative; the state size."""
-    state, x = struct(state), struct(x)
-    ravel, unravel, size, dtype = raveler(state)
-    vector = jax.ShapeDtypeStruct((size,), dtype)
+    state, x = typed_struct(state), typed_struct(x)
+    ravel, unravel, size, _ = raveler(state)
+    vector = typed_result(ravel, state)
 
     def vector_step(vector, x):
         try:

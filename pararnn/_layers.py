@@ -22,7 +22,8 @@ from ._checks import (
     instance_hint,
     to_arrays,
 )
-from ._misc import num_steps, struct, time_slice
+from ._devices import typed_slice
+from ._misc import num_steps, struct
 from ._packing import Packing, windows_of_pieces, zero_unless
 from ._select import with_algebra
 from ._solution import Solution
@@ -144,7 +145,7 @@ class RNN(eqx.Module, Generic[Cell]):
                 f"{struct(jtu.tree_map(jnp.asarray, start))}."
             )
         if prepared.packing is not None:
-            check_unmasked(self.cell.step, start, time_slice(prepared.us))
+            check_unmasked(self.cell.step, start, typed_slice(prepared.us))
         try:
             return solve(
                 self.cell.step,

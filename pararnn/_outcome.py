@@ -2,12 +2,13 @@
 
 import sys
 
-import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from ._misc import all_finite
+from ._devices import raiser
+from ._misc import all_finite, bool_where
 from ._solution import RESULTS
 
 
@@ -38,19 +39,37 @@ def throw_unless_successful(states: PyTree[Array], result: RESULTS, where: str) 
     A loop that turns only to raise. An error attached to all states by a condition would copy them,
     and one attached to a single row is dropped by the compiler where nothing reads that row.
     """
+    failed, some, error = _raiser(states, result, where)
+    if error is None:
+        return _not_a_number(states, failed)
 
     def turn(carry):
         _, states = carry
-        row = jtu.tree_map(lambda h: h[0], states)
-        row = raise_if(row, result, where)
-        return result != result, jtu.tree_map(lambda h, r: h.at[0].set(r), states, row)
+        raised = error()
+        return raised, jtu.tree_map(lambda h: h.at[0].set(jnp.where(raised, 0, h[0])), states)
 
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (some, states))[1]
+
+
+def fail_unless_successful(tree: PyTree[Array], result: RESULTS, where: str) -> PyTree[Array]:
+    """As `throw_unless_successful`, but for little arrays, and differentiable."""
+    failed, _, error = _raiser(tree, result, where)
+    if error is None:
+        return _not_a_number(tree, failed)
+    # What an error passes through must be the same on all devices: a flag, not the arrays.
+    return bool_where(error(), jtu.tree_map(jnp.zeros_like, tree), tree)
+
+
+def _raiser(tree, result, where):
     failed = result != RESULTS.successful
-    return jax.lax.while_loop(lambda carry: carry[0], turn, (failed, states))[1]
+    messages = [
+        f"{RESULTS[item]} (The solve is that at {where}.)"
+        for item in (RESULTS.not_converged, RESULTS.nonfinite)
+    ]
+    index = (result == RESULTS.nonfinite).astype(int)
+    return failed, *raiser(tree, failed, index, messages)
 
 
-def raise_if(row: PyTree[Array], result: RESULTS, where: str) -> PyTree[Array]:
-    """The same numbers, once it is known that the result is `successful`."""
-    for item in (RESULTS.not_converged, RESULTS.nonfinite):
-        row = eqx.error_if(row, result == item, f"{RESULTS[item]} (The solve is that at {where}.)")
-    return row
+def _not_a_number(tree, failed):
+    """Nor are derivatives of it a number."""
+    return jtu.tree_map(lambda x: x * jnp.where(failed, jnp.nan, 1).astype(x.dtype), tree)

@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
+from ._devices import spread
 from ._misc import bool_where
 
 
@@ -66,7 +67,7 @@ class Packing(eqx.Module):
         """From step to place. Zeros if no step is unmasked, because all may be NaN then."""
 
         def one(x):
-            moved = jnp.asarray(x)[self.order]
+            moved = spread(jnp.asarray(x), self.count)[self.order]
             return jnp.where(self.count > 0, moved, jnp.zeros_like(moved))
 
         return jtu.tree_map(one, tree)
@@ -88,7 +89,7 @@ class Packing(eqx.Module):
 
     def pieces(self, reset: Bool[Array, " L"]) -> Bool[Array, " L"]:
         """Which places start anew: one, or a masked one since the place before, was to be reset."""
-        moved = jnp.cumsum(reset)[self.order]
+        moved = jnp.cumsum(spread(reset, self.count))[self.order]
         return jnp.diff(moved, prepend=0) != 0
 
     def resets(self, pieces: Bool[Array, " L"] | None) -> Bool[Array, " L"]:

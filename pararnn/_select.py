@@ -10,7 +10,8 @@ from jaxtyping import Array, PyTree
 from ._adjoint import ClippedAdjoint, select_adjoint
 from ._algebra import AbstractAlgebra
 from ._detection import detect_structure, is_affine
-from ._misc import num_steps, raveler, time_slice
+from ._devices import typed_slice
+from ._misc import num_steps, raveler
 from ._structure import AbstractStructure, Dense
 from ._traits import lacks_derivative, listed, shared_axes
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
@@ -69,7 +70,7 @@ def select_solver(
             "On a CPU, one pass of `lax.scan` is near the machine's limit; parallel sweeps do the "
             "same work several times. The backward pass has its own choice (`adjoint`)."
         )
-    length, x = num_steps(xs), time_slice(xs)
+    length, x = num_steps(xs), typed_slice(xs)
     axes = shared_axes(step, init, x)
     if axes:
         return Sequential(), (
@@ -120,7 +121,7 @@ def choose(
     sequence let one that is done meet the others at any of its steps; and the derivative's
     recurrence is not one for each sequence.
     """
-    x = time_slice(xs)
+    x = typed_slice(xs)
     axes = shared_axes(step, init, x)
     if axes:
         for name, value in (("solver", solver), ("adjoint", adjoint)):

@@ -18,14 +18,22 @@ from ._checks import (
     check_flags,
     check_guess,
     check_init,
+    check_new_state,
     check_solver,
-    check_step,
     check_xs,
     to_arrays,
 )
+from ._devices import (
+    check_time_axis,
+    convert_step,
+    mesh_context,
+    place,
+    typed_slice,
+    varying_axes,
+)
 from ._jit import is_traced, run_jitted
-from ._misc import ResettingStep, all_finite, num_steps, raveler, struct, time_slice
-from ._outcome import call_site, raise_if
+from ._misc import ResettingStep, all_finite, num_steps, raveler, struct
+from ._outcome import call_site, fail_unless_successful
 from ._packing import Packing
 from ._select import choose
 from ._solution import RESULTS, Solution, Stats
@@ -111,6 +119,7 @@ def solve(
         )
     xs, init = to_arrays("xs", xs), to_arrays("init", init)
     check_xs(xs)
+    check_time_axis(xs)
     check_init(init)
     length = num_steps(xs)
     if reset is not None:
@@ -131,6 +140,11 @@ def solve(
         raise TypeError(f"`verbose` must be True, False or a function; got {verbose!r}.")
     report = (_print_progress if verbose else None) if isinstance(verbose, bool) else verbose
     args = (xs, init, solver, adjoint, reset, reset_state, mask, guess, structure, report)
+    with mesh_context((step, args)):
+        return _run(step, args, throw)
+
+
+def _run(step, args, throw) -> Solution:
     if not throw:
         return run_jitted(_solve, step, *args, None)
     if is_traced((step, args)):
@@ -155,8 +169,10 @@ def _solve(
             return step(state, x)
 
     # Hoists whatever `step` closes over, so that derivative rules see it as an argument.
-    converted = eqx.filter_closure_convert(precise_step, struct(init), time_slice(xs))
-    check_step(converted, xs, init)
+    data = xs, init, guess, reset, reset_state, mask
+    converted, new, axes = convert_step(precise_step, xs, init, varying_axes(data))
+    check_new_state(new, init)
+    xs, init, guess, reset, reset_state, mask = place(data, axes)
     if length == 0:
         states = jtu.tree_map(lambda h: jnp.zeros((0, *h.shape), h.dtype), init)
         return Solution(states, init, RESULTS.successful, _no_stats())
@@ -169,7 +185,7 @@ def _solve(
     else:
         full_step, full_xs = ResettingStep(converted, reset_state), (reset, xs)
     if mask is not None:
-        check_unmasked(full_step, init, time_slice(full_xs))
+        check_unmasked(full_step, init, typed_slice(full_xs))
     solver, adjoint = choose(full_step, full_xs, init, solver, adjoint, structure)
     options = {"solver": solver, "structure": structure, "report": report, "throw": throw}
     if isinstance(adjoint, ClippedAdjoint):
@@ -188,7 +204,7 @@ def _solve(
     # Before the first unmasked step, they are `init`, which has not been judged.
     result = RESULTS.where(all_finite(states), result, RESULTS.nonfinite)
     if throw is not None:
-        final = raise_if(final, result, throw)
+        final = fail_unless_successful(final, result, throw)
         states = jtu.tree_map(lambda h, last: h.at[-1].set(last), states, final)
     return Solution(states, final, result, stats)
 

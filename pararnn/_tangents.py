@@ -16,7 +16,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._detection import reaches
-from ._misc import num_steps, or_zeros, previous_states, struct, time_slice
+from ._devices import typed_slice, typed_struct
+from ._misc import num_steps, or_zeros, previous_states
 
 # More steps per block would not fit a processor's caches.
 _MAX_BLOCK = 256
@@ -93,7 +94,7 @@ class _Pushes:
             return leaves
 
         self._residuals = residuals
-        jaxpr = jax.make_jaxpr(residuals)(struct(init), time_slice(xs)).jaxpr
+        jaxpr = jax.make_jaxpr(residuals)(typed_struct(init), typed_slice(xs)).jaxpr
         self._varies = reaches(jaxpr, [True] * len(jaxpr.invars))
 
     def at(self, states: PyTree[Array], xs: PyTree[Array]) -> tuple[list[Array], list[Array]]:

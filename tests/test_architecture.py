@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(pararnn.__file__).parent
 # Top first: a file imports only from rooms above its own, or from its own folder.
 ROOMS = [
     "_misc",
+    "_devices",
     "_structure",
     "_algebra",
     "_patterns",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._devices import place_like, spread
 from .._linear import LinearMethod, default_linear_method, linear_recurrence
 from .._misc import alignment, bool_where, num_steps, raveler
 from .._structure import AbstractStructure, restrict
@@ -95,7 +96,7 @@ class Chunks:
             ends = self.ends(starts)
             return ends, None if kept is None else jnp.ones_like(ends)
         states = jax.vmap(self.unravel)(starts)
-        seeds = jnp.asarray(propagated.seeds(self.size, self.dtype))
+        seeds = place_like(jnp.asarray(propagated.seeds(self.size, self.dtype)), starts)
         tangents = jax.vmap(self.unravel)(seeds)
         tangents = jtu.tree_map(
             lambda t: jnp.broadcast_to(t, (self.num_chunks, *t.shape)), tangents
@@ -235,5 +236,6 @@ def finish_sequentially(step, xs, states, init, first_step, chunk_size):
 
     before = jtu.tree_map(lambda s: s[first_step - 1], states)
     state = bool_where(first_step == 0, init, before)
-    carry = (first_step, state, states)
+    xs = spread(xs, first_step)
+    carry = (place_like(first_step, states), state, states)
     return jax.lax.while_loop(lambda carry: carry[0] < length, turn, carry)[2]

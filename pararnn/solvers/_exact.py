@@ -9,8 +9,9 @@ from jaxtyping import Array, Bool, PyTree
 
 from .._algebra import AbstractAlgebra
 from .._detection import is_affine
+from .._devices import typed_slice
 from .._linear import LinearMethod
-from .._misc import ResettingStep, bool_where, time_slice
+from .._misc import ResettingStep, bool_where
 from .._solution import Stats
 from .._structure import AbstractStructure
 from .._traits import check_tangents
@@ -60,11 +61,11 @@ def associative_scan(
     report: Callable[[int, float, int, int], Any] | None = None,
 ) -> tuple[PyTree[Array], Bool[Array, ""], Stats]:
     """`(states, converged, stats)` of a recurrence of at least one step."""
-    check_tangents(solver, step, init, time_slice(xs))
+    check_tangents(solver, step, init, typed_slice(xs))
     guess = None
     if solver.algebra is not None:
         guess = _compose(solver.algebra, step, xs, init)
-    elif not is_affine(step, init, time_slice(xs)):
+    elif not is_affine(step, init, typed_slice(xs)):
         raise ValueError(
             "`solver=AssociativeScan()` needs a `step` that is affine in the state, but its "
             "Jacobian depends on the state. Use Newton(), or pass an `algebra` that has it."

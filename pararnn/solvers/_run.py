@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from .._misc import num_steps, raveler, time_slice
+from .._devices import typed_slice
+from .._misc import num_steps, raveler
 from .._solution import Stats
 from .._structure import AbstractStructure
 from .._traits import check_tangents
@@ -54,7 +55,7 @@ def run(
         return associative_scan(step, xs, init, solver=solver, structure=structure, report=report)
     assert isinstance(solver, AbstractIterativeSolver)
     if solver.linearization(structure, raveler(init)[2]).propagated is not None:
-        check_tangents(solver, step, init, time_slice(xs))
+        check_tangents(solver, step, init, typed_slice(xs))
     return multiple_shooting(
         step, xs, init, guess, solver=solver, structure=structure, report=report
     )

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._devices import place_like
 from .._linear import linear_recurrence
 from .._misc import all_finite, bool_where
 from .._solution import Stats
@@ -134,7 +135,9 @@ def multiple_shooting(
         progress = progress._replace(correction=none, attempts=jnp.asarray(1))
     else:
         empty = jtu.tree_map(lambda h: jnp.zeros((chunks.length, *h.shape), h.dtype), init)
-        progress, states, bad = jax.lax.while_loop(contradicted, attempt, (progress, empty, bad))
+        progress, states, bad = jax.lax.while_loop(
+            contradicted, attempt, place_like((progress, empty, bad), starts)
+        )
     first_step = chunks.chunk_size * (1 + first_index(bad))
     finished = jnp.asarray(0)
     if solver.fallback:
@@ -245,7 +248,7 @@ def _iteration(
         large = jnp.isfinite(progress.correction) & (progress.correction >= _AMPLIFIED_ROUNDING)
         proven = progress.proven | (large & (defect <= 0.1 * progress.correction))
         small = (progress.iteration > 0) & accepted & (correction <= _AMPLIFIED_ROUNDING)
-        trusted = jnp.asarray(False)
+        trusted = jnp.zeros_like(progress.trusted)
         if chunks.quadratic:
             noise = consistent & small & ~chunks.is_persistent(change, progress.change)
             # Corrections so small that even their sum over all chunks is below the tolerance.
@@ -321,7 +324,7 @@ def _iteration(
         damping=jnp.asarray(damping, starts.dtype),
         best=best,
     )
-    return unfinished, iterate, progress
+    return unfinished, iterate, place_like(progress, starts)
 
 
 def _call_report(report, num_chunks, iteration, correction, at_rest):
@@ -359,21 +362,23 @@ def _off(chunks: Chunks, progress: _Progress, ends: Array, scale: Array) -> Bool
     # not expand, a chunk is no further off than the sum of the defects before it.
     reached = jnp.cumsum(norms)
 
-    def by_forgetting():
-        # Where chunks forget, rounding does not add up to more than a geometric series. A system
-        # that does not forget carries every defect on, a drift of a few units in the last place
-        # too. How much is kept is tried, as a derivative may be none: with larger deviations, so
-        # that their own rounding does not hide it.
+    def measure(carry):
+        # How much is kept is tried, as a derivative may be none: with larger deviations, so that
+        # their own rounding does not hide it.
         factor = jnp.clip(_TRIED / jnp.max(norms), 1, 64)
         tried = progress.starts + factor.astype(defects.dtype) * defects
         tried = jnp.concatenate([chunks.first_start, tried])
         pushed = chunks.ends(tried)[1:] - ends[1:]
         kept = jnp.sum(norm(pushed, scale)) / (factor * jnp.sum(norms))
-        series = jnp.max(norms) / (1 - kept)
-        rounding = (kept < 1) & (series <= 1)
-        beyond = jnp.cumsum(norm(chunks.tolerance.beyond_rounding(defects, scale), scale))
-        return jnp.where(rounding, beyond, reached)
+        return jnp.zeros_like(carry[0]), kept
 
+    # Where chunks forget, rounding does not add up to more than a geometric series. A system that
+    # does not forget carries every defect on, a drift of a few units in the last place too. A loop
+    # of one turn or none: under `vmap`, a `cond` would copy the weights for each sequence.
     doubtful = ~progress.trusted & (reached[-1] > 1)
-    added_up = jax.lax.cond(doubtful, by_forgetting, lambda: reached) > 1
+    unknown = place_like((doubtful, jnp.full((), jnp.inf, norms.dtype)), defects)
+    _, kept = jax.lax.while_loop(lambda carry: carry[0], measure, unknown)
+    rounding = (kept < 1) & (jnp.max(norms) / (1 - kept) <= 1)
+    beyond = jnp.cumsum(norm(chunks.tolerance.beyond_rounding(defects, scale), scale))
+    added_up = jnp.where(rounding, beyond, reached) > 1
     return (norms > 1) | (added_up & ~progress.trusted)
