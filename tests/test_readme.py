@@ -22,6 +22,9 @@ _CHECKS = {
     "assert jnp.allclose(y, ys[0], atol=1e-6)",
     "own": "assert prnn.verify(cell, xs, solver=prnn.Newton()).ok\nassert ys.shape == (100, 2, 8)",
     "training": "assert ys.shape == (100, 16) and y.shape == (16,)",
+    "devices": "assert jax.device_count() == 2\n"
+    "for a, b in zip(*map(jax.tree.leaves, ((value, grads), jax.jit(by_hand)(weights, xs)))):\n"
+    "    assert jnp.allclose(jax.device_get(a), jax.device_get(b), atol=1e-6)",
 }
 
 
@@ -41,7 +44,12 @@ def test_example(name):
         [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_X64": "0",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        },
     )
     assert result.returncode == 0, result.stderr
 

@@ -1,0 +1,467 @@
+"""Checks that need several devices; `test_devices.py` runs this file in a process of its own.
+
+Prints one line of JSON for each check: its name, and what went wrong or null.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pararnn as prnn
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
+warnings.simplefilter("error")
+
+BATCH, LENGTH, SIZE = 8, 14, 2
+rng = np.random.default_rng(0)
+WEIGHT = 0.7 * rng.normal(size=(SIZE, SIZE))
+XS, COTANGENTS = rng.normal(size=(2, BATCH, LENGTH, SIZE))
+INIT = rng.normal(size=(BATCH, SIZE))
+RESET = rng.random((BATCH, LENGTH)) < 0.15
+MASK = np.arange(LENGTH) < np.array([14, 11, 14, 5, 14, 14, 2, 13])[:, None]
+DATA = (XS, INIT, COTANGENTS, RESET, MASK)
+
+
+def dense(w, h, x):
+    return jnp.tanh(w @ h + x)
+
+
+def diagonal(w, h, x):
+    return jnp.tanh(jnp.diagonal(w) * h + x)
+
+
+def affine(w, h, x):
+    return 0.5 * (jnp.tanh(w) @ h) + x
+
+
+def solution(solver, step, adjoint=None):
+    def one(w, xs, init, reset, mask):
+        bound = functools.partial(step, w)
+        options = {"solver": solver, "adjoint": adjoint, "reset": reset, "mask": mask}
+        solved = prnn.solve(bound, xs, init, **options)
+        return solved.states, solved.stats.iterations
+
+    return one
+
+
+def scan(step):
+    def one(w, xs, init, reset, mask):
+        def body(carry, inputs):
+            h, pending = carry
+            x, flag, keep = inputs
+            pending |= flag
+            new = step(w, jnp.where(pending, init, h), x)
+            h = jnp.where(keep, new, h)
+            return (h, pending & ~keep), h
+
+        start = (init, jnp.asarray(False))
+        return jax.lax.scan(body, start, (xs, reset, mask))[1], jnp.asarray(0)
+
+    return one
+
+
+def loss(one, **vmap_options):
+    """`(w, *data) -> (loss, (states, iterations))` of a batch."""
+
+    def batched(w, xs, init, cotangents, reset, mask):
+        run = jax.vmap(one, in_axes=(None, 0, 0, 0, 0), **vmap_options)
+        states, iterations = run(w, xs, init, reset, mask)
+        return jnp.sum(cotangents * states**2), (states, iterations)
+
+    return batched
+
+
+def with_gradients(fn):
+    return jax.value_and_grad(fn, argnums=(0, 1, 2), has_aux=True)
+
+
+@functools.cache
+def expected(step):
+    return jax.jit(with_gradients(loss(scan(step))))(jnp.asarray(WEIGHT), *map(jnp.asarray, DATA))
+
+
+def make_mesh(count, kind=AxisType.Explicit):
+    return jax.make_mesh((count,), ("batch",), axis_types=(kind,), devices=jax.devices()[:count])
+
+
+def put(tree, mesh, spec):
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+# --- ways to spread a batch over devices ---------------------------------------------------------
+
+
+def on_mesh(one, mesh, *, context=True, jit=True, **vmap_options):
+    """Arrays on a mesh, and JAX finds out the rest."""
+    fn = with_gradients(loss(one, **vmap_options))
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        w = put(WEIGHT, mesh, P()) if context else jnp.asarray(WEIGHT)
+        return (jax.jit(fn) if jit else fn)(w, *put(DATA, mesh, P("batch")))
+
+
+def in_shard_map(one, mesh, *, grads, check_vma=True):
+    """Manual axes: gradients are taken `"outside"`; `"inside"`, where JAX sums those of what all
+    devices share; or inside of weights that were made to `"vary"`, or without JAX's types, and then
+    summed by hand."""
+    local = loss(one)
+
+    def total(w, *data):
+        value, aux = local(w, *data)
+        return jax.lax.psum(value, "batch"), aux
+
+    def inside(w, *data):
+        if grads == "vary":
+            w = jax.lax.pcast(w, "batch", to="varying")
+        (value, aux), (dw, *others) = with_gradients(local)(w, *data)
+        if grads == "vary" or not check_vma:
+            dw = jax.lax.psum(dw, "batch")
+        return (jax.lax.psum(value, "batch"), aux), (dw, *others)
+
+    specs = {"mesh": mesh, "in_specs": (P(), *[P("batch")] * 5), "check_vma": check_vma}
+    values = (P(), P("batch"))
+    if grads == "outside":
+        fn = with_gradients(jax.shard_map(total, out_specs=values, **specs))
+    else:
+        out_specs = (values, (P(), P("batch"), P("batch")))
+        fn = jax.shard_map(inside, out_specs=out_specs, **specs)
+    return jax.jit(fn)(put(WEIGHT, mesh, P()), *put(DATA, mesh, P("batch")))
+
+
+def in_pmap(one, count):
+    def inside(w, *data):
+        (value, aux), (dw, *others) = with_gradients(loss(one))(w, *data)
+        return (jax.lax.psum(value, "batch"), aux), (jax.lax.psum(dw, "batch"), *others)
+
+    split = [x.reshape(count, BATCH // count, *x.shape[1:]) for x in DATA]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        fn = jax.pmap(
+            inside, axis_name="batch", in_axes=(None, *[0] * 5), devices=jax.devices()[:count]
+        )
+        (value, aux), (dw, *others) = fn(WEIGHT, *split)
+    join = functools.partial(jax.tree.map, lambda x: x.reshape(BATCH, *x.shape[2:]))
+    return (value[0], join(aux)), (dw[0], *join(others))
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+CHECKS = {}
+
+
+def check(fn):
+    CHECKS[fn.__name__] = fn
+    return fn
+
+
+def assert_close(got, want):
+    got, want = (jax.tree.map(np.asarray, jax.device_get(t)) for t in (got, want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def agrees(name, spread, step, solver, adjoint=None, iterations=None):
+    def run():
+        (value, (states, counts)), gradients = spread(solution(solver, step, adjoint))
+        (want, (want_states, _)), want_gradients = expected(step)
+        assert_close((value, states), (want, want_states))
+        assert_close(gradients, want_gradients)
+        if iterations is not None:
+            assert len(set(np.asarray(iterations()).tolist())) > 1, "no test"
+            assert_close(counts, iterations())
+
+    CHECKS[name] = run
+
+
+EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
+
+
+def explicit(count, **options):
+    return lambda one: on_mesh(one, make_mesh(count), **options)
+
+
+def auto(count, **options):
+    return lambda one: on_mesh(one, make_mesh(count, AUTO), **options)
+
+
+def manual(count, **options):
+    return lambda one: in_shard_map(one, make_mesh(count), **options)
+
+
+associative = prnn.Newton(chunk_size=4, linear_method="associative")
+agrees("explicit, one device", explicit(1), dense, prnn.Sequential())
+agrees("explicit without set_mesh, Newton", explicit(2, context=False), diagonal, prnn.Newton())
+agrees("explicit, eager", explicit(2, jit=False), diagonal, prnn.Newton(chunk_size=4))
+agrees("explicit, Jacobi", explicit(2), dense, prnn.Jacobi(), prnn.Newton())
+agrees("explicit, affine", explicit(4), affine, prnn.AssociativeScan(), prnn.AssociativeScan())
+agrees("auto without set_mesh, Newton", auto(4, context=False), dense, associative)
+agrees("auto, spmd_axis_name", auto(2, spmd_axis_name="batch"), diagonal, prnn.QuasiNewton())
+agrees("manual, Picard", manual(2, grads="vary"), dense, prnn.Picard(), prnn.Jacobi(chunk_size=4))
+agrees(
+    "manual, Levenberg-Marquardt",
+    manual(4, grads="outside"),
+    diagonal,
+    prnn.LevenbergMarquardt(chunk_size=2, linear_method="associative"),
+)
+agrees("manual, Speculative", manual(2, grads="outside"), dense, prnn.Speculative(num_candidates=4))
+agrees(
+    "manual, affine",
+    manual(4, grads="inside"),
+    affine,
+    prnn.AssociativeScan(linear_method="chunked"),
+    prnn.Newton(chunk_size=4),
+)
+agrees(
+    "manual without types, QuasiNewton",
+    manual(4, grads="inside", check_vma=False),
+    dense,
+    prnn.QuasiNewton(chunk_size=2),
+)
+agrees("pmap, Newton", lambda one: in_pmap(one, 2), dense, prnn.Newton(chunk_size=4))
+
+
+@functools.cache
+def iterations_alone():
+    one = solution(prnn.Newton(chunk_size=2), dense)
+    run = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
+    return run(WEIGHT, XS, INIT, RESET, MASK)[1]
+
+
+def same_iterations(name, spread):
+    agrees(name, spread, dense, prnn.Newton(chunk_size=2), iterations=iterations_alone)
+
+
+same_iterations("explicit, Newton", explicit(4))
+same_iterations("manual, Newton", manual(4, grads="inside"))
+
+
+def clipped(spread):
+    def run():
+        one = solution(associative, dense, prnn.ClippedAdjoint(0.5))
+        alone = jax.jit(with_gradients(loss(one)))(WEIGHT, *DATA)[1]
+        assert_close(spread(one)[1], alone)
+        assert np.max(np.abs(alone[0] - expected(dense)[1][0])) > 1e-3, "nothing was clipped"
+
+    return run
+
+
+CHECKS["clipped, manual"] = clipped(manual(2, grads="inside"))
+
+
+def trained(cell, solver):
+    """Two steps of gradient descent, in shard_map and on explicit axes, against one device."""
+
+    def run():
+        rnn = prnn.RNN(cell, solver, learn_init=True)
+        weights, static = eqx.partition(rnn, eqx.is_inexact_array)
+
+        def mean_loss(weights, xs):
+            ys = jax.vmap(lambda x: eqx.combine(weights, static)(x)[0])(xs)
+            return jnp.mean(jnp.square(ys - 1))
+
+        def update(weights, value, grads):
+            return jax.tree.map(lambda w, g: w - 0.5 * g, weights, grads), value
+
+        def alone(weights, xs):
+            return update(weights, *jax.value_and_grad(mean_loss)(weights, xs))
+
+        @functools.partial(
+            jax.shard_map,
+            mesh=make_mesh(4),
+            in_specs=(P(), P("batch")),
+            out_specs=(P(), P()),
+        )
+        def manual(weights, xs):
+            own = jax.lax.pcast(weights, "batch", to="varying")
+            out = jax.lax.pmean(jax.value_and_grad(mean_loss)(own, xs), "batch")
+            return update(weights, *out)
+
+        def train(step, place):
+            step = jax.jit(step)
+            trained = place(weights, P())
+            for _ in range(2):
+                trained, value = step(trained, place(XS, P("batch")))
+            return trained, value
+
+        want = train(alone, lambda tree, spec: tree)
+        on_four = functools.partial(put, mesh=make_mesh(4))
+        assert_close(train(manual, lambda tree, spec: on_four(tree, spec=spec)), want)
+        with jax.set_mesh(make_mesh(4)):
+            assert_close(train(alone, lambda tree, spec: on_four(tree, spec=spec)), want)
+
+    return run
+
+
+key = jax.random.key(0)
+CHECKS["training, GRU"] = trained(prnn.GRU(SIZE, 3, key=key), prnn.Newton(chunk_size=4))
+CHECKS["training, MinMax"] = trained(prnn.MinMax(SIZE, 3, key=key), prnn.AssociativeScan())
+
+
+@check
+def nothing_gathers_the_batch():
+    for kind in (EXPLICIT, AUTO):
+        mesh = make_mesh(4, kind)
+        with jax.set_mesh(mesh):
+            fn = jax.jit(loss(solution(prnn.Newton(chunk_size=4), dense)))
+            lowered = fn.lower(put(WEIGHT, mesh, P()), *put(DATA, mesh, P("batch")))
+            text = lowered.compile().as_text()
+        found = re.findall(
+            r"= (\S+?)(?:\{\S*)? (all-reduce|all-gather|all-to-all|collective-permute)", text
+        )
+        assert found, "no collective was found: no test"
+        for shape, name in found:
+            assert re.fullmatch(r"\w+\[\]", shape), f"{name} of {shape} on {kind} axes"
+
+
+@check
+def what_is_shared_and_what_is_not():
+    """Flags and inputs that all sequences share, and constants as initial states."""
+    shared = {"reset": RESET[0], "mask": MASK[1]}
+
+    def vary_inputs(x):
+        return prnn.solve(
+            functools.partial(dense, WEIGHT), x, np.zeros(SIZE), solver=associative, **shared
+        ).states
+
+    def vary_starts(h):
+        return prnn.solve(
+            functools.partial(dense, WEIGHT), XS[0], h, solver=prnn.Jacobi(max_iters=1), **shared
+        ).states
+
+    mesh = make_mesh(4)
+    for fn, data in ((vary_inputs, XS), (vary_starts, INIT)):
+        want, placed = jax.jit(jax.vmap(fn))(data), put(data, mesh, P("batch"))
+        assert_close(jax.jit(jax.vmap(fn))(placed), want)
+        local = jax.shard_map(jax.vmap(fn), mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
+        assert_close(jax.jit(local)(placed), want)
+
+
+@check
+def some_axes_manual_and_others_not():
+    def fn(x):
+        step = functools.partial(dense, WEIGHT)
+        return prnn.solve(step, x, np.zeros(SIZE), solver=associative).states
+
+    mesh = jax.make_mesh((2, 2), ("batch", "model"), axis_types=(AUTO, AUTO))
+    with jax.set_mesh(mesh):
+        local = jax.shard_map(
+            jax.vmap(fn), in_specs=P("batch"), out_specs=P("batch"), axis_names={"batch"}
+        )
+        assert_close(jax.jit(local)(put(XS, mesh, P("batch"))), jax.jit(jax.vmap(fn))(XS))
+
+
+def raises(kind, message, fn, *args):
+    try:
+        jax.block_until_ready(fn(*args))
+    except kind as e:
+        assert re.search(message, str(e)), str(e)
+    else:
+        raise AssertionError("nothing was raised")
+
+
+few = prnn.Newton(chunk_size=2, max_iters=1, fallback=False)
+
+
+def failing(w, xs):
+    """A sum over the batch, which needs a collective, of sequences that do not all converge."""
+
+    def fn(x):
+        return prnn.solve(functools.partial(dense, 3 * w), x, np.zeros(SIZE), solver=few).states
+
+    return jnp.sum(jax.vmap(fn)(xs))
+
+
+@check
+def an_error_stops_all_devices():
+    mesh = make_mesh(4)
+    local = jax.shard_map(
+        lambda w, xs: jax.lax.psum(failing(w, xs), "batch"),
+        mesh=mesh,
+        in_specs=(P(), P("batch")),
+        out_specs=P(),
+    )
+    for fn, on in ((local, mesh), (failing, make_mesh(4, AUTO))):
+        xs = put(XS * (np.arange(BATCH) == 5)[:, None, None], on, P("batch"))  # one lane alone
+        raises(RuntimeError, "did not converge", jax.jit(jax.grad(fn)), put(WEIGHT, on, P()), xs)
+
+
+@check
+def on_explicit_axes_failure_is_not_a_number():
+    mesh = make_mesh(4)
+    with jax.set_mesh(mesh):
+        out = jax.jit(jax.value_and_grad(failing))(
+            put(WEIGHT, mesh, P()), put(XS, mesh, P("batch"))
+        )
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(jax.device_get(out)))
+
+
+@check
+def time_is_not_sharded():
+    mesh = make_mesh(2)
+    with jax.set_mesh(mesh):
+        xs = put(XS[0], mesh, P("batch"))
+        raises(
+            ValueError,
+            "`xs` is sharded along its leading axis",
+            lambda: prnn.solve(functools.partial(dense, WEIGHT), xs, np.zeros(SIZE)),
+        )
+
+
+@check
+def a_step_that_communicates():
+    """Recurrent normalisation over a batch on four devices."""
+
+    def step(h, x):
+        return jnp.tanh(WEIGHT @ h + x - jax.lax.pmean(h, "batch"))
+
+    def local(xs, solver=None):
+        states = prnn.solve(step, xs[0], np.zeros(SIZE), solver=solver).states
+        return jax.lax.psum(jnp.sum(COTANGENTS[0] * states**2), "batch")
+
+    def together(xs):
+        def body(h, x):
+            h = jnp.tanh(h @ WEIGHT.T + x - jnp.broadcast_to(jnp.mean(h, 0), h.shape))
+            return h, h
+
+        states = jax.lax.scan(body, np.zeros((4, SIZE)), jnp.swapaxes(xs, 0, 1))[1]
+        return jnp.sum(COTANGENTS[0][:, None] * states**2)
+
+    mesh = make_mesh(4)
+    on_four = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("batch"), out_specs=P())
+    xs = put(XS[:4], mesh, P("batch"))
+    got = jax.jit(jax.value_and_grad(on_four(local)))(xs)
+    assert_close(got, jax.jit(jax.value_and_grad(together))(XS[:4]))
+    newton = functools.partial(local, solver=prnn.Newton())
+    raises(ValueError, "exchanges values along", jax.jit(on_four(newton)), xs)
+
+
+if __name__ == "__main__":
+    chosen = re.compile(sys.argv[1] if len(sys.argv) > 1 else "")
+    for name, run in CHECKS.items():
+        if not chosen.search(name):
+            continue
+        error, before = None, time.process_time()
+        try:
+            run()
+        except BaseException:  # what raised is what the parent reports
+            error = traceback.format_exc()
+        seconds = round(time.process_time() - before, 1)
+        print(json.dumps({"check": name, "error": error, "seconds": seconds}), flush=True)
