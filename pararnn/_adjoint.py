@@ -58,6 +58,7 @@ def solve_states(
     structure: AbstractStructure | None,
     report: Callable[[int, float, int, int], Any] | None = None,
     throw: str | None = None,
+    batch: int = 1,
 ):
     """`(states, result, stats)` of a recurrence of at least one step, differentiable.
 
@@ -75,7 +76,9 @@ def solve_states(
 
 
 @solve_states.def_jvp
-def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report=None, throw=False):
+def _solve_states_jvp(
+    primals, tangents, *, solver, adjoint, structure, report=None, throw=None, batch=1
+):
     step, xs, init, guess = primals
     *tangents, _ = tangents  # the solution does not depend on the guess
     if adjoint is None:
@@ -93,6 +96,7 @@ def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report=N
         structure=structure,
         report=report,
         throw=throw,
+        batch=batch,
     )
     states, *others = out
     silent = jtu.tree_map(lambda _: None, others)
@@ -100,7 +104,7 @@ def _solve_states_jvp(primals, tangents, *, solver, adjoint, structure, report=N
         return out, (jtu.tree_map(lambda _: None, states), *silent)
 
     if in_one_pass:
-        solution = sequential_tangents(step, xs, init, states, tuple(tangents))
+        solution = sequential_tangents(step, xs, init, states, tuple(tangents), batch=batch)
         return out, (solution, *silent)
 
     @eqx.filter_checkpoint

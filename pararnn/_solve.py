@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ClippedAdjoint, solve_states, solve_states_clipped
+from ._batch import batch_size
 from ._checks import (
     ExplainedStep,
     check_adjoint,
@@ -139,7 +140,8 @@ def solve(
     if not (isinstance(verbose, bool) or callable(verbose)):
         raise TypeError(f"`verbose` must be True, False or a function; got {verbose!r}.")
     report = (_print_progress if verbose else None) if isinstance(verbose, bool) else verbose
-    args = (xs, init, solver, adjoint, reset, reset_state, mask, guess, structure, report)
+    options = {"structure": structure, "report": report, "batch": batch_size((step, xs, init))}
+    args = (xs, init, solver, adjoint, reset, reset_state, mask, guess, options)
     with mesh_context((step, args)):
         return _run(step, args, throw)
 
@@ -159,7 +161,7 @@ def _run(step, args, throw) -> Solution:
 
 
 def _solve(
-    step, xs, init, solver, adjoint, reset, reset_state, mask, guess, structure, report, throw
+    step, xs, init, solver, adjoint, reset, reset_state, mask, guess, options, throw
 ) -> Solution:
     length = num_steps(xs)
     step = ExplainedStep(step)
@@ -186,8 +188,9 @@ def _solve(
         full_step, full_xs = ResettingStep(converted, reset_state), (reset, xs)
     if mask is not None:
         check_unmasked(full_step, init, typed_slice(full_xs))
+    structure = options["structure"]
     solver, adjoint = choose(full_step, full_xs, init, solver, adjoint, structure)
-    options = {"solver": solver, "structure": structure, "report": report, "throw": throw}
+    options = {"solver": solver, "throw": throw, **options}
     if isinstance(adjoint, ClippedAdjoint):
         problem = (full_step, full_xs, init)
         guess = jax.lax.stop_gradient(guess)

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(pararnn.__file__).parent
 ROOMS = [
     "_misc",
     "_devices",
+    "_batch",
     "_structure",
     "_algebra",
     "_patterns",
