@@ -192,7 +192,9 @@ def _cpu():
         for cell, solvers in chunks.items():
             yield Case("chunk sizes", cell, length, solvers=solvers)
         if length < 65_536:
+            # One sequence of 32 units is measured above.
             yield from _batches((8, 64), 32, (length,))
+            yield from _batches((1, 8, 64), 128, (length,))
         if length == 1024:
             yield Case("memory floor", "DiagonalGRU", 16_384, size=1024, gradient=False)
 

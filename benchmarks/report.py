@@ -4,6 +4,7 @@ A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; a test kee
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import re
@@ -20,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PLATFORMS = ("cpu", "gpu")
 # The tables of each file.
 FILES = {
-    "README.md": ("speed", "targets", "cells"),
+    "README.md": ("speed", "targets", "batches", "cells"),
     "benchmarks/README.md": (
         "agreement",
         "cells-agreement",
@@ -32,6 +33,9 @@ FILES = {
 # Where forward and gradient together are to be 1.5 times as fast as the scan's, on a CPU.
 FASTER = {"Elman", "GRU", "DiagonalGRU", "DiagonalLSTM"}
 SHORTEST = 4096  # the goals are for this length or more
+# Where forward and gradient together are to take at most this part of the scan's time, on a CPU.
+BATCHES = {"cells": ("GRU", "DiagonalGRU"), "sizes": (32, 128), "batches": (1, 8, 64)}
+NO_SLOWER = 1.05
 
 Record = dict[str, Any]
 
@@ -80,12 +84,12 @@ def speed_table(content: dict[str, Any]) -> str:
 
 def targets_table(content: dict[str, Any]) -> str:
     """The worst over the lengths of each ratio that has a goal; misses in bold."""
-    cells = dict.fromkeys(record["cell"] for record, _, _ in _defaults(content))
+    cells = dict.fromkeys(record["cell"] for record, _, _ in _defaults(content, size=32))
     rows = []
     for cell in cells:
         found = [
             (scan, row)
-            for record, scan, row in _defaults(content, cell=cell)
+            for record, scan, row in _defaults(content, cell=cell, size=32)
             if "gradient" in row and record["length"] >= SHORTEST
         ]
         if not found:
@@ -109,6 +113,31 @@ def targets_table(content: dict[str, Any]) -> str:
         line["forward + gradient: memory"] = _marked(f"{worst:.2f}", worst, 1)
         rows.append(line)
     return markdown(rows)
+
+
+def batches_table(content: dict[str, Any]) -> str:
+    """Forward and gradient of many sequences against the scan, and the memory; misses in bold."""
+    rows = []
+    for cell, size in itertools.product(BATCHES["cells"], BATCHES["sizes"]):
+        found = [
+            (record["length"], record["batch"], scan["gradient"], row["gradient"])
+            for batch in BATCHES["batches"]
+            for record, scan, row in _defaults(content, cell=cell, size=size, batch=batch)
+            if "gradient" in row
+        ]
+        several = {length for length, batch, *_ in found if batch > 1}
+        for length in sorted(several):
+            line: dict[str, Any] = {"cell": cell, "units": size, "L": f"{length:,}"}
+            line |= {f"B = {batch}": "" for batch in BATCHES["batches"]}
+            line |= {f"memory, B = {batch}": "" for batch in BATCHES["batches"]}
+            for other, batch, scan, ours in found:
+                if other == length:
+                    time = Spread(*ours["ratio"])
+                    line[f"B = {batch}"] = _marked(str(time), time.median, NO_SLOWER)
+                    memory = ours["temporary_bytes"] / max(scan["temporary_bytes"], 1)
+                    line[f"memory, B = {batch}"] = _marked(f"{memory:.2f}", memory, 1)
+            rows.append(line)
+    return markdown(rows) if rows else "Not measured."
 
 
 def _marked(text: str, value: float, goal: float) -> str:
@@ -170,6 +199,7 @@ def _environment(content: dict[str, Any]) -> str:
 def tables(folder: pathlib.Path) -> dict[str, str]:
     """What stands between the markers of each name."""
     parts, goals = [], []
+    blocks = {"batches": "Not measured."}
     for platform in PLATFORMS:
         content = load(folder, platform)
         if content is None:
@@ -177,7 +207,9 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
             continue
         parts += [_environment(content), speed_table(content)]
         goals.append(targets_table(content) if platform == "cpu" else goals_table(content))
-    blocks = {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
+        if platform == "cpu":
+            blocks["batches"] = batches_table(content)
+    blocks |= {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
     return blocks | _summaries.tables(folder)
 
 

@@ -126,6 +126,25 @@ def test_plots_are_drawn(tmp_path):
     assert written and all(path.stat().st_size < 150_000 for path in written)
 
 
+def test_batches_that_are_slower_than_the_scan_are_bold():
+    def record(size, batch, ratio, memory):
+        scan = {"name": "lax.scan", "gradient": {"temporary_bytes": 100}}
+        measured = {"ratio": [ratio] * 3, "temporary_bytes": memory}
+        rows = [scan, {"name": "default", "gradient": measured}]
+        return {**Case("", "GRU", 1024, batch, size)._asdict(), "floor_bytes": {}, "rows": rows}
+
+    records = [record(32, 1, 0.3, 20), record(32, 8, 1.2, 50), record(32, 64, 1.05, 101)]
+    records += [record(128, 1, 0.5, 50)]  # no batch, no row
+    header, _, line = report.batches_table({"cases": dict(enumerate(records))}).splitlines()
+    assert [title.strip() for title in header.strip("| ").split("|")][:4] == (
+        ["cell", "units", "L", "B = 1"]
+    )
+    assert [cell.strip() for cell in line.strip("| ").split("|")] == (
+        ["GRU", "32", "1,024", "0.3 (0.3–0.3)", "**1.2 (1.2–1.2)**", "1.05 (1.05–1.05)"]
+        + ["0.20", "0.50", "**1.01**"]
+    )
+
+
 def test_goals_that_are_missed_are_bold():
     def record(cell, size, length, ratio, seconds):
         row = {"name": "default", "forward": {"ratio": [ratio] * 3, "seconds": [seconds] * 3}}
