@@ -64,6 +64,7 @@ def solve_states(
 
     `step` must carry everything it depends on as array leaves (`equinox.filter_closure_convert`).
     `throw` is the place that an error at run time names; without one, none is raised.
+    `batch` is a hint for the derivative: how many sequences `jax.vmap` makes of this one.
     """
     if structure is None and not isinstance(solver, Sequential):
         structure = detect_structure(step, init, typed_slice(xs))
