@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## train a character-level language model (options in ARGS)
 
 # The tests run on the CPU unless JAX_PLATFORMS says otherwise.
 test: $(INSTALLED) ## run the tests (options of pytest in ARGS)
-	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(RUN) pytest -n auto $(ARGS)
+	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(RUN) pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types
 	@$(RUN) ruff check .

@@ -1,7 +1,11 @@
 """Judging computed states, and raising where they are not right."""
 
+import contextlib
+import re
 import sys
+from collections.abc import Iterator
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -73,3 +77,15 @@ def _raiser(tree, result, where):
 def _not_a_number(tree, failed):
     """Nor are derivatives of it a number."""
     return jtu.tree_map(lambda x: x * jnp.where(failed, jnp.nan, 1).astype(x.dtype), tree)
+
+
+@contextlib.contextmanager
+def errors_of_steps() -> Iterator[None]:
+    """Raises what `equinox.error_if` in a step has raised as `equinox.filter_jit` would."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"_EquinoxRuntimeError: (.*?)\s*-{10}", str(error), re.DOTALL)
+        if found is None:
+            raise
+        raise eqx.EquinoxRuntimeError(found[1]) from None

@@ -34,7 +34,7 @@ from ._devices import (
 )
 from ._jit import is_traced, run_jitted
 from ._misc import ResettingStep, all_finite, num_steps, raveler, struct
-from ._outcome import call_site, fail_unless_successful
+from ._outcome import call_site, errors_of_steps, fail_unless_successful
 from ._packing import Packing
 from ._select import choose
 from ._solution import RESULTS, Solution, Stats
@@ -152,10 +152,12 @@ def _run(step, args, throw) -> Solution:
     if is_traced((step, args)):
         return run_jitted(_solve, step, *args, call_site())
     # Outside of all transformations no program needs to raise: the error comes from here.
-    solution = run_jitted(_solve, step, *args, None)
-    if is_traced(solution):  # `step` closes over values that are traced
-        return run_jitted(_solve, step, *args, call_site())
-    if solution.result != RESULTS.successful:
+    with errors_of_steps():
+        solution = run_jitted(_solve, step, *args, None)
+        if is_traced(solution):  # `step` closes over values that are traced
+            return run_jitted(_solve, step, *args, call_site())
+        successful = bool(solution.result == RESULTS.successful)
+    if not successful:
         raise eqx.EquinoxRuntimeError(RESULTS[solution.result])
     return solution
 
