@@ -177,7 +177,8 @@ def test_associative_scan(kind, with_reset):
     both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
     (value, stats), gradient = both(inputs, init, prnn.AssociativeScan(algebra=algebra))
     (expected, _), expected_gradient = both(inputs, init, prnn.Sequential())
-    assert stats.iterations == 1 and not stats.fallback
+    # The first solves it; a second may find that nothing is missing.
+    assert 1 <= stats.iterations <= 2 and not stats.fallback
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-10)
