@@ -62,7 +62,7 @@ def solve_states(
 ):
     """`(states, result, stats)` of a recurrence of at least one step, differentiable.
 
-    `step` must carry everything it depends on as array leaves (`equinox.filter_closure_convert`).
+    `step` must carry everything it depends on as array leaves (`convert_step`).
     `throw` is the place that an error at run time names; without one, none is raised.
     `batch` is a hint for the derivative: how many sequences `jax.vmap` makes of this one.
     """

@@ -48,10 +48,11 @@ class Tolerance:
         self._wide = self._dtype if jnp.finfo(self._dtype).bits >= 32 else np.dtype(np.float32)
         sizes = [leaf.size * (2 if is_complex(leaf) else 1) for leaf in leaves]
         self._grains = [default_rtol(leaf.dtype) for leaf in leaves]
-        self._grain = np.repeat(self._grains, sizes).astype(self._wide)
         self._coarsest = max(self._grains)
-        eps = np.repeat([float(jnp.finfo(leaf.dtype).eps) for leaf in leaves], sizes)
-        self._rounding = (_ROUNDING * eps / np.repeat(self._grains, sizes)).astype(self._wide)
+        self._grain = np.repeat(self._grains, sizes).astype(self._wide)
+        eps = [float(jnp.finfo(leaf.dtype).eps) for leaf in leaves]
+        rounding = [_ROUNDING * e / grain for e, grain in zip(eps, self._grains, strict=True)]
+        self._rounding = np.repeat(rounding, sizes).astype(self._wide)
         self._factor = 1.0 if rtol is None else rtol / default_rtol(self._dtype)
         self._atol = atol
         # Elements of one group share their coarse scale: those of a leaf that may meet.
