@@ -1,6 +1,5 @@
 """What `benchmarks speed` can measure: cells, sizes, solvers, and the questions of each preset."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 import pararnn as prnn
-from pararnn._compare import compare, scan_states
+from pararnn._compare import compare
+from pararnn._recurrence import scan_states
 
 # From a size, the number of state elements, to a cell whose inputs have as many features.
 CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
@@ -125,18 +125,14 @@ def _scan(cell, us):
 
 def _solve(solver):
     def states_of(cell, us):
-        chosen = solver
-        if isinstance(solver, prnn.AssociativeScan) and solver.algebra is None:
-            chosen = dataclasses.replace(solver, algebra=cell.algebra)
-        if solver is None and cell.algebra is not None and jax.default_backend() != "cpu":
-            chosen = prnn.AssociativeScan(algebra=cell.algebra)  # as the layer does
         solution = prnn.solve(
             cell.step,
             us,
             cell.init_state(),
-            solver=chosen,
+            solver=solver,
             adjoint=solver,
             structure=cell.structure,
+            algebra=cell.algebra,
             throw=False,
         )
         return solution.states, solution.stats

@@ -15,8 +15,8 @@ import jax
 import pararnn as prnn
 from pararnn._compare import interleaved as interleaved
 from pararnn._compare import ratio as ratio
-from pararnn._compare import scan_states as scan_states
 from pararnn._misc import relative_error as relative_error
+from pararnn._recurrence import scan_states as scan_states
 
 
 def environment() -> dict[str, Any]:

@@ -50,10 +50,8 @@ EXACT = {"MinMax", "LRU", "DeltaNet"}
 
 
 def solve(cell, xs, solver, throw=True):
-    if isinstance(solver, prnn.AssociativeScan) and cell.algebra is not None:
-        solver = prnn.AssociativeScan(algebra=cell.algebra)
-    us = cell.project(xs)
-    solution = prnn.solve(cell.step, us, cell.init_state(), solver=solver, throw=throw)
+    us, init = cell.project(xs), cell.init_state()
+    solution = prnn.solve(cell.step, us, init, solver=solver, algebra=cell.algebra, throw=throw)
     return solution, cell.readout(solution.states, us)
 
 

@@ -2,9 +2,10 @@
 
 from importlib.metadata import version as _version
 
+from . import adjoints as adjoints
 from . import cells as cells
+from . import scans as scans
 from . import solvers as solvers
-from ._adjoint import ClippedAdjoint as ClippedAdjoint
 from ._algebra import AbstractAlgebra as AbstractAlgebra
 from ._benchmark import Benchmark as Benchmark
 from ._benchmark import benchmark as benchmark
@@ -12,13 +13,14 @@ from ._benchmark import tune as tune
 from ._blocks import AbstractBlock as AbstractBlock
 from ._blocks import MinMaxBlock as MinMaxBlock
 from ._blocks import ResidualBlock as ResidualBlock
+from ._choose import select_adjoint as select_adjoint
 from ._choose import select_solver as select_solver
 from ._detection import detect_structure as detect_structure
 from ._layers import RNN as RNN
-from ._linear import linear_recurrence as linear_recurrence
 from ._lyapunov import Lyapunov as Lyapunov
 from ._lyapunov import lyapunov as lyapunov
 from ._packing import segment_starts as segment_starts
+from ._recurrence import Recurrence as Recurrence
 from ._solution import RESULTS as RESULTS
 from ._solution import Solution as Solution
 from ._solution import Stats as Stats
@@ -33,6 +35,8 @@ from ._torch import TorchRNN as TorchRNN
 from ._torch import from_torch as from_torch
 from ._verify import Verification as Verification
 from ._verify import verify as verify
+from .adjoints import AbstractAdjoint as AbstractAdjoint
+from .adjoints import ClippedAdjoint as ClippedAdjoint
 from .cells import GRU as GRU
 from .cells import LRU as LRU
 from .cells import LSTM as LSTM
@@ -49,6 +53,7 @@ from .cells import EquinoxLSTM as EquinoxLSTM
 from .cells import MinMax as MinMax
 from .cells import PiecewiseLinearRNN as PiecewiseLinearRNN
 from .cells import from_equinox as from_equinox
+from .scans import linear_recurrence as linear_recurrence
 from .solvers import AbstractSolver as AbstractSolver
 from .solvers import AssociativeScan as AssociativeScan
 from .solvers import Jacobi as Jacobi

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._misc import agreement_tolerance, default_rtol, num_steps, previous_states, raveler
+from ._recurrence import precise, scan_states
 from ._rounding import rounded_anew
 
 _DRAWS = 4
@@ -56,11 +57,7 @@ class Agreement:
     """
 
     def __init__(self, step, xs: PyTree, init: PyTree, expected: PyTree, tolerance=None):
-        def precise_step(state, x):
-            with jax.default_matmul_precision("highest"):
-                return step(state, x)
-
-        self._step, self._xs, self._init = precise_step, xs, init
+        self._step, self._xs, self._init = precise(step), xs, init
         self._length = num_steps(xs)
         self._wide = raveler(init)[3]
         self._coarse = max((x.dtype for x in jtu.tree_leaves(init)), key=_eps)
@@ -158,12 +155,11 @@ class Agreement:
         return self._error(states, leaves, noise)
 
     def _other_roundings(self, xs, init, salt):
-        def body(state, t_and_x):
+        def step(state, t_and_x):
             t, x = t_and_x
-            state = self._rounded(self._step, salt, t)(state, x)
-            return state, state
+            return self._rounded(self._step, salt, t)(state, x)
 
-        return jax.lax.scan(body, init, (self._times(), xs))[1]
+        return scan_states(step, (self._times(), xs), init)
 
     def _pull_back(self, xs, before, weights, salt):
         """The derivatives with respect to `(xs, init)`, step by step along known states."""

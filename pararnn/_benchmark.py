@@ -8,14 +8,15 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from ._adjoint import ClippedAdjoint
 from ._agreement import Agreement
-from ._compare import Spread, compare, scan_states
+from ._compare import Spread, compare
 from ._detection import detect_structure, is_affine
 from ._misc import agreement_tolerance, num_steps, raveler, time_slice
-from ._problem import Problem, Recurrence, check_batch_size, make_problem, resolved
+from ._problem import Problem, Recurrence, check_batch_size, make_problem
+from ._recurrence import scan_states
 from ._solve import solve
 from ._table import fill, fit, number, spread_text
+from .adjoints import as_adjoint
 from .solvers import AbstractSolver, AssociativeScan, Jacobi, Newton, QuasiNewton, Sequential
 
 # Gradients of weights are sums over all steps, of which the scan's own rounding leaves less.
@@ -252,7 +253,7 @@ def tune(
     A [`pararnn.Benchmark`][], whose `solver` is the fastest.
     """
     if solvers is not None:
-        solvers = [Sequential(), *(s for s in solvers if not isinstance(s, Sequential))]
+        solvers = [Sequential(), *(s for s in solvers if s != Sequential())]
     options = (solvers, batch_size, gradient, repetitions, False, progress)
     return _benchmark(make_problem(recurrence, xs, init), *options, title="tune")
 
@@ -310,17 +311,17 @@ def _benchmark(
 
 def _run(problem: Problem, solver: AbstractSolver | None):
     adjoint = solver if problem.adjoint is None else problem.adjoint
-    if isinstance(adjoint, ClippedAdjoint):
-        adjoint = dataclasses.replace(adjoint, limit=float("inf"))
+    adjoint = None if adjoint is None else as_adjoint(adjoint).exact()
 
     def run(step, us, init):
         solution = solve(
             step,
             us,
             init,
-            solver=resolved(problem, solver),
+            solver=solver,
             adjoint=adjoint,
             structure=problem.structure,
+            algebra=problem.algebra,
             throw=False,
         )
         return solution.states, solution.stats

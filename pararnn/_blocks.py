@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from ._adjoint import ClippedAdjoint
 from ._algebra import AbstractAlgebra
 from ._checks import check_flags, check_sequence
 from ._layers import RNN
 from ._packing import zero_unless
+from .adjoints import AbstractAdjoint
 from .cells import AbstractCell, ClampAlgebra, MinMax
 from .solvers import AbstractSolver
 
@@ -138,7 +138,7 @@ class ResidualBlock(AbstractBlock):
         cell: AbstractCell,
         solver: AbstractSolver | None = None,
         *,
-        adjoint: AbstractSolver | ClippedAdjoint | None = None,
+        adjoint: AbstractSolver | AbstractAdjoint | None = None,
         learn_init: bool = False,
         mlp_size: int | None = None,
         dropout: float = 0.0,
@@ -272,7 +272,7 @@ class MinMaxBlock(AbstractBlock):
         hidden_size: int | None = None,
         solver: AbstractSolver | None = None,
         *,
-        adjoint: AbstractSolver | ClippedAdjoint | None = None,
+        adjoint: AbstractSolver | AbstractAdjoint | None = None,
         learn_init: bool = False,
         mlp_size: int | None = None,
         dropout: float = 0.0,

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from ._adjoint import ClippedAdjoint
+from ._algebra import AbstractAlgebra
 from ._misc import struct
+from .adjoints import AbstractAdjoint
 from .cells import AbstractCell
 from .solvers import AbstractSolver
 
@@ -23,8 +24,8 @@ _BATCH = " For a batch of sequences use `jax.vmap`."
 def check_solver(name: str, solver: Any) -> None:
     """Raises unless `solver` is a solver or None."""
     if solver is not None and not isinstance(solver, AbstractSolver):
-        clipped = isinstance(solver, ClippedAdjoint)
-        hint = " Pass it as `adjoint`." if clipped else instance_hint(solver)
+        is_adjoint = isinstance(solver, AbstractAdjoint)
+        hint = " Pass it as `adjoint`." if is_adjoint else instance_hint(solver)
         raise TypeError(
             f"`{name}` must be a solver instance such as pararnn.Newton(), or None; got {solver!r}."
             f"{hint}"
@@ -32,9 +33,18 @@ def check_solver(name: str, solver: Any) -> None:
 
 
 def check_adjoint(adjoint: Any) -> None:
-    """Raises unless `adjoint` is a solver, a `ClippedAdjoint` or None."""
-    if not isinstance(adjoint, ClippedAdjoint):
+    """Raises unless `adjoint` is a solver, an adjoint or None."""
+    if not isinstance(adjoint, AbstractAdjoint):
         check_solver("adjoint", adjoint)
+
+
+def check_algebra(algebra: Any) -> None:
+    """Raises unless `algebra` is an algebra or None."""
+    if algebra is not None and not isinstance(algebra, AbstractAlgebra):
+        raise TypeError(
+            f"`algebra` must be a pararnn.AbstractAlgebra or None; got {algebra!r}."
+            f"{instance_hint(algebra)}"
+        )
 
 
 def instance_hint(value: Any) -> str:

@@ -64,17 +64,6 @@ def ratio(times: Mapping[str, Sequence[float]], name: str, baseline: str) -> Spr
     return spread(np.asarray(times[name]) / np.asarray(times[baseline]))
 
 
-def scan_states(step: Callable[[Any, Any], Any], xs: Any, init: Any) -> Any:
-    """All states by `jax.lax.scan`, with products at full precision as in `solve`."""
-
-    def body(state, x):
-        state = step(state, x)
-        return state, state
-
-    with jax.default_matmul_precision("highest"):
-        return jax.lax.scan(body, init, xs)[1]
-
-
 def compare(
     runs: Mapping[str, Callable[..., tuple[Any, Any]]],
     args: tuple[Any, ...],

@@ -9,7 +9,6 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from ._adjoint import ClippedAdjoint
 from ._checks import (
     StateDtypeError,
     blame_inputs,
@@ -25,10 +24,10 @@ from ._checks import (
 from ._devices import typed_slice
 from ._misc import num_steps, struct
 from ._packing import Packing, windows_of_pieces, zero_unless
-from ._select import with_algebra
 from ._solution import Solution
 from ._solve import solve
 from ._traits import check_unmasked
+from .adjoints import AbstractAdjoint
 from .cells import AbstractCell, from_equinox
 from .solvers import AbstractSolver
 
@@ -59,14 +58,14 @@ class RNN(eqx.Module, Generic[Cell]):
     cell: Cell
     learned_state: PyTree[Array] | None
     solver: AbstractSolver | None = eqx.field(static=True)
-    adjoint: AbstractSolver | ClippedAdjoint | None = eqx.field(static=True)
+    adjoint: AbstractSolver | AbstractAdjoint | None = eqx.field(static=True)
 
     def __init__(
         self,
         cell: Cell | eqx.nn.GRUCell | eqx.nn.LSTMCell,
         solver: AbstractSolver | None = None,
         *,
-        adjoint: AbstractSolver | ClippedAdjoint | None = None,
+        adjoint: AbstractSolver | AbstractAdjoint | None = None,
         learn_init: bool = False,
     ):
         """**Arguments:**
@@ -151,19 +150,17 @@ class RNN(eqx.Module, Generic[Cell]):
                 self.cell.step,
                 prepared.us,
                 start,
-                solver=self._solver(),
+                solver=self.solver,
                 adjoint=self.adjoint,
                 reset=prepared.reset,
                 reset_state=initial,
                 structure=self.cell.structure,
+                algebra=self.cell.algebra,
                 throw=throw,
             )
         except StateDtypeError as error:
             blame_inputs(error, self.cell, prepared.xs)
             raise
-
-    def _solver(self) -> AbstractSolver | None:
-        return with_algebra(self.solver, self.cell.algebra)
 
     def _prepare(self, xs, state, reset=None, mask=None) -> _Prepared:
         xs = to_arrays("xs", xs)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.flatten_util as jfu
 import jax.numpy as jnp
@@ -65,17 +64,6 @@ def raveler(
         return jtu.tree_unflatten(treedef, parts)
 
     return ravel, unravel, flat.size, flat.dtype
-
-
-class ResettingStep(eqx.Module):
-    """A step that starts from `reset_state` where a flag is set, by selection: `0 * inf` is NaN."""
-
-    step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
-    reset_state: PyTree[Array]
-
-    def __call__(self, state: PyTree[Array], flag_and_x: tuple[Any, Any]) -> PyTree[Array]:
-        flag, x = flag_and_x
-        return self.step(bool_where(flag, self.reset_state, state), x)
 
 
 def num_steps(xs: PyTree[Any]) -> int:

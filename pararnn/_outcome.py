@@ -1,25 +1,60 @@
 """Judging computed states, and raising where they are not right."""
 
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from ._devices import raiser
-from ._misc import all_finite, bool_where
-from ._solution import RESULTS
+from ._misc import all_finite, bool_where, struct
+from ._recurrence import Recurrence
+from ._solution import RESULTS, Stats
+from .solvers import AbstractSolver, Report
 
 
-def judge(states: PyTree[Array], converged: Bool[Array, ""]) -> RESULTS:
-    """How a solve ended that has computed `states`."""
-    result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
-    return RESULTS.where(all_finite(states), result, RESULTS.nonfinite)
+@dataclasses.dataclass(frozen=True)
+class Solve:
+    """A solve with its judgement: what a derivative is put around.
+
+    - `solver`, `report`: what solves, and what is called in every iteration.
+    - `throw`: the place that an error at run time names; without one, none is raised.
+    """
+
+    solver: AbstractSolver
+    report: Report | None = None
+    throw: str | None = None
+
+    def __call__(
+        self, recurrence: Recurrence, guess: PyTree[Array] | None
+    ) -> tuple[PyTree[Array], RESULTS, Stats]:
+        states, converged, stats = self.solver.solve(recurrence, guess, self.report)
+        _check_states(self.solver, states, recurrence)
+        result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
+        result = RESULTS.where(all_finite(states), result, RESULTS.nonfinite)
+        # Here and not on what `solve` returns, so that derivatives read checked states, too.
+        if self.throw is not None:
+            states = throw_unless_successful(states, result, self.throw)
+        return states, result, stats
+
+
+def _check_states(solver: AbstractSolver, states: PyTree[Any], recurrence: Recurrence) -> None:
+    """Raises unless `states` is shaped as those of the recurrence are."""
+    expected = jtu.tree_map(
+        lambda h: jax.ShapeDtypeStruct((recurrence.length, *h.shape), h.dtype), recurrence.init
+    )
+    if struct(states) != expected:
+        raise ValueError(
+            f"`{type(solver).__name__}.solve` must return states shaped like `init` with a leading "
+            f"axis of length {recurrence.length}: {expected}; got {struct(states)}."
+        )
 
 
 # Between a user's line and this file.

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._adjoint import ClippedAdjoint
 from ._algebra import AbstractAlgebra
 from ._blocks import AbstractBlock
 from ._layers import RNN
 from ._misc import num_steps
-from ._select import with_algebra
 from ._stack import Bidirectional
 from ._structure import AbstractStructure
+from .adjoints import AbstractAdjoint
 from .cells import AbstractCell
 from .solvers import AbstractSolver
 
@@ -31,7 +30,7 @@ class Problem:
 
     - `step`, `us`, `init`: the recurrence itself; of a cell, after its projection.
     - `solver`, `adjoint`, `structure`, `algebra`: what the caller, the layer or the cell says of
-        it, or `None`. `solver` is as it was given, without the algebra.
+        it, or `None`.
     - `layer`, `xs`, `state`: the layer (of a cell, one made of it), its inputs and the state to
         start from as the layer takes it; `layer` is `None` for a step function.
     """
@@ -40,7 +39,7 @@ class Problem:
     us: PyTree[Any]
     init: PyTree[Any]
     solver: AbstractSolver | None
-    adjoint: AbstractSolver | ClippedAdjoint | None
+    adjoint: AbstractSolver | AbstractAdjoint | None
     structure: AbstractStructure | None
     algebra: AbstractAlgebra | None
     layer: RNN | None
@@ -70,8 +69,9 @@ def make_problem(
     init: PyTree[Any] | None = None,
     *,
     solver: AbstractSolver | None = None,
-    adjoint: AbstractSolver | ClippedAdjoint | None = None,
+    adjoint: AbstractSolver | AbstractAdjoint | None = None,
     structure: AbstractStructure | None = None,
+    algebra: AbstractAlgebra | None = None,
     abstract: bool = False,
 ) -> Problem:
     """Checks what belongs together, and projects the inputs of a cell.
@@ -80,7 +80,7 @@ def make_problem(
 
     - `recurrence`, `xs`, `init`: `step, us, init`; or a cell or a layer, with the inputs that the
         layer takes and the state to start from, `None` for its own.
-    - `solver`, `adjoint`, `structure`: those of the caller.
+    - `solver`, `adjoint`, `structure`, `algebra`: those of the caller.
     - `abstract`: whether shapes and dtypes are enough.
     """
     layer = _as_layer(recurrence)
@@ -95,7 +95,7 @@ def make_problem(
                 "an RNN knows its own: pass that itself instead of its `step`, with its raw `xs`.)"
             )
         return Problem(
-            recurrence, xs, init, solver, adjoint, structure, None, layer=None, xs=xs, state=init
+            recurrence, xs, init, solver, adjoint, structure, algebra, layer=None, xs=xs, state=init
         )
     prepare = eqx.filter_eval_shape if abstract else _call
     prepared = prepare(_prepare, layer, xs, init)
@@ -107,16 +107,11 @@ def make_problem(
         _only("solver", solver, layer.solver),
         _only("adjoint", adjoint, layer.adjoint),
         cell.structure if structure is None else structure,
-        cell.algebra,
+        cell.algebra if algebra is None else algebra,
         layer=layer,
         xs=xs,
         state=init,
     )
-
-
-def resolved(problem: Problem, solver: AbstractSolver | None) -> AbstractSolver | None:
-    """What a layer makes of this solver: it knows the cell's algebra."""
-    return with_algebra(solver, problem.algebra)
 
 
 def check_batch_size(batch_size: Any) -> None:

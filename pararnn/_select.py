@@ -1,146 +1,153 @@
 """Choosing what runs from what is known before running anything; refusing what cannot be right."""
 
-import dataclasses
 import math
-from typing import Any
+from typing import NamedTuple
 
-import jax
-from jaxtyping import Array, PyTree
-
-from ._adjoint import ClippedAdjoint, select_adjoint
-from ._algebra import AbstractAlgebra
-from ._detection import detect_structure, is_affine
-from ._devices import typed_slice
-from ._misc import num_steps, raveler
-from ._structure import AbstractStructure, Dense
-from ._traits import lacks_derivative, listed, shared_axes
+from ._platform import default_platform
+from ._recurrence import Recurrence
+from ._traits import listed
+from .adjoints import (
+    AbstractAdjoint,
+    ClippedAdjoint,
+    OnePassAdjoint,
+    as_adjoint,
+    default_adjoint,
+)
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
-
-# JAX's names of a platform; `gpu` is what its default backend is called on CUDA and ROCm.
-_PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 
 # Beyond this many state elements a dense Newton correction costs more than the sweeps that it
 # saves.
 _MAX_DENSE_SIZE = 128
+# Shorter sequences are over before a parallel solve has begun.
+_MIN_LENGTH = 64
 
 
-def with_algebra(
-    solver: AbstractSolver | None, algebra: AbstractAlgebra | None, platform: str | None = None
-) -> AbstractSolver | None:
-    """The solver of a cell with this algebra: one associative scan, unless another was asked for.
-    On a CPU, no solver stays the choice of `solve`."""
-    if algebra is None:
-        return solver
-    if solver is None and (jax.default_backend() if platform is None else platform) != "cpu":
-        return AssociativeScan(algebra=algebra)
-    if isinstance(solver, AssociativeScan) and solver.algebra is None:
-        return dataclasses.replace(solver, algebra=algebra)
-    return solver
+class Choice(NamedTuple):
+    """What runs: complete, so that nothing depends on the platform any more; and why."""
+
+    solver: AbstractSolver
+    adjoint: AbstractAdjoint
+    reason: str
+    adjoint_reason: str
 
 
-def select_solver(
-    step,
-    xs: PyTree[Any],
-    init: PyTree[Any],
+def choose(
+    recurrence: Recurrence,
+    solver: AbstractSolver | None = None,
+    adjoint: AbstractSolver | AbstractAdjoint | None = None,
     *,
-    structure: AbstractStructure | None = None,
     platform: str | None = None,
-) -> tuple[AbstractSolver, str]:
-    """The solver that `solve(..., solver=None)` would use, and why.
+    batch: int = 1,
+) -> Choice:
+    """What stands for `None`, or for what such a step needs something else for; all resolved.
+
+    Raises a `ValueError` for a step that exchanges values with other sequences and anything but
+    one step after another: under `jax.vmap`, loops that turn a different number of times for each
+    sequence let one that is done meet the others at any of its steps; and the derivative's
+    recurrence is not one for each sequence.
 
     **Arguments:**
 
-    - `step`, `xs`, `init`: as for [`pararnn.solve`][]. Only shapes and dtypes matter.
-    - `structure`: the Jacobian's structure, if it is known; it is detected otherwise.
-    - `platform`: `"cpu"`, `"gpu"`, `"cuda"`, `"rocm"` or `"tpu"`; `None` is
-        `jax.default_backend()`.
-
-    **Returns:**
-
-    `(solver, reason)`.
+    - `recurrence`: whose arrays may be abstract.
+    - `solver`, `adjoint`: what was asked for.
+    - `platform`: `None` is that of JAX.
+    - `batch`: a hint: how many sequences `jax.vmap` makes of this one.
     """
-    if platform is None:
-        platform = jax.default_backend()
-    if not isinstance(platform, str):
-        raise TypeError(f"`platform` must be a string or None; got {platform!r}.")
-    if platform not in (*_PLATFORMS, jax.default_backend()):
-        raise ValueError(f"`platform` must be one of {_PLATFORMS} or None; got {platform!r}.")
+    platform = default_platform() if platform is None else platform
+    _check_shared_axes(recurrence, solver=solver, adjoint=adjoint)
+    reason = "It was asked for."
+    if solver is None:
+        solver, reason = _select_solver(recurrence, platform)
+    adjoint, adjoint_reason = _select_adjoint(recurrence, adjoint, platform, batch)
+    return Choice(
+        solver.resolved(recurrence, platform),
+        adjoint.resolved(recurrence, platform, batch),
+        reason,
+        adjoint_reason,
+    )
+
+
+def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | AbstractAdjoint | None):
+    for name, value in policies.items():
+        if value is None or value.stepwise or not recurrence.shared_axes:
+            continue
+        raise ValueError(
+            f"`{name}={type(value).__name__}(…)` treats each sequence by itself, but "
+            f"`step` exchanges values along {listed(recurrence.shared_axes)}: use `{name}=None` or "
+            f"`{name}=pararnn.Sequential()`. To solve such a recurrence in parallel, make "
+            "the batch an axis of the state, and reduce over it."
+        )
+
+
+def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolver, str]:
+    length, size = recurrence.length, recurrence.size
     if platform == "cpu":
         return Sequential(), (
             "On a CPU, one pass of `lax.scan` is near the machine's limit; parallel sweeps do the "
             "same work several times. The backward pass has its own choice (`adjoint`)."
         )
-    length, x = num_steps(xs), typed_slice(xs)
-    axes = shared_axes(step, init, x)
-    if axes:
+    if recurrence.shared_axes:
         return Sequential(), (
-            f"The step exchanges values along {listed(axes)}: the sequences of a batch are one "
-            "coupled recurrence, and must go through their steps together."
+            f"The step exchanges values along {listed(recurrence.shared_axes)}: the sequences of a "
+            "batch are one coupled recurrence, and must go through their steps together."
         )
-    if lacks_derivative(step, init, x):
+    if not recurrence.has_tangents:
         return Sequential(), (
             "The step has no derivative in forward mode (a `jax.custom_vjp`, a callback, or a "
             "primitive without a rule), which Newton's method needs. If the recurrence forgets its "
             "state, Jacobi() solves it in parallel without one."
         )
-    if structure is None:
-        structure = detect_structure(step, init, x)
-    _, _, size, _ = raveler(init)
-    if length < 64:
+    if recurrence.algebra is not None:
+        solver = AssociativeScan(algebra=recurrence.algebra)
+        return solver, "The cell's steps compose exactly: one associative scan."
+    if length < _MIN_LENGTH:
         return Sequential(), f"The sequence is short: {length} steps."
-    if is_affine(step, init, x):
+    if recurrence.is_affine:
         return AssociativeScan(), (
             "The step is affine in the state: one associative scan solves it without iterating."
         )
-    if isinstance(structure, Dense) and size > _MAX_DENSE_SIZE:
+    structure = recurrence.structure
+    seeds = structure.num_seeds(size)
+    if seeds == size > _MAX_DENSE_SIZE:
         return Sequential(), (
             f"The Jacobian is dense with {size} state elements: each step is a matrix product that "
             "keeps the device busy, and chunk Jacobians would cost that many times more."
         )
     solver = Newton()
     chunk_size = solver.default_chunk_size(structure, length, size)
-    kind = type(structure).__name__
     return solver, (
-        f"{platform}: the Jacobian is {kind} with {structure.num_seeds(size)} tangents per sweep; "
+        f"{platform}: the Jacobian is {type(structure).__name__} with {seeds} tangents per sweep; "
         f"Newton over {math.ceil(length / chunk_size)} chunks of {chunk_size} steps."
     )
 
 
-def choose(
-    step,
-    xs: PyTree[Array],
-    init: PyTree[Array],
-    solver: AbstractSolver | None,
-    adjoint: AbstractSolver | ClippedAdjoint | None,
-    structure: AbstractStructure | None,
-) -> tuple[AbstractSolver, AbstractSolver | ClippedAdjoint]:
-    """What stands for `None`, or for what such a step needs something else for.
-
-    Raises a `ValueError` for a step that exchanges values with other sequences and anything but
-    one step after another: under `jax.vmap`, loops that turn a different number of times for each
-    sequence let one that is done meet the others at any of its steps; and the derivative's
-    recurrence is not one for each sequence.
-    """
-    x = typed_slice(xs)
-    axes = shared_axes(step, init, x)
-    if axes:
-        for name, value in (("solver", solver), ("adjoint", adjoint)):
-            if not (value is None or isinstance(value, Sequential)):
-                raise ValueError(
-                    f"`{name}={type(value).__name__}(…)` treats each sequence by itself, but "
-                    f"`step` exchanges values along {listed(axes)}: use `{name}=None` or "
-                    f"`{name}=pararnn.Sequential()`. To solve such a recurrence in parallel, make "
-                    "the batch an axis of the state, and reduce over it."
-                )
-        return Sequential(), Sequential()
-    if solver is None:
-        solver, _ = select_solver(step, xs, init, structure=structure)
-    chosen = select_adjoint(jax.default_backend()) if adjoint is None else adjoint
-    in_both_modes = not isinstance(chosen, Sequential | ClippedAdjoint)
-    if in_both_modes and lacks_derivative(step, init, x, of_all=True):
-        # There is no map from tangents to tangents to solve with and to transpose; but what flows
-        # back can be solved for.
-        if isinstance(chosen, AssociativeScan):
-            chosen = Newton(chunk_size=1, linear_method=chosen.linear_method)
-        chosen = Sequential() if adjoint is None else ClippedAdjoint(math.inf, chosen)
-    return solver, chosen
+def _select_adjoint(
+    recurrence: Recurrence,
+    adjoint: AbstractSolver | AbstractAdjoint | None,
+    platform: str,
+    batch: int,
+) -> tuple[AbstractAdjoint, str]:
+    if recurrence.shared_axes:
+        return OnePassAdjoint(), (
+            f"The step exchanges values along {listed(recurrence.shared_axes)}: the sequences of a "
+            "batch must go through their steps together."
+        )
+    reason = "It was asked for."
+    if adjoint is None:
+        chosen = default_adjoint(recurrence, platform, batch)
+        reason = f"{platform}: " + (
+            "one pass over the steps, which stores no Jacobians."
+            if chosen.stepwise
+            else "the derivative's recurrence is linear, and one correction of Newton's method."
+        )
+    else:
+        chosen = as_adjoint(adjoint)
+    backward = chosen.backward_solver
+    if backward is None or recurrence.has_all_tangents:
+        return chosen, reason
+    # There is no map from tangents to tangents to solve with and to transpose; but what flows back
+    # can be solved for.
+    reason = "The step has no derivative in forward mode: only what flows back can be solved for."
+    if adjoint is None:
+        return OnePassAdjoint(), reason
+    return ClippedAdjoint(math.inf, backward), reason

@@ -1,20 +1,20 @@
 """The one entry: check the arguments, choose, run, report."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from ._adjoint import ClippedAdjoint, solve_states, solve_states_clipped
+from ._algebra import AbstractAlgebra
 from ._batch import batch_size
 from ._checks import (
     ExplainedStep,
     check_adjoint,
+    check_algebra,
     check_callable,
     check_flags,
     check_guess,
@@ -33,14 +33,16 @@ from ._devices import (
     varying_axes,
 )
 from ._jit import is_traced, run_jitted
-from ._misc import ResettingStep, all_finite, num_steps, raveler, struct
-from ._outcome import call_site, errors_of_steps, fail_unless_successful
+from ._misc import all_finite, num_steps, raveler, struct
+from ._outcome import Solve, call_site, errors_of_steps, fail_unless_successful
 from ._packing import Packing
+from ._recurrence import Recurrence, precise
 from ._select import choose
 from ._solution import RESULTS, Solution, Stats
 from ._structure import AbstractStructure
 from ._traits import check_unmasked
-from .solvers import AbstractSolver
+from .adjoints import AbstractAdjoint
+from .solvers import AbstractSolver, Report
 
 
 def solve(
@@ -49,12 +51,13 @@ def solve(
     init: PyTree[Any],
     *,
     solver: AbstractSolver | None = None,
-    adjoint: AbstractSolver | ClippedAdjoint | None = None,
+    adjoint: AbstractSolver | AbstractAdjoint | None = None,
     reset: Bool[Array | np.ndarray, " L"] | None = None,
     reset_state: PyTree[Any] | None = None,
     mask: Bool[Array | np.ndarray, " L"] | None = None,
     guess: PyTree[Any] | None = None,
     structure: AbstractStructure | None = None,
+    algebra: AbstractAlgebra | None = None,
     throw: bool = True,
     verbose: bool | Callable[[int, float, int, int], Any] = False,
 ) -> Solution:
@@ -81,7 +84,8 @@ def solve(
     - `adjoint`: the solver of the derivative's linear recurrence, which has the true Jacobian
         always. `None` is one pass over the steps on a CPU and for steps without a derivative in
         forward mode (`jax.custom_vjp`), and [`pararnn.Newton`][] elsewhere. A
-        [`pararnn.ClippedAdjoint`][] clips what flows back through time; it has no forward mode.
+        [`pararnn.ClippedAdjoint`][] clips what flows back through time; it has no forward mode. The
+        others are in [`pararnn.adjoints`][].
     - `reset`: a boolean per step; where true, that step starts from `reset_state` and not from the
         state before it.
     - `reset_state`: the state to restart from, shaped like `init`; `None` is `init` itself.
@@ -94,6 +98,8 @@ def solve(
         zero.
     - `structure`: the structure of `∂step/∂state`, if it is known; it is detected otherwise. A
         wrong declaration costs convergence or, in the derivative, correctness.
+    - `algebra`: an [`pararnn.AbstractAlgebra`][] that contains the steps, if there is one: then
+        [`pararnn.AssociativeScan`][] solves the recurrence, which is the choice of an accelerator.
     - `throw`: raise an error at run time if the result is not `successful`.
     - `verbose`: print a line per iteration as it happens, under `jit` too; or a function to call
         with `(iteration, correction, converged, chunks)`: the iteration's number, its largest
@@ -118,6 +124,7 @@ def solve(
             "`structure` must be a pararnn.Diagonal, BlockDiagonal or Dense, or None; "
             f"got {structure!r}."
         )
+    check_algebra(algebra)
     xs, init = to_arrays("xs", xs), to_arrays("init", init)
     check_xs(xs)
     check_time_axis(xs)
@@ -140,8 +147,9 @@ def solve(
     if not (isinstance(verbose, bool) or callable(verbose)):
         raise TypeError(f"`verbose` must be True, False or a function; got {verbose!r}.")
     report = (_print_progress if verbose else None) if isinstance(verbose, bool) else verbose
-    options = {"structure": structure, "report": report, "batch": batch_size((step, xs, init))}
-    args = (xs, init, solver, adjoint, reset, reset_state, mask, guess, options)
+    known = {"structure": structure, "algebra": algebra}
+    policy = _Policy(solver, adjoint, report, batch_size((step, xs, init)))
+    args = (xs, init, reset, reset_state, mask, guess, known, policy)
     with mesh_context((step, args)):
         return _run(step, args, throw)
 
@@ -162,19 +170,21 @@ def _run(step, args, throw) -> Solution:
     return solution
 
 
-def _solve(
-    step, xs, init, solver, adjoint, reset, reset_state, mask, guess, options, throw
-) -> Solution:
+class _Policy(NamedTuple):
+    """How to solve, as far as it was said."""
+
+    solver: AbstractSolver | None
+    adjoint: AbstractSolver | AbstractAdjoint | None
+    report: Report | None
+    batch: int
+
+
+def _solve(step, xs, init, reset, reset_state, mask, guess, known, policy, throw) -> Solution:
     length = num_steps(xs)
-    step = ExplainedStep(step)
-
-    def precise_step(state, x):
-        with jax.default_matmul_precision("highest"):
-            return step(state, x)
-
     # Hoists whatever `step` closes over, so that derivative rules see it as an argument.
     data = xs, init, guess, reset, reset_state, mask
-    converted, new, axes = convert_step(precise_step, xs, init, varying_axes(data))
+    step = precise(ExplainedStep(step))
+    converted, new, axes = convert_step(step, xs, init, varying_axes(data))
     check_new_state(new, init)
     xs, init, guess, reset, reset_state, mask = place(data, axes)
     if length == 0:
@@ -182,36 +192,29 @@ def _solve(
         return Solution(states, init, RESULTS.successful, _no_stats())
     packing = None if mask is None else Packing(mask)
     if packing is not None:
+        check_unmasked(converted, init, typed_slice(xs))
         xs, guess = packing.compact((xs, guess))
         reset = packing.resets(None if reset is None else packing.pieces(reset))
-    if reset is None:
-        full_step, full_xs = converted, xs
-    else:
-        full_step, full_xs = ResettingStep(converted, reset_state), (reset, xs)
-    if mask is not None:
-        check_unmasked(full_step, init, typed_slice(full_xs))
-    structure = options["structure"]
-    solver, adjoint = choose(full_step, full_xs, init, solver, adjoint, structure)
-    options = {"solver": solver, "throw": throw, **options}
-    if isinstance(adjoint, ClippedAdjoint):
-        problem = (full_step, full_xs, init)
-        guess = jax.lax.stop_gradient(guess)
-        states, result, stats = solve_states_clipped(problem, guess, adjoint, **options)
-    else:
-        states, result, stats = solve_states(
-            full_step, full_xs, init, guess, adjoint=adjoint, **options
-        )
+    recurrence = Recurrence(converted, xs, init, resets=reset, reset_state=reset_state, **known)
+    choice = choose(recurrence, policy.solver, policy.adjoint, batch=policy.batch)
+    forward = Solve(choice.solver, policy.report, throw)
+    states, result, stats = choice.adjoint.solve(forward, recurrence, guess)
     if packing is None:
         final = jtu.tree_map(lambda h: h[-1], states)
         return Solution(states, final, result, stats)
-    states = packing.expand(states, init)
+    return _unpacked(packing, Solution(states, init, result, stats), init, throw)
+
+
+def _unpacked(packing: Packing, solution: Solution, init, throw) -> Solution:
+    """The solution of a sequence without padding, with the padding again."""
+    states = packing.expand(solution.states, init)
     final = jtu.tree_map(lambda h: h[-1], states)
     # Before the first unmasked step, they are `init`, which has not been judged.
-    result = RESULTS.where(all_finite(states), result, RESULTS.nonfinite)
+    result = RESULTS.where(all_finite(states), solution.result, RESULTS.nonfinite)
     if throw is not None:
         final = fail_unless_successful(final, result, throw)
         states = jtu.tree_map(lambda h, last: h.at[-1].set(last), states, final)
-    return Solution(states, final, result, stats)
+    return Solution(states, final, result, solution.stats)
 
 
 def _print_progress(iteration: int, correction: float, converged: int, chunks: int) -> None:

@@ -9,12 +9,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from ._adjoint import ClippedAdjoint
 from ._blocks import AbstractBlock
 from ._checks import check_sequence
 from ._layers import RNN
 from ._misc import flip_time
 from ._packing import segment_starts
+from .adjoints import AbstractAdjoint
 from .cells import AbstractCell
 from .solvers import AbstractSolver
 
@@ -97,7 +97,7 @@ class Bidirectional(eqx.Module):
         backward_cell: AbstractCell,
         solver: AbstractSolver | None = None,
         *,
-        adjoint: AbstractSolver | ClippedAdjoint | None = None,
+        adjoint: AbstractSolver | AbstractAdjoint | None = None,
         learn_init: bool = False,
     ):
         """**Arguments:**

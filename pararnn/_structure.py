@@ -112,6 +112,11 @@ class AbstractStructure(abc.ABC):
     def to_dense(self, matrix: Float[Array, "..."]) -> Float[Array, "... size size"]:
         """The same matrix as a full two-dimensional array."""
 
+    def restrict(self, source: "AbstractStructure", matrix: Float[Array, "..."]) -> Array:
+        """The part of a matrix of structure `source` that has this structure; the rest is dropped.
+        For a structure that a solver keeps of a larger one; raises a `ValueError` by default."""
+        raise ValueError(f"Cannot restrict {type(source).__name__} matrices to {self!r}.")
+
     def check(self, size: int) -> None:
         """Raises a `ValueError` if the structure cannot describe a state of `size` elements."""
         return  # unless a structure says otherwise, it describes states of any size
@@ -156,6 +161,9 @@ class Diagonal(AbstractStructure):
     def diagonal(self, matrix):
         return matrix
 
+    def restrict(self, source, matrix):
+        return source.diagonal(matrix)
+
     def to_dense(self, matrix):
         shape = (*matrix.shape, matrix.shape[-1])
         column = jnp.broadcast_to(jnp.expand_dims(matrix, -1), shape)
@@ -192,6 +200,9 @@ class Dense(AbstractStructure):
 
     def diagonal(self, matrix):
         return jnp.diagonal(matrix, axis1=-2, axis2=-1)
+
+    def restrict(self, source, matrix):
+        return source.to_dense(matrix)
 
     def to_dense(self, matrix):
         return matrix
@@ -299,9 +310,9 @@ class BlockDiagonal(AbstractStructure):
     def diagonal(self, matrix):
         return self._scatter(jnp.diagonal(matrix, axis1=-2, axis2=-1))
 
-    def from_dense(self, matrix: Float[Array, "... size size"]) -> Float[Array, "... groups k k"]:
-        """The blocks of a full matrix; what lies outside of them is dropped."""
+    def restrict(self, source, matrix):
         members, _, padded = self._layout
+        matrix = source.to_dense(matrix)
         if padded:
             matrix = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + [(0, 1)] * 2)
         return matrix[..., members[:, :, None], members[:, None, :]]
@@ -313,15 +324,3 @@ class BlockDiagonal(AbstractStructure):
         return jax.vmap(
             lambda column: self.apply(matrix, jnp.broadcast_to(column, shape)), out_axes=-1
         )(basis)
-
-
-def restrict(
-    source: AbstractStructure, matrix: Float[Array, "..."], target: AbstractStructure
-) -> Float[Array, "..."]:
-    """The part of a matrix of structure `source` that has structure `target`; the rest is
-    dropped."""
-    if isinstance(target, Diagonal):
-        return source.diagonal(matrix)
-    if isinstance(target, BlockDiagonal) and isinstance(source, Dense):
-        return target.from_dense(matrix)
-    raise ValueError(f"Cannot restrict {type(source).__name__} matrices to {target!r}.")

@@ -11,10 +11,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._adjoint import ClippedAdjoint
 from ._layers import RNN
 from ._misc import struct
 from ._stack import Bidirectional
+from .adjoints import AbstractAdjoint
 from .cells import GRU, LSTM, AbstractCell, Elman
 from .solvers import AbstractSolver
 
@@ -118,7 +118,7 @@ def from_torch(
     state_dict: Mapping[str, Any],
     solver: AbstractSolver | None = None,
     *,
-    adjoint: AbstractSolver | ClippedAdjoint | None = None,
+    adjoint: AbstractSolver | AbstractAdjoint | None = None,
     nonlinearity: str = "tanh",
 ) -> TorchRNN:
     """A `torch.nn.LSTM`, `torch.nn.GRU` or `torch.nn.RNN` as layers of this package, from its

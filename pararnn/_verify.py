@@ -10,16 +10,16 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from ._adjoint import ClippedAdjoint
 from ._agreement import GRADIENT_FACTOR, Agreement
-from ._compare import scan_states
 from ._misc import num_steps, previous_states, raveler, time_slice
-from ._problem import Problem, Recurrence, check_batch_size, make_problem, resolved
+from ._problem import Problem, Recurrence, check_batch_size, make_problem
+from ._recurrence import scan_states
 from ._solution import RESULTS
 from ._solve import solve
 from ._streaming import broken_promises
 from ._structure import AbstractStructure
 from ._traits import check_alone
+from .adjoints import AbstractAdjoint, as_adjoint
 from .solvers import AbstractSolver
 
 
@@ -85,7 +85,7 @@ def verify(
     init: PyTree[Any] | None = None,
     solver: AbstractSolver | None = None,
     *,
-    adjoint: AbstractSolver | ClippedAdjoint | None = None,
+    adjoint: AbstractSolver | AbstractAdjoint | None = None,
     structure: AbstractStructure | None = None,
     tolerance: float | None = None,
     batch_size: int | None = None,
@@ -134,18 +134,17 @@ def verify(
     problem = one if batch_size is None else one.batched(batch_size, axis_name)
     if axis_name is None:
         check_alone("verify", one.step, one.init, time_slice(one.us))
-    adjoint = one.adjoint
-    if isinstance(adjoint, ClippedAdjoint):
-        adjoint = dataclasses.replace(adjoint, limit=float("inf"))
+    adjoint = None if one.adjoint is None else as_adjoint(one.adjoint).exact()
 
     def states_of(us, init):
         solution = solve(
             one.step,
             us,
             init,
-            solver=resolved(one, one.solver),
+            solver=one.solver,
             adjoint=adjoint,
             structure=one.structure,
+            algebra=one.algebra,
             throw=False,
         )
         return solution.states, (solution.result, solution.stats)

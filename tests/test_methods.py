@@ -105,7 +105,8 @@ def test_damped_correction_against_normal_equations(structure, method, damping):
         m[i * size : (i + 1) * size, (i - 1) * size : i * size] = -full[i]
     lhs = m.T @ m + damping * np.eye(n * size)
     expected = np.linalg.solve(lhs, m.T @ defects.reshape(-1)).reshape(n, size)
-    got = damped_correction(structure, matrices, jnp.asarray(defects), jnp.asarray(damping), method)
+    scan = {"sequential": prnn.scans.Sequential(), "associative": prnn.scans.Associative()}[method]
+    got = damped_correction(structure, matrices, jnp.asarray(defects), jnp.asarray(damping), scan)
     np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9 * np.abs(expected).max())
 
 

@@ -7,7 +7,6 @@ import pytest
 from systems import normal
 
 import pararnn as prnn
-from pararnn._structure import restrict
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -133,16 +132,23 @@ def test_restriction(name):
     """The part of a matrix that another structure holds."""
     structure, size, groups = case = CASES[name]
     full, stored = matrices(case, 0, (2,))
-    close(restrict(structure, stored, prnn.Diagonal()), np.diagonal(full, axis1=-2, axis2=-1))
+    close(prnn.Diagonal().restrict(structure, stored), np.diagonal(full, axis1=-2, axis2=-1))
     dense, stored_dense = matrices((prnn.Dense(), size, [list(range(size))]), 1, (2,))
     if isinstance(structure, prnn.BlockDiagonal):
-        part = restrict(prnn.Dense(), stored_dense, structure)
+        part = structure.restrict(prnn.Dense(), stored_dense)
         close(structure.to_dense(part), dense * mask(size, groups))
 
 
-def test_restriction_must_be_a_part():
-    with pytest.raises(ValueError, match="Diagonal"):
-        restrict(prnn.Diagonal(), jnp.ones(4), prnn.BlockDiagonal.contiguous(2, 2))
+@over_cases
+def test_everything_is_part_of_a_dense_matrix(case):
+    structure, _, _ = case
+    full, stored = matrices(case, 0, (2,))
+    close(prnn.Dense().restrict(structure, stored), full)
+
+
+def test_a_part_that_holds_more_is_padded_with_zeros():
+    part = prnn.BlockDiagonal.contiguous(2, 2).restrict(prnn.Diagonal(), jnp.arange(1.0, 5.0))
+    np.testing.assert_array_equal(part, [np.diag([1.0, 2.0]), np.diag([3.0, 4.0])])
 
 
 @pytest.mark.parametrize(

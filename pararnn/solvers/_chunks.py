@@ -1,8 +1,7 @@
 """A recurrence cut into chunks: sweeps over them, corrections of their starts, and the finish."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,44 +9,60 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._devices import place_like, spread
-from .._linear import LinearMethod, default_linear_method, linear_recurrence
 from .._misc import alignment, bool_where, num_steps, raveler
-from .._structure import AbstractStructure, restrict
-from ._base import AbstractIterativeSolver
-from ._damped import LevenbergMarquardt, damped_correction
+from .._recurrence import Recurrence
+from ..scans import AbstractScan
+from ._linearization import Linearization
 from ._tolerance import Tolerance
 
-Step = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
+# From this cosine on, two changes point the same way.
+_SAME_WAY = 0.5
+
+
+class Point(NamedTuple):
+    """The starts of all chunks but the first, and what a sweep found from there: the ends of all
+    chunks, and their Jacobians as far as the method wants them."""
+
+    starts: Float[Array, "starts size"]
+    ends: Float[Array, "chunks size"]
+    jacobians: Float[Array, "chunks *matrix"] | None
+
+    @property
+    def defects(self) -> Float[Array, "starts size"]:
+        """By how much each start is not the end of the chunk before."""
+        return self.ends[:-1] - self.starts
 
 
 class Chunks:
-    """A recurrence cut into chunks, with the operations on the vectors of chunk starts and ends."""
+    """A recurrence cut into chunks, with the operations on the vectors of chunk starts and ends.
+
+    **Arguments:**
+
+    - `recurrence`: of at least one step.
+    - `linearization`: what to use of the chunks' Jacobians.
+    - `chunk_size`: how many steps a chunk has.
+    - `scan`: how the linear recurrence over the chunks is solved.
+    - `rtol`, `atol`: as for a solver.
+    """
 
     def __init__(
         self,
-        step: Step,
-        xs: PyTree[Array],
-        init: PyTree[Array],
-        solver: AbstractIterativeSolver,
-        structure: AbstractStructure,
+        recurrence: Recurrence,
+        linearization: Linearization,
+        chunk_size: int,
+        scan: AbstractScan,
+        rtol: float | None,
+        atol: float,
     ):
-        self.length = num_steps(xs)
-        self.ravel, self.unravel, self.size, self.dtype = raveler(init)
-        chunk_size = solver.chunk_size
-        if chunk_size is None:
-            chunk_size = solver.default_chunk_size(structure, self.length, self.size)
+        self.recurrence, self.linearization, self.scan = recurrence, linearization, scan
+        self.length = recurrence.length
         self.chunk_size = min(chunk_size, self.length)
         self.num_chunks = -(-self.length // self.chunk_size)
-        self.linear_method: LinearMethod = solver.linear_method or default_linear_method(
-            self.num_chunks
-        )
-        self.linearization = solver.linearization(structure, self.size)
-        self.damped = isinstance(solver, LevenbergMarquardt)
-        self.quadratic = self.linearization.exact and not self.damped
-        self.tolerance = Tolerance(init, structure, solver.rtol, solver.atol)
-        self._step, self._xs, self._init = step, xs, init
-        self.first_start = jnp.expand_dims(self.ravel(init), 0)
-        self._chunked_xs = jtu.tree_map(self._to_chunks, xs)
+        self.ravel, self.unravel, self.size, self.dtype = raveler(recurrence.init)
+        self.tolerance = Tolerance(recurrence.init, recurrence.structure, rtol, atol)
+        self._step, self._xs = recurrence.step, recurrence.xs
+        self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
+        self._chunked_xs = jtu.tree_map(self._to_chunks, self._xs)
 
     def _to_chunks(self, x: Array) -> Array:
         """`(L, ...) -> (chunk_size, num_chunks, ...)`. The last input is repeated to fill the last
@@ -67,7 +82,7 @@ class Chunks:
         last = slice(self.chunk_size - 1, (self.num_chunks - 1) * self.chunk_size, self.chunk_size)
         if guess is None:
             inputs = jtu.tree_map(lambda x: x[last], self._xs)
-            starts = jax.vmap(self._step, in_axes=(None, 0))(self._init, inputs)
+            starts = jax.vmap(self._step, in_axes=(None, 0))(self.recurrence.init, inputs)
         else:
             starts = jtu.tree_map(lambda g: g[last], guess)
         starts = jax.vmap(self.ravel)(starts)
@@ -86,15 +101,20 @@ class Chunks:
         ends, _ = _run(jax.vmap(self._step, in_axes=(0, None)), states, inputs, keep=False)
         return jax.vmap(self.ravel)(ends)
 
-    def sweep(
-        self, starts: Float[Array, "starts size"]
-    ) -> tuple[Float[Array, "chunks size"], Array | None]:
-        """The ends of all chunks, and their Jacobians as far as the method wants them."""
-        starts = jnp.concatenate([self.first_start, starts])
+    def sweep(self, starts: Float[Array, "starts size"]) -> Point:
+        """Runs all chunks, with their tangents."""
         propagated, kept = self.linearization
+        all_starts = jnp.concatenate([self.first_start, starts])
         if propagated is None:
-            ends = self.ends(starts)
-            return ends, None if kept is None else jnp.ones_like(ends)
+            ends = self.ends(all_starts)
+            return Point(starts, ends, None if kept is None else jnp.ones_like(ends))
+        ends, jacobians = self._push(propagated, all_starts)
+        if kept is not None and kept != propagated:
+            jacobians = kept.restrict(propagated, jacobians)
+        return Point(starts, ends, jacobians)
+
+    def _push(self, propagated, starts):
+        """The ends of all chunks, and their Jacobians."""
         states = jax.vmap(self.unravel)(starts)
         seeds = place_like(jnp.asarray(propagated.seeds(self.size, self.dtype)), starts)
         tangents = jax.vmap(self.unravel)(seeds)
@@ -104,11 +124,7 @@ class Chunks:
         push = jax.vmap(_with_tangents(self._step))
         (ends, tangents), _ = _run(push, (states, tangents), self._chunked_xs, keep=False)
         tangents = jax.vmap(jax.vmap(self.ravel))(tangents)
-        jacobians = propagated.compress(tangents)
-        if kept != propagated:
-            assert kept is not None  # no tangents are pushed only to be dropped
-            jacobians = restrict(propagated, jacobians, kept)
-        return jax.vmap(self.ravel)(ends), jacobians
+        return jax.vmap(self.ravel)(ends), propagated.compress(tangents)
 
     def trajectory(self, starts: Float[Array, "starts size"]):
         """The ends of all chunks, and the states after every step."""
@@ -145,24 +161,26 @@ class Chunks:
         got, images, disturbed = (jax.vmap(self.ravel)(x) for x in (got, images, disturbed))
         return self.tolerance.norm(images - got, self.tolerance.fine(got, images, disturbed))
 
-    def correct(self, starts, ends, jacobians, damping=None):
+    def correct(self, point: Point) -> tuple[Float[Array, "starts size"], Bool[Array, " starts"]]:
         """The new starts, and which of them had to be replaced: where the linear recurrence
         overflows, the Jacobi update stands in, and where that overflows too, the old start."""
-        new = ends[:-1]
+        new = point.ends[:-1]
         kept = self.linearization.kept
-        if kept is None:
-            return _where_finite(new, starts), ~jnp.isfinite(new).all(-1)
-        matrices = _where_finite(jacobians[:-1], 0)
-        defects = _where_finite(new - starts, 0)
-        if damping is None:
-            delta = linear_recurrence(kept, matrices, defects, method=self.linear_method)
-            incoming = jnp.concatenate([jnp.zeros_like(delta[:1]), delta])[: len(delta)]
-            corrected = new + kept.apply(matrices, incoming)
-        else:
-            method = self.linear_method
-            corrected = starts + damped_correction(kept, matrices, defects, damping, method)
-        usable = jnp.isfinite(corrected).all(-1) & _finite(jacobians[:-1]).reshape(-1)
-        return _where_finite(_where_finite(corrected, new), starts), ~usable
+        if kept is None or point.jacobians is None:
+            return where_finite(new, point.starts), ~jnp.isfinite(new).all(-1)
+        matrices = where_finite(point.jacobians[:-1], 0)
+        defects = where_finite(point.defects, 0)
+        delta = self.scan.affine(kept, matrices, defects)
+        incoming = jnp.concatenate([jnp.zeros_like(delta[:1]), delta])[: len(delta)]
+        return self.usable(point, new + kept.apply(matrices, incoming))
+
+    def usable(self, point: Point, corrected: Float[Array, "starts size"]):
+        """As `correct`, for starts that are corrected already, finite or not."""
+        new = point.ends[:-1]
+        usable = jnp.isfinite(corrected).all(-1)
+        if point.jacobians is not None:
+            usable &= _finite(point.jacobians[:-1]).reshape(-1)
+        return where_finite(where_finite(corrected, new), point.starts), ~usable
 
     def is_persistent(self, change, previous) -> Bool[Array, ""]:
         """Whether two successive changes of the starts point the same way, in some leaf.
@@ -170,10 +188,10 @@ class Chunks:
         If so, more of them will add up; rounding has no direction.
         """
         unravel = jax.vmap(self.unravel)
-        return alignment(unravel(change), unravel(previous)) > 0.5
+        return alignment(unravel(change), unravel(previous)) > _SAME_WAY
 
 
-def _with_tangents(step: Step):
+def _with_tangents(step):
     """A step of a state together with tangents, which are stacked along a leading axis."""
 
     def pushed(carry, x):
@@ -202,24 +220,20 @@ def _finite(x: Array) -> Bool[Array, "chunks ..."]:
     return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)), keepdims=True)
 
 
-def _where_finite(x: Array, otherwise: Array | int) -> Array:
+def where_finite(x: Array, otherwise: Array | int) -> Array:
     return jnp.where(_finite(x), x, otherwise)
 
 
-def first_index(flags: Bool[Array, " n"]) -> Int[Array, ""]:
-    """The index of the first true flag; the number of flags if there is none."""
-    padded = jnp.concatenate([flags, jnp.ones(1, bool)])
-    return jnp.argmax(padded)
-
-
-def finish_sequentially(step, xs, states, init, first_step, chunk_size):
+def finish_sequentially(
+    recurrence: Recurrence, states: PyTree[Array], first_step: Int[Array, ""], chunk_size: int
+) -> PyTree[Array]:
     """Recomputes `states[first_step:]` one step after another.
 
     A loop with a dynamic number of turns, none if all has converged, because `vmap` would run both
     branches of a `cond`. A batched loop also selects over its whole carry at each turn, `states`
     included, so a turn makes about `sqrt(L)` steps.
     """
-    length = num_steps(xs)
+    step, xs, length = recurrence.step, recurrence.xs, recurrence.length
     block = chunk_size * max(1, math.isqrt(length) // chunk_size)
 
     def one(state, x):
@@ -235,7 +249,7 @@ def finish_sequentially(step, xs, states, init, first_step, chunk_size):
         return start + block, state, states
 
     before = jtu.tree_map(lambda s: s[first_step - 1], states)
-    state = bool_where(first_step == 0, init, before)
+    state = bool_where(first_step == 0, recurrence.init, before)
     xs = spread(xs, first_step)
     carry = (place_like(first_step, states), state, states)
     return jax.lax.while_loop(lambda carry: carry[0] < length, turn, carry)[2]

@@ -14,16 +14,29 @@ a linear recurrence run backwards.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._linear import LinearMethod, linear_recurrence
-from .._structure import AbstractStructure, BlockDiagonal, Dense, Diagonal
-from ._base import AbstractIterativeSolver, Linearization, check_tolerance
+from .._misc import bool_where
+from .._settings import check_tolerance
+from .._structure import AbstractStructure, Diagonal
+from ..scans import AbstractScan
+from ._chunks import Chunks, Point, where_finite
+from ._convergence import Vouched
+from ._linearization import Linearization
+from ._shooting import AbstractIterativeSolver, Correction
+
+# Adaptive damping: where it starts, what it is multiplied by when a correction is accepted or
+# rejected, and its bounds.
+_FIRST_DAMPING = 1e-2
+_DOWN, _UP = 0.1, 4.0
+_LEAST, _MOST = 1e-8, 1e6
+# Below this, a correction is Newton's for the purpose of judging convergence.
+_NEARLY_UNDAMPED = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +59,7 @@ class LevenbergMarquardt(AbstractIterativeSolver):
 
     damping: float | None = None
     diagonal: bool = False
+    damped: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,9 +72,52 @@ class LevenbergMarquardt(AbstractIterativeSolver):
         return Linearization(structure, Diagonal() if self.diagonal else structure)
 
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
-        if isinstance(structure, Dense | BlockDiagonal) and structure.num_seeds(size) > 1:
-            return max(1, math.isqrt(length))
-        return 1
+        return max(1, math.isqrt(length)) if structure.num_seeds(size) > 1 else 1
+
+    def init(self, chunks: Chunks, starts: Float[Array, "starts size"]) -> Any:
+        if self.damping is not None:
+            return None
+        shapes = jax.eval_shape(chunks.sweep, starts)
+        empty = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        infinite = jnp.asarray(jnp.inf, starts.dtype)
+        return _Search(jnp.asarray(_FIRST_DAMPING, starts.dtype), empty, infinite)
+
+    def correct(self, chunks: Chunks, point: Point, state: Any) -> Correction:
+        if self.damping is not None:
+            damping = jnp.asarray(self.damping, point.starts.dtype)
+            return Correction(point, _damped_starts(chunks, point, damping), state)
+        merit = _merit(point)
+        accepted = merit < state.merit
+        point, merit = bool_where(accepted, (point, merit), (state.best, state.merit))
+        factor = jnp.where(accepted, _DOWN, _UP).astype(state.damping.dtype)
+        damping = jnp.clip(state.damping * factor, _LEAST, _MOST)
+        starts = _damped_starts(chunks, point, damping)
+        undamped = accepted & (damping <= _NEARLY_UNDAMPED)
+        vouched = Vouched(accepted, complete=undamped, descended=accepted)
+        return Correction(point, starts, _Search(damping, point, merit), vouched)
+
+
+class _Search(NamedTuple):
+    """Adaptive damping: the last value of it, and the accepted point with its merit."""
+
+    damping: Float[Array, ""]
+    best: Point
+    merit: Float[Array, ""]
+
+
+def _merit(point: Point) -> Float[Array, ""]:
+    """The sum of squared defects; infinite if any is not finite."""
+    merit = jnp.sum(jnp.square(point.defects))
+    return jnp.where(jnp.isfinite(merit), merit, jnp.inf)
+
+
+def _damped_starts(chunks: Chunks, point: Point, damping: Float[Array, ""]) -> Array:
+    kept = chunks.linearization.kept
+    assert kept is not None and point.jacobians is not None  # `linearization` above has both
+    matrices = where_finite(point.jacobians[:-1], 0)
+    defects = where_finite(point.defects, 0)
+    delta = damped_correction(kept, matrices, defects, damping, chunks.scan)
+    return chunks.usable(point, point.starts + delta)[0]
 
 
 class _Filter(NamedTuple):
@@ -78,7 +135,7 @@ def damped_correction(
     matrices: Float[Array, "n *matrix"],
     defects: Float[Array, "n size"],
     damping: Float[Array, ""],
-    method: LinearMethod,
+    scan: AbstractScan,
 ) -> Float[Array, "n size"]:
     """The minimiser $δ_1, …, δ_n$ for $μ$ = `damping`; `matrices[i]` maps $δ_i$ to $δ_{i+1}$, and
     `matrices[0]` is without effect, because $δ_0 = 0$."""
@@ -98,21 +155,8 @@ def damped_correction(
     def combine(earlier: _Filter, later: _Filter) -> _Filter:
         return _combine(structure, earlier, later)
 
-    if method == "sequential":
-        start = jtu.tree_map(lambda x: x[0], elements)
-        rest = jtu.tree_map(lambda x: x[1:], elements)
-
-        def body(carry, element):
-            carry = combine(carry, element)
-            return carry, (carry.b, carry.c)
-
-        _, filtered = jax.lax.scan(body, start, rest)
-        means, covariances = jtu.tree_map(
-            lambda x0, x: jnp.concatenate([jnp.expand_dims(x0, 0), x]), (start.b, start.c), filtered
-        )
-    else:
-        prefix = jax.lax.associative_scan(combine, elements)
-        means, covariances = prefix.b, prefix.c
+    filtered = scan.prefixes(combine, elements)
+    means, covariances = filtered.b, filtered.c
 
     # Smoother: δ_i = m_i + G_i (δ_{i+1} - A_i m_i - r_{i+1}), with G_i = P_i A_iᵀ (A_i P_i A_iᵀ +
     # I)⁻¹.
@@ -123,7 +167,7 @@ def damped_correction(
     predicted = structure.compose(a, cross) + identity
     gains = structure.compose(cross, structure.inverse(predicted))
     offsets = means - structure.apply(gains, structure.apply(a, means) + r)
-    return linear_recurrence(structure, gains, offsets, reverse=True, method=method)
+    return scan.affine(structure, gains, offsets, reverse=True)
 
 
 def _combine(s: AbstractStructure, earlier: _Filter, later: _Filter) -> _Filter:

@@ -1,23 +1,15 @@
 """Recurrences that need no iteration: affine ones, and those with an algebra."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from .._algebra import AbstractAlgebra
-from .._detection import is_affine
-from .._devices import typed_slice
-from .._linear import LinearMethod
-from .._misc import ResettingStep, bool_where
-from .._solution import Stats
-from .._structure import AbstractStructure
-from .._traits import check_tangents
-from ._base import AbstractSolver, check_linear_method
+from .._recurrence import Recurrence
+from ..scans import AbstractScan, LinearMethod, as_scan, default_linear_method
+from ._base import AbstractSolver, check_tangents
 from ._newton import Newton
-from ._shooting import multiple_shooting
 
 # A step that takes more is none that one pass solves.
 _MAX_ITERS = 10
@@ -36,65 +28,51 @@ class AssociativeScan(AbstractSolver):
     **Arguments:**
 
     - `algebra`: an [`pararnn.AbstractAlgebra`][] that contains the steps; `None` for affine steps.
-        [`pararnn.RNN`][] passes its cell's.
-    - `linear_method`: how the scan of an affine step runs, as in [`pararnn.linear_recurrence`][].
+        also that which is known of the recurrence, as of a cell's.
+    - `linear_method`: how the scan runs, as in [`pararnn.linear_recurrence`][].
     """
 
     algebra: AbstractAlgebra | None = None
-    linear_method: LinearMethod | None = None
+    linear_method: LinearMethod | AbstractScan | None = None
 
     def __post_init__(self):
-        check_linear_method(self.linear_method)
+        as_scan("linear_method", self.linear_method)
         if self.algebra is not None and not isinstance(self.algebra, AbstractAlgebra):
             raise TypeError(
                 f"`algebra` must be a pararnn.AbstractAlgebra or None; got {self.algebra!r}."
             )
 
+    def solve(self, recurrence, guess, report=None):
+        check_tangents(self, recurrence)
+        algebra = recurrence.algebra if self.algebra is None else self.algebra
+        guess = None
+        if algebra is not None:
+            guess = self._composed(algebra, recurrence)
+        elif not recurrence.is_affine:
+            raise ValueError(
+                "`solver=AssociativeScan()` needs a `step` that is affine in the state, but its "
+                "Jacobian depends on the state. Use Newton(), or pass an `algebra` that has it."
+            )
+        # An affine recurrence is one correction of Newton's method from anywhere. An algebra may
+        # not be the step's, `stop_gradient` can hide a nonlinearity, and the rounding of long
+        # products adds up: never trust. What is missing is the next correction, if any is needed.
+        newton = dataclasses.replace(self._newton(), max_iters=_MAX_ITERS)
+        return newton.solve(recurrence, guess, report)
 
-def associative_scan(
-    step,
-    xs: PyTree[Array],
-    init: PyTree[Array],
-    *,
-    solver: AssociativeScan,
-    structure: AbstractStructure,
-    report: Callable[[int, float, int, int], Any] | None = None,
-) -> tuple[PyTree[Array], Bool[Array, ""], Stats]:
-    """`(states, converged, stats)` of a recurrence of at least one step."""
-    check_tangents(solver, step, init, typed_slice(xs))
-    guess = None
-    if solver.algebra is not None:
-        guess = _compose(solver.algebra, step, xs, init)
-    elif not is_affine(step, init, typed_slice(xs)):
-        raise ValueError(
-            "`solver=AssociativeScan()` needs a `step` that is affine in the state, but its "
-            "Jacobian depends on the state. Use Newton(), or pass an `algebra` that has it."
+    def solve_affine(self, recurrence):
+        return self._newton().solve_affine(recurrence)
+
+    def resolved(self, recurrence, platform=None):
+        method = self.linear_method or default_linear_method(recurrence.length, platform)
+        return dataclasses.replace(self, linear_method=method)
+
+    def _newton(self) -> Newton:
+        return Newton(chunk_size=1, linear_method=self.linear_method)
+
+    def _composed(self, algebra: AbstractAlgebra, recurrence: Recurrence) -> PyTree[Array]:
+        """The states by composition, from the first step on."""
+        scan = as_scan("linear_method", self.linear_method, recurrence.length)
+        composed = scan.prefixes(
+            lambda earlier, later: algebra.compose(later, earlier), recurrence.elements(algebra)
         )
-    # An affine recurrence is one correction of Newton's method from anywhere. An algebra may not be
-    # the step's, `stop_gradient` can hide a nonlinearity, and the rounding of long products adds
-    # up: never trust. What is missing is the next correction, if any is needed.
-    newton = Newton(chunk_size=1, linear_method=solver.linear_method, max_iters=_MAX_ITERS)
-    return multiple_shooting(
-        step, xs, init, guess, solver=newton, structure=structure, report=report
-    )
-
-
-def _compose(algebra, step, xs, init):
-    combined = jax.lax.associative_scan(
-        jax.vmap(lambda earlier, later: algebra.compose(later, earlier)),
-        _elements(algebra, step, xs),
-    )
-    return jax.vmap(algebra.apply, in_axes=(0, None))(combined, init)
-
-
-def _elements(algebra, step, xs):
-    if not isinstance(step, ResettingStep):
-        return jax.vmap(algebra.element)(xs)
-
-    def element(flag, u):
-        ordinary = algebra.element(u)
-        return bool_where(
-            flag, algebra.constant(algebra.apply(ordinary, step.reset_state)), ordinary
-        )
-
-    return jax.vmap(element)(*xs)
+        return jax.vmap(algebra.apply, in_axes=(0, None))(composed, recurrence.init)

@@ -2,7 +2,8 @@ import dataclasses
 import math
 
 from .._structure import AbstractStructure, Diagonal
-from ._base import AbstractIterativeSolver, Linearization
+from ._linearization import Linearization
+from ._shooting import AbstractIterativeSolver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

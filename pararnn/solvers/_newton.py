@@ -1,12 +1,14 @@
 import dataclasses
 import math
 
-from .._structure import AbstractStructure, BlockDiagonal, Dense, Diagonal
-from ._base import AbstractIterativeSolver, Linearization, check_positive_int
+from .._settings import check_positive_int
+from .._structure import AbstractStructure, BlockDiagonal, Diagonal
+from ._linearization import Linearization
+from ._shooting import AbstractIterativeSolver
 
 
 def _default_chunk_size(structure: AbstractStructure, length: int, size: int) -> int:
-    if isinstance(structure, Dense) and size > 1:
+    if structure.num_seeds(size) == size > 1:
         return max(1, math.isqrt(length))
     return 1
 
@@ -65,9 +67,10 @@ class QuasiNewton(AbstractIterativeSolver):
         check_positive_int("block_size", self.block_size)
 
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
-        if self.block_size == 1 or isinstance(structure, Diagonal):
+        seeds = structure.num_seeds(size)
+        if self.block_size == 1 or seeds == 1:
             return Linearization(structure, Diagonal())
-        if not isinstance(structure, Dense):
+        if seeds < size:
             raise ValueError(
                 f"`block_size={self.block_size}` keeps blocks of a dense Jacobian, but this step's "
                 f"is {type(structure).__name__}: use Newton(), which keeps all of it, or "

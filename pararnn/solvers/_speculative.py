@@ -11,16 +11,19 @@ smooth recurrences.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .._settings import check_positive_int
 from .._structure import AbstractStructure
-from ._base import AbstractIterativeSolver, Linearization, check_positive_int
+from ..scans import AbstractScan
+from ._chunks import Chunks
 from ._fixed_point import Jacobi
+from ._linearization import Linearization
 from ._newton import Newton
+from ._shooting import AbstractIterativeSolver
 
 # Candidates are chosen among about this many states.
 _POOL_SIZE = 2048
@@ -66,11 +69,9 @@ class Speculative(AbstractIterativeSolver):
     def __post_init__(self):
         super().__post_init__()
         check_positive_int("num_candidates", self.num_candidates)
-        if isinstance(self.corrector, Speculative) or not isinstance(
-            self.corrector, AbstractIterativeSolver | None
-        ):
+        if not isinstance(self.corrector, AbstractIterativeSolver | None):
             raise TypeError(
-                "`corrector` must be an iterative solver such as Newton(), other than Speculative; "
+                "`corrector` must be an iterative solver such as Newton(), or None; "
                 f"got {self.corrector!r}."
             )
 
@@ -84,7 +85,7 @@ class Speculative(AbstractIterativeSolver):
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
         return max(16, min(64, math.isqrt(length) // 2))
 
-    def refine(self, chunks: Any, starts: Float[Array, "starts size"]):
+    def refine(self, chunks: Chunks, starts: Float[Array, "starts size"]):
         if chunks.num_chunks < 3:
             return starts, 0
         num_chunks, size = chunks.num_chunks, chunks.size
@@ -100,7 +101,7 @@ class Speculative(AbstractIterativeSolver):
         begin = jnp.concatenate([begin, table[:, :-1]], axis=1)
         continued = jax.vmap(chunks.ends)(begin)
         following = jax.vmap(_nearest, in_axes=1)(continued, table)  # (chunks, lanes)
-        arrived = _chain(following[1:-1], chunks.linear_method)
+        arrived = _chain(following[1:-1], chunks.scan)
         via = jnp.concatenate(
             [jnp.zeros(2, arrived.dtype), arrived]
         )  # all lanes of chunk 0 are one
@@ -108,7 +109,7 @@ class Speculative(AbstractIterativeSolver):
         return jnp.where(jnp.isfinite(chosen), chosen, starts), 4 * chunks.chunk_size
 
 
-def _canonical(chunks: Any, starts: Array) -> Float[Array, "pool size"]:
+def _canonical(chunks: Chunks, starts: Array) -> Float[Array, "pool size"]:
     """States from the second half of all chunks, run through the inputs of the first chunk."""
     _, states = chunks.trajectory(starts)
     vectors = jax.vmap(chunks.ravel)(states)
@@ -120,7 +121,7 @@ def _canonical(chunks: Any, starts: Array) -> Float[Array, "pool size"]:
     return chunks.through_first_chunk(vectors[settled[::stride]])
 
 
-def _settled_count(chunks: Any) -> int:
+def _settled_count(chunks: Chunks) -> int:
     full, rest = divmod(chunks.length, chunks.chunk_size)
     half = chunks.chunk_size // 2
     return full * (chunks.chunk_size - half) + max(0, rest - half)
@@ -128,8 +129,7 @@ def _settled_count(chunks: Any) -> int:
 
 def _farthest_points(points: Float[Array, "n size"], count: int) -> Float[Array, "m size"]:
     """Up to `count` points, each the farthest from those before it (Gonzalez, *Clustering to
-    minimize
-    the maximum intercluster distance*, 1985)."""
+    minimize the maximum intercluster distance*, 1985)."""
     points = jnp.where(jnp.isfinite(points), points, 0)
     count = min(count, points.shape[0])
 
@@ -151,12 +151,6 @@ def _nearest(queries: Float[Array, "m size"], keys: Float[Array, "m size"]) -> I
     return jnp.argmin(jnp.where(jnp.isfinite(distances), distances, jnp.inf), axis=-1)
 
 
-def _chain(following: Int[Array, "n m"], method: str) -> Int[Array, " n"]:
+def _chain(following: Int[Array, "n m"], scan: AbstractScan) -> Int[Array, " n"]:
     """Where index 0 leads, through one map after another."""
-    if method == "sequential":
-        _, indices = jax.lax.scan(lambda i, f: (f[i], f[i]), following[0, 0] * 0, following)
-        return indices
-    composed = jax.lax.associative_scan(
-        lambda earlier, later: jnp.take_along_axis(later, earlier, axis=-1), following
-    )
-    return composed[:, 0]
+    return scan.prefixes(lambda earlier, later: later[earlier], following)[:, 0]

@@ -1,0 +1,174 @@
+"""The problem, as one thing: what every solver and every derivative is given."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Bool, PyTree
+
+from ._algebra import AbstractAlgebra
+from ._detection import detect_structure, is_affine
+from ._devices import typed_slice
+from ._misc import bool_where, num_steps, previous_states, raveler
+from ._structure import AbstractStructure
+from ._traits import lacks_derivative, lacks_transpose, shared_axes
+
+
+class _Found:
+    """What has been found out about a step so far: each question is asked once per solve, wherever
+    JAX's transformations carry the recurrence."""
+
+    def __init__(self, structure: AbstractStructure | None):
+        self.answers: dict[str, Any] = {} if structure is None else {"structure": structure}
+
+    def get(self, question: str, find: Callable[[], Any]) -> Any:
+        if question not in self.answers:
+            self.answers[question] = find()
+        return self.answers[question]
+
+
+class Recurrence(eqx.Module):
+    r"""$h_t = \mathrm{step}(h_{t-1}, x_t)$ for $t = 0, …, L-1$, with $h_{-1} = \mathrm{init}$.
+
+    A pytree whose leaves are all arrays that the states depend on. [`pararnn.solve`][] makes it;
+    a solver or an adjoint of your own reads it.
+
+    - `step`: a function `step(state, x) -> state` that carries its arrays with it. If there are
+        resets, they are in it already: it selects what it starts from.
+    - `xs`: what the steps consume, a pytree of arrays that share their leading axis (with resets, a
+        pair of the flags and the inputs).
+    - `init`: the state before the first step.
+    - `algebra`: the family of maps that the steps belong to, if it is known, or `None`.
+    """
+
+    step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
+    xs: PyTree[Any]
+    init: PyTree[Any]
+    algebra: AbstractAlgebra | None = eqx.field(static=True)
+    _found: _Found = eqx.field(static=True)
+
+    def __init__(
+        self,
+        step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]],
+        xs: PyTree[Any],
+        init: PyTree[Any],
+        *,
+        resets: Bool[Array, " L"] | None = None,
+        reset_state: PyTree[Any] | None = None,
+        structure: AbstractStructure | None = None,
+        algebra: AbstractAlgebra | None = None,
+    ):
+        """**Arguments:**
+
+        - `step`, `xs`, `init`: as for [`pararnn.solve`][]; all arrays of `step` must be its leaves.
+        - `resets`: which steps start from `reset_state` and not from the state before them.
+        - `structure`, `algebra`: what is known of the step. The structure is detected otherwise,
+            when it is first asked for.
+        """
+        if resets is not None:
+            step, xs = _ResettingStep(step, reset_state), (resets, xs)
+        self.step, self.xs, self.init = step, xs, init
+        self.algebra = algebra
+        self._found = _Found(structure)
+
+    @property
+    def length(self) -> int:
+        """The number of steps."""
+        return num_steps(self.xs)
+
+    @property
+    def size(self) -> int:
+        """The number of real numbers in a state."""
+        return raveler(self.init)[2]
+
+    def previous(self, states: PyTree[Array]) -> PyTree[Array]:
+        """The states that the steps start from, `(init, states[0], …, states[L-2])`."""
+        return previous_states(self.init, states)
+
+    def elements(self, algebra: AbstractAlgebra) -> Any:
+        """The elements of an algebra that contains the steps, along the leading axis."""
+        step = self.step
+        if not isinstance(step, _ResettingStep):
+            return jax.vmap(algebra.element)(self.xs)
+
+        def element(flag, x):
+            ordinary = algebra.element(x)
+            restarted = algebra.constant(algebra.apply(ordinary, step.reset_state))
+            return bool_where(flag, restarted, ordinary)
+
+        return jax.vmap(element)(*self.xs)
+
+    # --- what is found by tracing the step once -----------------------------------------------
+
+    @property
+    def structure(self) -> AbstractStructure:
+        """The structure of `∂step/∂state`: the one that was declared, or else detected."""
+        return self._found.get("structure", lambda: detect_structure(*self._example()))
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the step is found affine in the state."""
+        return self._found.get("is_affine", lambda: is_affine(*self._example()))
+
+    @property
+    def has_tangents(self) -> bool:
+        """Whether tangents of the state can be pushed through the step."""
+        return self._found.get("has_tangents", lambda: not lacks_derivative(*self._example()))
+
+    @property
+    def has_all_tangents(self) -> bool:
+        """Whether tangents of the inputs and parameters can be pushed through it, too."""
+
+        def find():
+            return not lacks_derivative(*self._example(), of_all=True)
+
+        return self._found.get("has_all_tangents", find)
+
+    @property
+    def has_cotangents(self) -> bool:
+        """Whether cotangents of the state can be pulled back through the step."""
+        return self._found.get("has_cotangents", lambda: not lacks_transpose(*self._example()))
+
+    @property
+    def shared_axes(self) -> tuple[str, ...]:
+        """The axes along which the step exchanges values with other sequences or devices."""
+        return self._found.get("shared_axes", lambda: shared_axes(*self._example()))
+
+    def _example(self) -> tuple[Any, Any, Any]:
+        return self.step, self.init, typed_slice(self.xs)
+
+
+class _ResettingStep(eqx.Module):
+    """A step that starts from `reset_state` where a flag is set, by selection: `0 * inf` is NaN."""
+
+    step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
+    reset_state: PyTree[Any]
+
+    def __call__(self, state: PyTree[Array], flag_and_x: tuple[Any, Any]) -> PyTree[Array]:
+        flag, x = flag_and_x
+        return self.step(bool_where(flag, self.reset_state, state), x)
+
+
+def scan_states(
+    step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]], xs: PyTree[Any], init: PyTree[Any]
+) -> PyTree[Array]:
+    """All states by `jax.lax.scan`, with products at full precision: the definition of a
+    solution."""
+
+    def body(state, x):
+        state = step(state, x)
+        return state, state
+
+    with jax.default_matmul_precision("highest"):
+        return jax.lax.scan(body, init, xs)[1]
+
+
+def precise(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with matrix products at full precision on every platform."""
+
+    def run(*args):
+        with jax.default_matmul_precision("highest"):
+            return step(*args)
+
+    return run

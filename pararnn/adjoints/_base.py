@@ -1,0 +1,97 @@
+r"""The derivative of all states with respect to everything they depend on.
+
+Differentiating $h_t = f_θ(h_{t-1}, x_t)$ at its solution gives the linear recurrence
+
+$$\dot h_t = J_t \dot h_{t-1} + b_t, \qquad J_t = \frac{∂f}{∂h}(h_{t-1}, x_t), \quad
+b_t = \frac{∂f}{∂θ} \dot θ + \frac{∂f}{∂x} \dot x_t \;(+\, J_0 \dot h_{-1} \text{ at } t = 0),$$
+
+with the *true* Jacobian, whatever the forward iteration used; the iterations are never
+differentiated. Its transpose, which reverse mode needs, is the recurrence
+$λ_t = J_{t+1}^\top λ_{t+1} + g_t$ run backwards.
+
+How the modes come about: a `custom_jvp` rule whose tangents come from something that JAX can
+transpose, batch, and differentiate again (the rule calls the differentiable function itself).
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._recurrence import Recurrence
+from ..solvers import AbstractSolver
+
+# `(recurrence, guess) -> (states, result, stats)`, not differentiable by itself.
+Forward = Callable[[Recurrence, PyTree[Array] | None], tuple[PyTree[Array], Any, Any]]
+
+
+class AbstractAdjoint(abc.ABC):
+    """How the states of a solve depend on what they are made of: an immutable, hashable record,
+    such as a frozen dataclass."""
+
+    # Whether it makes one step after another and does nothing else, as for a solver.
+    stepwise: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def solve(
+        self, forward: Forward, recurrence: Recurrence, guess: PyTree[Array] | None
+    ) -> tuple[PyTree[Array], Any, Any]:
+        """What `forward(recurrence, guess)` returns, `(states, result, stats)`; differentiable with
+        respect to all arrays of the recurrence, and not to the `guess`, which the solution does not
+        depend on."""
+
+    def resolved(
+        self, recurrence: Recurrence, platform: str | None = None, batch: int = 1
+    ) -> "AbstractAdjoint":
+        """This adjoint with all that it leaves open chosen for a recurrence, a platform (`None` is
+        that of JAX), and for so many sequences at once, which is a hint. By default itself."""
+        return self
+
+    def exact(self) -> "AbstractAdjoint":
+        """The one of its kind that gives the true derivative. By default itself."""
+        return self
+
+    @property
+    def backward_solver(self) -> AbstractSolver | None:
+        """Of an adjoint that pushes tangents of inputs and parameters through the steps: what would
+        solve for that which flows back, for a step through which they cannot be pushed. `None`, the
+        default, for one that works all the same."""
+        return None
+
+
+class AbstractLinearAdjoint(AbstractAdjoint):
+    """An adjoint that knows the tangents, in a way that JAX can transpose: then all modes work."""
+
+    @abc.abstractmethod
+    def tangents(
+        self, recurrence: Recurrence, states: PyTree[Array], tangents: Recurrence
+    ) -> PyTree[Array]:
+        """The tangents of the `states`, which solve the recurrence, from those of its arrays:
+        `tangents` is a recurrence of them, with `None` for zero."""
+
+    def solve(self, forward, recurrence, guess):
+        return solve_states(recurrence, guess, forward=forward, adjoint=self)
+
+
+@eqx.filter_custom_jvp
+def solve_states(
+    recurrence: Recurrence,
+    guess: PyTree[Array] | None,
+    *,
+    forward: Forward,
+    adjoint: AbstractLinearAdjoint,
+) -> tuple[PyTree[Array], Any, Any]:
+    return forward(recurrence, guess)
+
+
+@solve_states.def_jvp
+def _solve_states_jvp(primals, tangents, *, forward, adjoint):
+    (recurrence, guess), (tangents, _) = primals, tangents
+    states, *others = solve_states(recurrence, guess, forward=forward, adjoint=adjoint)
+    silent = jtu.tree_map(lambda _: None, others)
+    if not jtu.tree_leaves(eqx.filter(tangents, eqx.is_array)):
+        return (states, *others), (jtu.tree_map(lambda _: None, states), *silent)
+    return (states, *others), (adjoint.tangents(recurrence, states, tangents), *silent)

@@ -1,0 +1,111 @@
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._misc import flip_time, is_complex, or_zeros
+from .._outcome import Solve
+from .._recurrence import Recurrence
+from ..solvers import AbstractSolver, Sequential
+from ._backwards import backward_inputs
+from ._base import AbstractAdjoint
+from ._wrapped import default_adjoint
+
+
+@dataclasses.dataclass(frozen=True)
+class ClippedAdjoint(AbstractAdjoint):
+    r"""An `adjoint` that clips what flows back through time, at every step:
+
+    $$λ_t = \mathrm{clip}(J_{t+1}^\top λ_{t+1} + g_t,\; -\mathrm{limit},\; \mathrm{limit}),$$
+
+    elementwise, with $g_t$ the cotangent of the state after step $t$; of a complex state, real and
+    imaginary part each. That is the gradient of a network in which each state passes through an
+    identity whose cotangent is clipped. Where no element reaches the limit, it is the true one.
+
+    The recurrence is nonlinear, so there is no linear map to transpose: reverse mode only.
+    `jax.jvp`, `jax.jacfwd` and whatever else pushes tangents through the solve raise JAX's
+    `TypeError` about forward mode and a `custom_vjp`.
+
+    **Arguments:**
+
+    - `limit`: the largest magnitude; positive.
+    - `solver`: how the recurrence above is solved: any solver, as for a forward problem.
+    """
+
+    limit: float
+    solver: AbstractSolver = Sequential()
+
+    def __post_init__(self):
+        if isinstance(self.limit, bool) or not isinstance(self.limit, (int, float)):
+            raise TypeError(f"`limit` must be a Python float; got {self.limit!r}.")
+        if not self.limit > 0:
+            raise ValueError(f"`limit` must be positive; got {self.limit}.")
+        if not isinstance(self.solver, AbstractSolver):
+            raise TypeError(f"`solver` must be a solver instance; got {self.solver!r}.")
+
+    def solve(self, forward, recurrence, guess):
+        return _solve_clipped(recurrence, jax.lax.stop_gradient(guess), forward, self)
+
+    def exact(self):
+        return dataclasses.replace(self, limit=math.inf)
+
+
+class _ClippedPull(eqx.Module):
+    """One step backwards: an ordinary step of a recurrence whose state is the cotangent."""
+
+    step: Callable[[Any, Any], Any]
+    limit: float
+
+    def __call__(self, cotangent: PyTree[Array], inputs: tuple[Any, Any, Any]) -> PyTree[Array]:
+        state, x, g = inputs
+        (pulled,) = jax.vjp(lambda s: self.step(s, x), state)[1](cotangent)
+        total = jtu.tree_map(jnp.add, pulled, g)
+        # Without a limit the step is affine in the cotangent, and is to be seen to be.
+        return total if self.limit == math.inf else jtu.tree_map(self._clip, total)
+
+    def _clip(self, x: Array) -> Array:
+        if is_complex(x):
+            return jax.lax.complex(self._clip(x.real), self._clip(x.imag))
+        return jnp.clip(x, -self.limit, self.limit)
+
+
+@eqx.filter_custom_vjp
+def _solve_clipped(
+    recurrence: Recurrence, guess: PyTree[Array] | None, forward: Any, adjoint: ClippedAdjoint
+):
+    return forward(recurrence, guess)
+
+
+@_solve_clipped.def_fwd
+def _solve_clipped_fwd(perturbed, recurrence, guess, forward, adjoint):
+    # Derivatives of the clipped gradient are those of what is computed here and below.
+    out = default_adjoint(recurrence).solve(forward, recurrence, guess)
+    return out, out[0]
+
+
+@_solve_clipped.def_bwd
+def _solve_clipped_bwd(states, cotangents, perturbed, recurrence, guess, forward, adjoint):
+    # Those of states that the loss does not read are left out.
+    cotangents = or_zeros(cotangents[0], states)
+    backward = Recurrence(
+        _ClippedPull(recurrence.step, adjoint.limit),
+        backward_inputs(recurrence, states, cotangents),
+        jtu.tree_map(jnp.zeros_like, recurrence.init),
+        # Of a step without tangents it is not known; that of its derivative may be.
+        structure=recurrence.structure if recurrence.has_tangents else None,
+    )
+    # A derivative has no place to report a failure: it must always be finished.
+    forward = Solve(adjoint.solver.finishing())
+    clipped, _, _ = default_adjoint(backward).solve(forward, backward, None)
+
+    def all_steps(recurrence):
+        return jax.vmap(recurrence.step)(recurrence.previous(states), recurrence.xs)
+
+    _, pull = eqx.filter_vjp(all_steps, recurrence)
+    return pull(flip_time(clipped))[0]

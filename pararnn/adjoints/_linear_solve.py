@@ -1,0 +1,106 @@
+import dataclasses
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._misc import flip_time, or_zeros, previous_states
+from .._recurrence import Recurrence
+from ..solvers import AbstractSolver, Newton
+from ._backwards import backward_inputs
+from ._base import AbstractLinearAdjoint
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSolveAdjoint(AbstractLinearAdjoint):
+    """Solves the derivative's linear recurrence by a solver, forwards for tangents and backwards
+    for cotangents, through `jax.lax.custom_linear_solve`. A bare solver as `adjoint` is this.
+
+    What is kept for the backward pass is the states, the inputs and the parameters, and nothing
+    else: the Jacobians are recomputed.
+
+    **Arguments:**
+
+    - `solver`: of both recurrences.
+    """
+
+    solver: AbstractSolver = Newton()
+
+    def resolved(self, recurrence, platform=None, batch=1):
+        return LinearSolveAdjoint(self.solver.resolved(recurrence, platform))
+
+    @property
+    def backward_solver(self):
+        return self.solver
+
+    def tangents(self, recurrence, states, tangents):
+        @eqx.filter_checkpoint
+        def all_steps(recurrence):
+            return jax.vmap(recurrence.step)(recurrence.previous(states), recurrence.xs)
+
+        _, offsets = eqx.filter_jvp(all_steps, (recurrence,), (tangents,))
+        offsets = _tied(or_zeros(offsets, states), tangents)
+        return _linear_solve(self.solver, recurrence, states, offsets)
+
+
+def _tied(offsets: PyTree[Array], tangents: PyTree[Array | None]) -> PyTree[Array]:
+    """The same numbers, each of which depends on all `tangents` as far as JAX can tell.
+
+    `custom_linear_solve` can be transposed only with respect to all leaves of its right-hand side
+    at once; that of a leaf which depends on nothing but the state (a delay line, a clock) is a
+    constant zero. By selection, as the product of zero and infinity is NaN; XLA removes it.
+    """
+    leaves, treedef = jtu.tree_flatten(offsets)
+    if len(leaves) == 1:
+        return offsets
+    total = sum(jnp.sum(t).real.astype(jnp.float32) for t in jtu.tree_leaves(tangents))
+    tied = [jnp.where(jnp.zeros_like(b, bool), jnp.asarray(total, b.dtype), b) for b in leaves]
+    return jtu.tree_unflatten(treedef, tied)
+
+
+def _linear_solve(
+    solver: AbstractSolver, recurrence: Recurrence, states: PyTree[Array], offsets: PyTree[Array]
+) -> PyTree[Array]:
+    """Solves `v[t] - J[t] v[t-1] = offsets[t]` in a way that JAX can transpose."""
+    step, xs = recurrence.step, recurrence.xs
+    zero = jtu.tree_map(jnp.zeros_like, recurrence.init)
+    # A Jacobian that has the structure has its transpose in the structure, too.
+    structure = recurrence.structure
+
+    def push(state: Any, x: Any, tangent: Any):
+        return jax.jvp(lambda s: step(s, x), (state,), (tangent,))[1]
+
+    def pull(state: Any, x: Any, cotangent: Any):
+        return jax.vjp(lambda s: step(s, x), state)[1](cotangent)[0]
+
+    def through(map_vector, inputs):
+        def linear_step(v, inputs):
+            state, x, offset = inputs
+            return jtu.tree_map(jnp.add, map_vector(state, x, v), offset)
+
+        linear = Recurrence(linear_step, inputs, zero, structure=structure)
+        return solver.solve_affine(linear)
+
+    # JAX computes in the forward pass, and keeps, whatever these do not need `v`, `b` or `g` for,
+    # unless told to rematerialise it.
+
+    @jax.checkpoint
+    def residual(v):
+        pushed = jax.vmap(push)(recurrence.previous(states), xs, previous_states(zero, v))
+        return jtu.tree_map(jnp.subtract, v, pushed)
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def solve(_, b):
+        return through(push, (recurrence.previous(states), xs, b))
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def transpose_solve(_, g):
+        return flip_time(through(pull, backward_inputs(recurrence, states, g)))
+
+    # JAX traces the transposed solve at once, also where it only pushes tangents.
+    transposed = transpose_solve if recurrence.has_cotangents else None
+    return jax.lax.custom_linear_solve(residual, offsets, solve, transposed)

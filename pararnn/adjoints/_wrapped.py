@@ -1,0 +1,26 @@
+from .._platform import default_platform
+from .._recurrence import Recurrence
+from ..solvers import AbstractSolver
+from ._base import AbstractAdjoint, AbstractLinearAdjoint
+from ._linear_solve import LinearSolveAdjoint
+from ._one_pass import OnePassAdjoint
+
+
+def as_adjoint(adjoint: AbstractSolver | AbstractAdjoint) -> AbstractAdjoint:
+    """An adjoint as it is; a bare solver as that of the derivative's linear recurrence."""
+    if isinstance(adjoint, AbstractAdjoint):
+        return adjoint
+    return OnePassAdjoint() if adjoint.stepwise else LinearSolveAdjoint(adjoint)
+
+
+def default_adjoint(
+    recurrence: Recurrence, platform: str | None = None, batch: int = 1
+) -> AbstractLinearAdjoint:
+    """What `adjoint=None` stands for.
+
+    On a CPU, one pass over all steps, which stores no Jacobians. Elsewhere Newton's method, whose
+    single correction is exact here.
+    """
+    platform = default_platform() if platform is None else platform
+    adjoint = OnePassAdjoint() if platform == "cpu" else LinearSolveAdjoint()
+    return adjoint.resolved(recurrence, platform, batch)

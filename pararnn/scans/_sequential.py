@@ -1,0 +1,48 @@
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._misc import num_steps
+from ._base import EXACT, AbstractScan
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequential(AbstractScan):
+    """One element after another, by `jax.lax.scan`: the fastest on a CPU."""
+
+    accurate_to: ClassVar[float] = EXACT
+
+    def prefixes(self, combine, elements, *, reverse=False):
+        if num_steps(elements) < 2:
+            return elements
+
+        def body(carry, element):
+            carry = combine(carry, element)
+            return carry, carry
+
+        end = -1 if reverse else 0
+        rest = slice(None, -1) if reverse else slice(1, None)
+        first = jtu.tree_map(lambda x: x[end], elements)
+        others = jtu.tree_map(lambda x: x[rest], elements)
+        _, out = jax.lax.scan(body, first, others, reverse=reverse)
+
+        def join(start, x):
+            start = jnp.expand_dims(start, 0)
+            return jnp.concatenate([x, start] if reverse else [start, x])
+
+        return jtu.tree_map(join, first, out)
+
+    def affine(self, structure, matrices, offsets, *, reverse=False):
+        if offsets.shape[0] == 0:
+            return offsets
+
+        def step(h, element):
+            matrix, offset = element
+            h = structure.apply(matrix, h) + offset
+            return h, h
+
+        start = jnp.zeros_like(offsets[0])
+        return jax.lax.scan(step, start, (matrices, offsets), reverse=reverse)[1]

@@ -1,0 +1,36 @@
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from .._misc import all_finite
+from ._chunks import Chunks, finish_sequentially
+from ._convergence import first_index
+
+
+def shoot_once(chunks: Chunks) -> PyTree[Array]:
+    """The solution of a recurrence that is affine in the state and starts from zero, by one exact
+    correction."""
+    recurrence, scan = chunks.recurrence, chunks.scan
+    starts = jnp.zeros((chunks.num_chunks - 1, chunks.size), chunks.dtype)
+    point = chunks.sweep(starts)
+    if chunks.chunk_size > 1:
+        starts, replaced = chunks.correct(point)
+        _, states = chunks.trajectory(starts)
+        first_step = chunks.chunk_size * (1 + first_index(replaced))
+        return finish_sequentially(recurrence, states, first_step, chunks.chunk_size)
+    kept = chunks.linearization.kept
+    assert kept is not None and point.jacobians is not None  # an exact method has both
+    solution = scan.affine(kept, point.jacobians, point.ends)
+    if chunks.length >= scan.accurate_to:
+        # The rounding of products grows with their length: once more, for what is missing.
+        starts, _ = chunks.correct(chunks.sweep(solution[:-1]))
+        _, states = chunks.trajectory(starts)
+    else:
+        states = jax.vmap(chunks.unravel)(solution)
+    if scan.accurate_to == math.inf:  # no products that might overflow
+        return states
+    # A product of matrices may overflow where the products with the vector do not.
+    first_step = first_index(~all_finite(states, keep_axes=1))
+    return finish_sequentially(recurrence, states, first_step, chunks.chunk_size)
