@@ -97,9 +97,9 @@ class DiagonalGRU(AbstractCell):
     $$z = σ(a_z ⊙ h + u_z), \quad r = σ(a_r ⊙ h + u_r), \quad c = \tanh(a_c ⊙ h ⊙ r + u_c), \quad
     h' = z ⊙ c + (1-z) ⊙ h,$$
 
-    with $u = B x + b$ and each $B$ block-diagonal over heads. The Jacobian is diagonal: one
-    tangent recovers it, and a parallel solve costs little more than the steps. The output is the
-    state, shape `(hidden_size,)`. Parameters are stacked in the order $z, r, c$.
+    with $u = B x + b$ and each $B$ block-diagonal over heads. The Jacobian is diagonal: one tangent
+    recovers it, and a parallel solve costs little more than the steps. The output is the state,
+    shape `(hidden_size,)`. Parameters are stacked in the order $z, r, c$.
     """
 
     weight_x: Float[Array, "3 num_heads hidden_size/num_heads input_size/num_heads"]

@@ -39,8 +39,8 @@ class SLSTM(AbstractCell):
     The paper's state $(c, n, m)$, in which $m$ is a running maximum that keeps the exponentials in
     range, is the same recurrence: $v = c/n$ and $\ell = \log n + m$. Here nothing needs a maximum,
     so there is no kink and one state less, and $∂\ell'/∂\ell = ∂v'/∂v = 1-w$ lies in $[0, 1]$. The
-    first step must find $n = 0$, that is $\ell = -∞$; the initial $\ell$ is $-10^{30}$, which
-    gives the same numbers and derivatives.
+    first step must find $n = 0$, that is $\ell = -∞$; the initial $\ell$ is $-10^{30}$, which gives
+    the same numbers and derivatives.
 
     The Jacobian is dense, or block-diagonal over heads. Parameters are stacked in the order
     $i, f, z, o$; `weight_h` stacks first the heads and then, within each head, these four.
