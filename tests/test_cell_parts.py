@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pararnn as prnn
 from pararnn.cells import _parts as parts
 from pararnn.cells._base import head_sizes
 
@@ -70,13 +71,13 @@ def test_causal_convolution(width, length):
     for t in range(length):
         for lag in range(min(width, t + 1)):
             expected[t] += weight[width - 1 - lag] * xs[t - lag]
-    close(parts.causal_convolution(jnp.asarray(weight), jnp.asarray(xs)), expected)
+    close(prnn.cells.causal_convolution(jnp.asarray(weight), jnp.asarray(xs)), expected)
 
 
 def test_causal_convolution_sums_in_float32():
     """In bfloat16, 1 beside 256 would be lost."""
     xs = jnp.asarray([[256.0], [1.0], [-256.0], [0.0]], jnp.bfloat16)
-    got = parts.causal_convolution(jnp.ones((3, 1), jnp.bfloat16), xs)
+    got = prnn.cells.causal_convolution(jnp.ones((3, 1), jnp.bfloat16), xs)
     assert got.dtype == jnp.bfloat16
     assert got.ravel().tolist() == [256.0, 256.0, 1.0, -255.0]  # 257 is rounded at the end
 
@@ -86,7 +87,7 @@ def test_causal_convolution_sums_in_float32():
 def test_causal_convolution_refuses_other_shapes(shapes):
     weight, xs = (jnp.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=r"`weight` must have shape \(width, channels\).*\(5, 3\)"):
-        parts.causal_convolution(weight, xs)
+        prnn.cells.causal_convolution(weight, xs)
 
 
 # --- heads, keys, decay -----------------------------------------------------------------------

@@ -31,8 +31,9 @@ class AbstractCell(eqx.Module):
     @property
     def context(self) -> int:
         """How many past inputs `project` looks at: `project(xs)[t]` may depend on `xs[t - context]`
-        to `xs[t]` and on nothing else, and must treat inputs before the first as zeros. With the
-        default of 0, `project` works step by step."""
+        to `xs[t]` and on nothing else, and must treat inputs before the first as zeros, as
+        [`pararnn.cells.causal_convolution`][] does. With the default of 0, `project` works step by
+        step."""
         return 0
 
     @abc.abstractmethod
