@@ -110,20 +110,10 @@ class SequenceModel(eqx.Module):
         """`xs` are integers, shape `(length,)`, or real features, `(length, inputs)`."""
         xs = jax.vmap(self.embedding)(xs)
         if self.conv is not None:
-            xs = xs + jax.nn.silu(_causal_convolution(self.conv, xs))
+            xs = xs + jax.nn.silu(prnn.cells.causal_convolution(self.conv, xs))
         for block in self.blocks:
             xs, _ = block(xs)
         return jax.vmap(lambda x: self.head(self.norm(x)))(xs)
-
-
-def _causal_convolution(
-    weight: Float[Array, "taps width"], xs: Float[Array, "length width"]
-) -> Float[Array, "length width"]:
-    """One filter per feature; the last tap meets the present. Nothing comes before the first."""
-    # XLA's grouped convolutions are slow on a CPU.
-    padded = jnp.pad(xs, ((len(weight) - 1, 0), (0, 0)))
-    taps = [jnp.expand_dims(w, 0) * padded[i : i + len(xs)] for i, w in enumerate(weight)]
-    return sum(taps, start=jnp.zeros_like(xs))
 
 
 def with_solver(model: SequenceModel, solver: prnn.AbstractSolver | None) -> SequenceModel:

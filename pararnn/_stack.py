@@ -121,8 +121,8 @@ class Bidirectional(eqx.Module):
         """**Arguments:**
 
         - `xs`: the inputs, with a leading axis of length `L`.
-        - `reset`: a boolean per step; where true, a new piece begins. No information passes
-            between pieces, in neither direction.
+        - `reset`: a boolean per step; where true, a new piece begins. No information passes between
+            pieces, in neither direction.
         - `mask`, `throw`: as for [`pararnn.RNN`][].
 
         **Returns:**

@@ -14,5 +14,6 @@ from ._lstm import DiagonalLSTM as DiagonalLSTM
 from ._m2rnn import M2RNN as M2RNN
 from ._minmax import ClampAlgebra as ClampAlgebra
 from ._minmax import MinMax as MinMax
+from ._parts import causal_convolution as causal_convolution
 from ._plrnn import PiecewiseLinearRNN as PiecewiseLinearRNN
 from ._slstm import SLSTM as SLSTM

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._base import AbstractCell, check_inputs, zero_state
+from ._base import AbstractCell, check_inputs
+from ._parts import project_gates, zero_state
 
 _HiddenCell = tuple[Float[Array, " hidden_size"], Float[Array, " hidden_size"]]
 
@@ -29,7 +30,8 @@ class EquinoxGRU(AbstractCell):
         return zero_state(self.cell.hidden_size, self.cell.weight_hh)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
-        return _project(self.cell, xs, 3)
+        check_inputs(xs, self.cell.input_size)
+        return project_gates(self.cell.weight_ih, self.cell.bias, xs, 3)
 
     def step(
         self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
@@ -63,7 +65,8 @@ class EquinoxLSTM(AbstractCell):
         return zero, zero
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
-        return _project(self.cell, xs, 4)
+        check_inputs(xs, self.cell.input_size)
+        return project_gates(self.cell.weight_ih, self.cell.bias, xs, 4)
 
     def step(self, state: _HiddenCell, u: list[Float[Array, " hidden_size"]]) -> _HiddenCell:
         h, c = state
@@ -112,13 +115,3 @@ def from_equinox(cell: eqx.nn.GRUCell | eqx.nn.LSTMCell) -> EquinoxGRU | Equinox
 def _check_type(cell: Any, expected: type) -> None:
     if type(cell) is not expected:
         raise TypeError(f"`cell` must be an equinox.nn.{expected.__name__}; got {cell!r}.")
-
-
-def _project(
-    cell: eqx.nn.GRUCell | eqx.nn.LSTMCell, xs: Float[Array, "L input_size"], num_gates: int
-) -> list[Float[Array, "L hidden_size"]]:
-    check_inputs(xs, cell.input_size)
-    us = xs @ cell.weight_ih.T
-    if cell.bias is not None:
-        us = us + jnp.expand_dims(cell.bias, 0)
-    return jnp.split(us, num_gates, axis=-1)

@@ -1,12 +1,11 @@
-"""The interface of a cell, and what its implementations share."""
+"""The interface of a cell, and the checks of its sizes and inputs."""
 
 import abc
 from typing import Any, ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from .._algebra import AbstractAlgebra
 from .._structure import AbstractStructure
@@ -32,8 +31,9 @@ class AbstractCell(eqx.Module):
     @property
     def context(self) -> int:
         """How many past inputs `project` looks at: `project(xs)[t]` may depend on `xs[t - context]`
-        to `xs[t]` and on nothing else, and must treat inputs before the first as zeros. With the
-        default of 0, `project` works step by step."""
+        to `xs[t]` and on nothing else, and must treat inputs before the first as zeros, as
+        [`pararnn.cells.causal_convolution`][] does. With the default of 0, `project` works step by
+        step."""
         return 0
 
     @abc.abstractmethod
@@ -65,12 +65,14 @@ def check_sizes(**sizes: Any) -> None:
             raise ValueError(f"`{name}` must be at least 1; got {size}.")
 
 
-def check_heads(num_heads: int, **sizes: int) -> None:
-    """Raises unless `num_heads` is a positive Python int that divides each of the named sizes."""
-    check_sizes(num_heads=num_heads)
+def head_sizes(num_heads: int, **sizes: int) -> list[int]:
+    """What of each named size falls to one head. Raises unless all are positive Python ints and
+    `num_heads` divides each."""
+    check_sizes(**sizes, num_heads=num_heads)
     for name, size in sizes.items():
         if size % num_heads:
             raise ValueError(f"`num_heads` must divide `{name}`; got {num_heads} for {size}.")
+    return [size // num_heads for size in sizes.values()]
 
 
 def check_inputs(xs: Any, input_size: int) -> None:
@@ -82,66 +84,3 @@ def check_inputs(xs: Any, input_size: int) -> None:
         raise ValueError(
             f"`xs` must have shape (L, input_size) = (L, {input_size}); got {jnp.shape(xs)}.{hint}"
         )
-
-
-# --- parameters and states --------------------------------------------------------------------
-
-
-def uniform(
-    key: PRNGKeyArray, shape: tuple[int, ...], limit: float, dtype: Any
-) -> Float[Array, "..."]:
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    return jax.random.uniform(key, shape, dtype, minval=-limit, maxval=limit)
-
-
-def normal(
-    key: PRNGKeyArray, shape: tuple[int, ...], scale: float, dtype: Any
-) -> Float[Array, "..."]:
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    return scale * jax.random.normal(key, shape, dtype)
-
-
-def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The same numbers in at least float32."""
-    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
-
-
-def zero_state(shape: int | tuple[int, ...], like: Array) -> Float[Array, "..."]:
-    """A zero state of at least float32, whatever the dtype of the parameters."""
-    return jnp.zeros(shape, wide(like).dtype)
-
-
-# --- products ---------------------------------------------------------------------------------
-
-
-def project_heads(
-    weight: Float[Array, "gates heads outputs inputs"],
-    bias: Float[Array, "gates heads*outputs"],
-    xs: Float[Array, "L heads*inputs"],
-) -> list[Float[Array, "L heads*outputs"]]:
-    """`B x + b` for all steps, one array per gate, each `B` block-diagonal over heads."""
-    _, num_heads, _, inputs = weight.shape
-    heads = xs.reshape(len(xs), num_heads, inputs)
-    # Gate by gate: one product for all gates would be transposed afterwards, at twice the time.
-    products = [jnp.einsum("hij,lhj->lhi", gate, heads) for gate in weight]
-    flat = [product.reshape(len(xs), bias.shape[1]) for product in products]
-    return [u + b for u, b in zip(flat, jnp.expand_dims(bias, 1), strict=True)]
-
-
-def recur_heads(
-    weight: Float[Array, "rows head_size"], state: Float[Array, " size"]
-) -> list[Float[Array, " size"]]:
-    """`W h`, one array per gate, each `W` block-diagonal over heads.
-
-    The rows of `weight` go over heads, then over gates, then over the units of a head. With one
-    head that is the layout of Equinox. The heads are a batch axis of the product, in which
-    structure detection sees the blocks.
-    """
-    rows, head_size = weight.shape
-    gates = rows // len(state)
-    if head_size == len(state):
-        return jnp.split(weight @ state, gates)
-    blocks = weight.reshape(-1, gates * head_size, head_size)
-    products = jnp.einsum("hij,hj->hi", blocks, state.reshape(-1, head_size))
-    products = products.reshape(-1, gates, head_size)
-    return [products[:, gate].reshape(-1) for gate in range(gates)]

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes, uniform, wide, zero_state
-from ._decay import decay, init_decay
+from ._base import AbstractCell, check_inputs, check_sizes
+from ._parts import decay, init_decay, init_linear, merge_heads, split_heads, unit, zero_state
 
 _State = Float[Array, "num_heads key_size value_size"]
 
@@ -70,14 +70,12 @@ class DeltaNet(AbstractCell):
             output_size=output_size,
         )
         keys = jax.random.split(key, 7)
-        limit = input_size**-0.5
-        values = num_heads * value_size
-        self.weight_q = uniform(keys[0], (num_heads * key_size, input_size), limit, dtype)
-        self.weight_k = uniform(keys[1], (num_heads * key_size, input_size), limit, dtype)
-        self.weight_v = uniform(keys[2], (values, input_size), limit, dtype)
-        self.weight_alpha = uniform(keys[3], (num_heads, input_size), limit, dtype)
-        self.weight_beta = uniform(keys[4], (num_heads, input_size), limit, dtype)
-        self.weight_o = uniform(keys[5], (output_size, values), values**-0.5, dtype)
+        self.weight_q = init_linear(keys[0], num_heads * key_size, input_size, dtype)
+        self.weight_k = init_linear(keys[1], num_heads * key_size, input_size, dtype)
+        self.weight_v = init_linear(keys[2], num_heads * value_size, input_size, dtype)
+        self.weight_alpha = init_linear(keys[3], num_heads, input_size, dtype)
+        self.weight_beta = init_linear(keys[4], num_heads, input_size, dtype)
+        self.weight_o = init_linear(keys[5], output_size, num_heads * value_size, dtype)
         self.a_log, self.bias_alpha = init_decay(num_heads, dtype, keys[6])
         self.input_size = input_size
         self.num_heads = num_heads
@@ -90,12 +88,9 @@ class DeltaNet(AbstractCell):
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
         """$q$, $k$, $v$, $α$ and $β$."""
         check_inputs(xs, self.input_size)
-
-        keys = (len(xs), self.num_heads, self.key_size)
-        values = (len(xs), self.num_heads, self.value_size)
-        q = _unit((xs @ self.weight_q.T).reshape(keys))
-        k = _unit((xs @ self.weight_k.T).reshape(keys))
-        v = (xs @ self.weight_v.T).reshape(values)
+        q = unit(split_heads(xs @ self.weight_q.T, self.num_heads))
+        k = unit(split_heads(xs @ self.weight_k.T, self.num_heads))
+        v = split_heads(xs @ self.weight_v.T, self.num_heads)
         alpha = decay(xs @ self.weight_alpha.T, self.a_log, self.bias_alpha)
         beta = jax.nn.sigmoid(xs @ self.weight_beta.T)
         return [q, k, v, alpha, beta]
@@ -113,10 +108,4 @@ class DeltaNet(AbstractCell):
         us: list[Float[Array, "L ..."]],
     ) -> Float[Array, "L output_size"]:
         y = jnp.einsum("lnk,lnkv->lnv", us[0], states)
-        return y.reshape(len(y), self.num_heads * self.value_size) @ self.weight_o.T
-
-
-def _unit(x: Float[Array, "L heads size"]) -> Float[Array, "L heads size"]:
-    """`x` divided by its norm along the last axis; smooth at 0, where it is 0."""
-    x = wide(x)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+        return merge_heads(y) @ self.weight_o.T

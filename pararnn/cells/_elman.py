@@ -6,15 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import (
-    AbstractCell,
-    check_heads,
-    check_inputs,
-    check_sizes,
-    recur_heads,
-    uniform,
-    zero_state,
-)
+from ._base import AbstractCell, check_inputs
+from ._parts import affine, init_gates, recur_heads, zero_state
 
 
 class Elman(AbstractCell):
@@ -56,16 +49,11 @@ class Elman(AbstractCell):
         - `key`: for the parameters, uniform in $\pm 1/\sqrt{\text{hidden\_size}}$, and the blocks
             of $W$ in $\pm 1/\sqrt{\text{hidden\_size} / \text{num\_heads}}$.
         """
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
-        check_heads(num_heads, hidden_size=hidden_size)
         if not 0 < leak <= 1:
             raise ValueError(f"`leak` must be in (0, 1]; got {leak}.")
-        key_x, key_h, key_b = jax.random.split(key, 3)
-        head_size = hidden_size // num_heads
-        limit = hidden_size**-0.5
-        self.weight_x = uniform(key_x, (hidden_size, input_size), limit, dtype)
-        self.weight_h = uniform(key_h, (hidden_size, head_size), head_size**-0.5, dtype)
-        self.bias = uniform(key_b, (hidden_size,), limit, dtype)
+        self.weight_x, self.weight_h, self.bias = init_gates(
+            1, input_size, hidden_size, num_heads, dtype, jax.random.split(key, 3)
+        )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.leak = leak
@@ -76,7 +64,7 @@ class Elman(AbstractCell):
 
     def project(self, xs: Float[Array, "L input_size"]) -> Float[Array, "L hidden_size"]:
         check_inputs(xs, self.input_size)
-        return xs @ self.weight_x.T + jnp.expand_dims(self.bias, 0)
+        return affine(self.weight_x, self.bias, xs)
 
     def step(
         self, state: Float[Array, " hidden_size"], u: Float[Array, " hidden_size"]

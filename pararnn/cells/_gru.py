@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import (
-    AbstractCell,
-    check_heads,
-    check_inputs,
-    check_sizes,
-    normal,
+from ._base import AbstractCell, check_inputs
+from ._parts import (
+    init_diagonal_gates,
+    init_gates,
+    project_gates,
     project_heads,
     recur_heads,
     uniform,
@@ -59,15 +58,11 @@ class GRU(AbstractCell):
         - `key`: for the parameters, uniform in $\pm 1/\sqrt{\text{hidden\_size}}$, and the blocks
             of the recurrent matrices in $\pm 1/\sqrt{\text{hidden\_size} / \text{num\_heads}}$.
         """
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
-        check_heads(num_heads, hidden_size=hidden_size)
-        key_x, key_h, key_b, key_n = jax.random.split(key, 4)
-        head_size = hidden_size // num_heads
-        limit = hidden_size**-0.5
-        self.weight_x = uniform(key_x, (3 * hidden_size, input_size), limit, dtype)
-        self.weight_h = uniform(key_h, (3 * hidden_size, head_size), head_size**-0.5, dtype)
-        self.bias = uniform(key_b, (3 * hidden_size,), limit, dtype)
-        self.bias_n = uniform(key_n, (hidden_size,), limit, dtype)
+        *keys, key_n = jax.random.split(key, 4)
+        self.weight_x, self.weight_h, self.bias = init_gates(
+            3, input_size, hidden_size, num_heads, dtype, keys
+        )
+        self.bias_n = uniform(key_n, (hidden_size,), hidden_size**-0.5, dtype)
         self.input_size = input_size
         self.hidden_size = hidden_size
 
@@ -76,8 +71,7 @@ class GRU(AbstractCell):
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
         check_inputs(xs, self.input_size)
-        # One array per gate: slicing a packed gate axis inside a scan is several times slower.
-        return jnp.split(xs @ self.weight_x.T + jnp.expand_dims(self.bias, 0), 3, axis=-1)
+        return project_gates(self.weight_x, self.bias, xs, 3)
 
     def step(
         self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
@@ -97,9 +91,9 @@ class DiagonalGRU(AbstractCell):
     $$z = σ(a_z ⊙ h + u_z), \quad r = σ(a_r ⊙ h + u_r), \quad c = \tanh(a_c ⊙ h ⊙ r + u_c), \quad
     h' = z ⊙ c + (1-z) ⊙ h,$$
 
-    with $u = B x + b$ and each $B$ block-diagonal over heads. The Jacobian is diagonal: one
-    tangent recovers it, and a parallel solve costs little more than the steps. The output is the
-    state, shape `(hidden_size,)`. Parameters are stacked in the order $z, r, c$.
+    with $u = B x + b$ and each $B$ block-diagonal over heads. The Jacobian is diagonal: one tangent
+    recovers it, and a parallel solve costs little more than the steps. The output is the state,
+    shape `(hidden_size,)`. Parameters are stacked in the order $z, r, c$.
     """
 
     weight_x: Float[Array, "3 num_heads hidden_size/num_heads input_size/num_heads"]
@@ -126,16 +120,9 @@ class DiagonalGRU(AbstractCell):
             and $e$ the inputs of a head, $a \sim N(0, (2/\sqrt{5D})^2)$, $B$ uniform in
             $\pm\sqrt{6/(e+D)}$, $b = 0$ but $b_z = -\mathrm{linspace}(0, 1, D)$.
         """
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
-        check_heads(num_heads, input_size=input_size, hidden_size=hidden_size)
-        key_x, key_h = jax.random.split(key)
-        inputs, outputs = input_size // num_heads, hidden_size // num_heads
-        limit = (6 / (inputs + hidden_size)) ** 0.5
-        scale = 2 / (5 * hidden_size) ** 0.5
-        self.weight_x = uniform(key_x, (3, num_heads, outputs, inputs), limit, dtype)
-        self.weight_h = normal(key_h, (3, hidden_size), scale, dtype)
-        bias_z = -jnp.linspace(0, 1, hidden_size, dtype=self.weight_h.dtype)
-        self.bias = jnp.stack([bias_z, jnp.zeros_like(bias_z), jnp.zeros_like(bias_z)])
+        self.weight_x, self.weight_h, self.bias = init_diagonal_gates(
+            3, input_size, hidden_size, num_heads, dtype, jax.random.split(key)
+        )
         self.input_size = input_size
         self.hidden_size = hidden_size
 

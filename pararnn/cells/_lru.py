@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes, normal, wide
+from ._base import AbstractCell, check_inputs, check_sizes
+from ._parts import normal, wide
 
 
 class LRU(AbstractCell):

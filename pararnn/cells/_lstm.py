@@ -5,15 +5,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import (
-    AbstractCell,
-    check_heads,
-    check_inputs,
-    check_sizes,
-    normal,
+from ._base import AbstractCell, check_inputs
+from ._parts import (
+    init_diagonal_gates,
+    init_gates,
+    init_vectors,
+    project_gates,
     project_heads,
     recur_heads,
-    uniform,
     zero_state,
 )
 
@@ -59,14 +58,9 @@ class LSTM(AbstractCell):
         - `key`: for the parameters, uniform in $\pm 1/\sqrt{\text{hidden\_size}}$, and the blocks
             of the recurrent matrices in $\pm 1/\sqrt{\text{hidden\_size} / \text{num\_heads}}$.
         """
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
-        check_heads(num_heads, hidden_size=hidden_size)
-        key_x, key_h, key_b = jax.random.split(key, 3)
-        head_size = hidden_size // num_heads
-        limit = hidden_size**-0.5
-        self.weight_x = uniform(key_x, (4 * hidden_size, input_size), limit, dtype)
-        self.weight_h = uniform(key_h, (4 * hidden_size, head_size), head_size**-0.5, dtype)
-        self.bias = uniform(key_b, (4 * hidden_size,), limit, dtype)
+        self.weight_x, self.weight_h, self.bias = init_gates(
+            4, input_size, hidden_size, num_heads, dtype, jax.random.split(key, 3)
+        )
         self.input_size = input_size
         self.hidden_size = hidden_size
 
@@ -76,7 +70,7 @@ class LSTM(AbstractCell):
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
         check_inputs(xs, self.input_size)
-        return jnp.split(xs @ self.weight_x.T + jnp.expand_dims(self.bias, 0), 4, axis=-1)
+        return project_gates(self.weight_x, self.bias, xs, 4)
 
     def step(self, state: _State, u: list[Float[Array, " hidden_size"]]) -> _State:
         c, h = state
@@ -134,17 +128,11 @@ class DiagonalLSTM(AbstractCell):
             and $e$ the inputs of a head, $a, p \sim N(0, (2/\sqrt{5D})^2)$, $B$ uniform in
             $\pm\sqrt{6/(e+D)}$, $b = 0$ but $b_f = -\mathrm{linspace}(0, 1, D)$.
         """
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
-        check_heads(num_heads, input_size=input_size, hidden_size=hidden_size)
-        key_x, key_h, key_p = jax.random.split(key, 3)
-        inputs, outputs = input_size // num_heads, hidden_size // num_heads
-        limit = (6 / (inputs + hidden_size)) ** 0.5
-        scale = 2 / (5 * hidden_size) ** 0.5
-        self.weight_x = uniform(key_x, (3, num_heads, outputs, inputs), limit, dtype)
-        self.weight_h = normal(key_h, (3, hidden_size), scale, dtype)
-        self.peephole = normal(key_p, (2, hidden_size), scale, dtype)
-        bias_f = -jnp.linspace(0, 1, hidden_size, dtype=self.weight_h.dtype)
-        self.bias = jnp.stack([bias_f, jnp.zeros_like(bias_f), jnp.zeros_like(bias_f)])
+        *keys, key_p = jax.random.split(key, 3)
+        self.weight_x, self.weight_h, self.bias = init_diagonal_gates(
+            3, input_size, hidden_size, num_heads, dtype, keys
+        )
+        self.peephole = init_vectors(key_p, 2, hidden_size, dtype)
         self.input_size = input_size
         self.hidden_size = hidden_size
 

@@ -5,8 +5,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes, uniform, wide, zero_state
-from ._decay import decay, init_decay
+from ._base import AbstractCell, check_inputs, check_sizes
+from ._parts import (
+    causal_convolution,
+    decay,
+    init_decay,
+    init_linear,
+    merge_heads,
+    split_heads,
+    uniform,
+    wide,
+    zero_state,
+)
 
 _State = Float[Array, "num_heads key_size value_size"]
 
@@ -87,19 +97,17 @@ class M2RNN(AbstractCell):
         if conv_width != 0:
             check_sizes(conv_width=conv_width)
         keys = jax.random.split(key, 8)
-        values, channels = num_heads * value_size, 2 * key_size + num_heads * value_size
-        limit = input_size**-0.5
-        self.weight_q = uniform(keys[0], (key_size, input_size), limit, dtype)
-        self.weight_k = uniform(keys[1], (key_size, input_size), limit, dtype)
-        self.weight_v = uniform(keys[2], (values, input_size), limit, dtype)
-        self.weight_f = uniform(keys[3], (num_heads, input_size), limit, dtype)
-        self.weight_g = uniform(keys[4], (values, input_size), limit, dtype)
-        self.weight_conv = uniform(
-            keys[5], (conv_width, channels), max(conv_width, 1) ** -0.5, dtype
-        )
+        values = num_heads * value_size
+        self.weight_q = init_linear(keys[0], key_size, input_size, dtype)
+        self.weight_k = init_linear(keys[1], key_size, input_size, dtype)
+        self.weight_v = init_linear(keys[2], values, input_size, dtype)
+        self.weight_f = init_linear(keys[3], num_heads, input_size, dtype)
+        self.weight_g = init_linear(keys[4], values, input_size, dtype)
+        channels, limit = 2 * key_size + values, max(conv_width, 1) ** -0.5
+        self.weight_conv = uniform(keys[5], (conv_width, channels), limit, dtype)
         identity = jnp.eye(value_size, dtype=self.weight_q.dtype)
         self.weight_h = jnp.tile(identity, (num_heads, 1, 1))
-        self.weight_o = uniform(keys[6], (output_size, values), values**-0.5, dtype)
+        self.weight_o = init_linear(keys[6], output_size, values, dtype)
         self.skip = jnp.ones((num_heads, value_size), self.weight_q.dtype)
         self.a_log, self.bias_f = init_decay(num_heads, dtype, keys[7])
         self.norm = eqx.nn.RMSNorm(values, use_bias=False, dtype=self.weight_q.dtype)
@@ -122,9 +130,9 @@ class M2RNN(AbstractCell):
         weights = [self.weight_q, self.weight_k, self.weight_v]
         channels = jnp.concatenate([xs @ weight.T for weight in weights], axis=-1)
         if self.conv_width > 0:
-            channels = jax.nn.silu(_causal_convolution(self.weight_conv, channels))
+            channels = jax.nn.silu(causal_convolution(self.weight_conv, channels))
         q, k, v = jnp.split(channels, [self.key_size, 2 * self.key_size], axis=-1)
-        v = v.reshape(len(xs), self.num_heads, self.value_size)
+        v = split_heads(v, self.num_heads)
         f = decay(xs @ self.weight_f.T, self.a_log, self.bias_f)
         return [q, k, v, f, xs @ self.weight_g.T]
 
@@ -142,16 +150,5 @@ class M2RNN(AbstractCell):
         q, _, v, _, g = us
         y = jnp.einsum("lk,lnkv->lnv", wide(q), states)
         y = y + jnp.expand_dims(self.skip, 0) * v
-        y = y.reshape(g.shape) * jax.nn.silu(g)
+        y = merge_heads(y) * jax.nn.silu(g)
         return jax.vmap(self.norm)(y) @ self.weight_o.T
-
-
-def _causal_convolution(
-    weight: Float[Array, "width channels"], xs: Float[Array, "L channels"]
-) -> Float[Array, "L channels"]:
-    """One filter per channel. `weight[-1]` meets the present input, `weight[0]` the oldest; inputs
-    before the first are 0. The sum has at least float32."""
-    width, length = len(weight), len(xs)
-    padded = wide(jnp.pad(xs, ((width - 1, 0), (0, 0))))
-    taps = (jnp.expand_dims(wide(weight[j]), 0) * padded[j : j + length] for j in range(width))
-    return sum(taps, start=jnp.zeros(xs.shape, padded.dtype)).astype(xs.dtype)

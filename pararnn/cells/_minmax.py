@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._algebra import AbstractAlgebra
-from ._base import AbstractCell, check_inputs, check_sizes, uniform, wide, zero_state
+from ._base import AbstractCell, check_inputs, check_sizes
+from ._parts import affine, init_linear, uniform, wide, zero_state
 
 _Clamp = tuple[Float[Array, " size"], Float[Array, " size"]]
 
@@ -106,11 +107,11 @@ class MinMax(AbstractCell):
         output_size = hidden_size if output_size is None else output_size
         check_sizes(input_size=input_size, hidden_size=hidden_size, output_size=output_size)
         key_r, key_s, key_g, key_o, key_b = jax.random.split(key, 5)
-        limit = input_size**-0.5
-        self.weight_r = uniform(key_r, (hidden_size, input_size), limit / 10, dtype)
-        self.weight_s = uniform(key_s, (hidden_size, input_size), limit, dtype)
-        self.weight_g = uniform(key_g, (hidden_size, input_size), limit, dtype)
-        self.weight_o = uniform(key_o, (output_size, hidden_size), hidden_size**-0.5, dtype)
+        limit = input_size**-0.5 / 10
+        self.weight_r = uniform(key_r, (hidden_size, input_size), limit, dtype)
+        self.weight_s = init_linear(key_s, hidden_size, input_size, dtype)
+        self.weight_g = init_linear(key_g, hidden_size, input_size, dtype)
+        self.weight_o = init_linear(key_o, output_size, hidden_size, dtype)
         self.bias_r = jnp.ones(hidden_size, self.weight_r.dtype)
         self.bias_s = jnp.abs(uniform(key_b, (hidden_size,), 1.0, dtype))
         self.input_size = input_size
@@ -122,8 +123,8 @@ class MinMax(AbstractCell):
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
         """The bounds $r$ and $s$ and the output gate $σ(W_g x)$."""
         check_inputs(xs, self.input_size)
-        r = xs @ self.weight_r.T + jnp.expand_dims(self.bias_r, 0)
-        s = xs @ self.weight_s.T + jnp.expand_dims(self.bias_s, 0)
+        r = affine(self.weight_r, self.bias_r, xs)
+        s = affine(self.weight_s, self.bias_s, xs)
         # The bounds become the states, hence their dtype.
         return [wide(r), wide(s), jax.nn.sigmoid(xs @ self.weight_g.T)]
 

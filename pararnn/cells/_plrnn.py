@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes, normal, uniform, wide, zero_state
+from ._base import AbstractCell, check_inputs, check_sizes
+from ._parts import affine, init_linear, normal, wide, zero_state
 
 
 class PiecewiseLinearRNN(AbstractCell):
@@ -41,7 +42,7 @@ class PiecewiseLinearRNN(AbstractCell):
         """
         check_sizes(input_size=input_size, hidden_size=hidden_size)
         key_x, key_h = jax.random.split(key)
-        self.weight_x = uniform(key_x, (hidden_size, input_size), input_size**-0.5, dtype)
+        self.weight_x = init_linear(key_x, hidden_size, input_size, dtype)
         root = wide(normal(key_h, (hidden_size, hidden_size), hidden_size**-0.5, dtype))
         matrix = root @ root.T + jnp.eye(hidden_size, dtype=root.dtype)
         matrix = (matrix / jnp.linalg.norm(matrix, 2)).astype(self.weight_x.dtype)
@@ -56,7 +57,7 @@ class PiecewiseLinearRNN(AbstractCell):
 
     def project(self, xs: Float[Array, "L input_size"]) -> Float[Array, "L hidden_size"]:
         check_inputs(xs, self.input_size)
-        return xs @ self.weight_x.T + jnp.expand_dims(self.bias, 0)
+        return affine(self.weight_x, self.bias, xs)
 
     def step(
         self, state: Float[Array, " hidden_size"], u: Float[Array, " hidden_size"]

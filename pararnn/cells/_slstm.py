@@ -5,15 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import (
-    AbstractCell,
-    check_heads,
-    check_inputs,
-    check_sizes,
-    recur_heads,
-    uniform,
-    zero_state,
-)
+from ._base import AbstractCell, check_inputs, check_sizes, head_sizes
+from ._parts import init_linear, project_gates, recur_heads, zero_state
 
 _State = tuple[
     Float[Array, " hidden_size"], Float[Array, " hidden_size"], Float[Array, " hidden_size"]
@@ -39,8 +32,8 @@ class SLSTM(AbstractCell):
     The paper's state $(c, n, m)$, in which $m$ is a running maximum that keeps the exponentials in
     range, is the same recurrence: $v = c/n$ and $\ell = \log n + m$. Here nothing needs a maximum,
     so there is no kink and one state less, and $∂\ell'/∂\ell = ∂v'/∂v = 1-w$ lies in $[0, 1]$. The
-    first step must find $n = 0$, that is $\ell = -∞$; the initial $\ell$ is $-10^{30}$, which
-    gives the same numbers and derivatives.
+    first step must find $n = 0$, that is $\ell = -∞$; the initial $\ell$ is $-10^{30}$, which gives
+    the same numbers and derivatives.
 
     The Jacobian is dense, or block-diagonal over heads. Parameters are stacked in the order
     $i, f, z, o$; `weight_h` stacks first the heads and then, within each head, these four.
@@ -71,10 +64,9 @@ class SLSTM(AbstractCell):
             $R = 0$, and $b = 0$ but for the forget gate, where unit $j$ of the $d$ units of a head
             has $5 - 12\,(j/(d-1))^{0.3}$.
         """
-        check_sizes(input_size=input_size, hidden_size=hidden_size)
-        check_heads(num_heads, hidden_size=hidden_size)
-        head_size = hidden_size // num_heads
-        self.weight_x = uniform(key, (4 * hidden_size, input_size), input_size**-0.5, dtype)
+        check_sizes(input_size=input_size)
+        (head_size,) = head_sizes(num_heads, hidden_size=hidden_size)
+        self.weight_x = init_linear(key, 4 * hidden_size, input_size, dtype)
         self.weight_h = jnp.zeros((4 * hidden_size, head_size), self.weight_x.dtype)
         bias_f = 5 - 12 * jnp.linspace(0, 1, head_size, dtype=self.weight_x.dtype) ** 0.3
         bias_f = jnp.tile(bias_f, num_heads)
@@ -89,7 +81,7 @@ class SLSTM(AbstractCell):
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
         check_inputs(xs, self.input_size)
-        return jnp.split(xs @ self.weight_x.T + jnp.expand_dims(self.bias, 0), 4, axis=-1)
+        return project_gates(self.weight_x, self.bias, xs, 4)
 
     def step(self, state: _State, u: list[Float[Array, " hidden_size"]]) -> _State:
         ell, v, h = state
