@@ -130,7 +130,7 @@ def judge(
     known = ~first & vouched.complete & tells_a_rate(rate, correction)
     error = jnp.where(known, remaining_error(arriving, rate), jnp.inf)
     at_rest = total == 0
-    proven, trusted = history.proven, jnp.asarray(False)
+    proven, trusted = history.proven, jnp.zeros_like(history.trusted)
     if quadratic:
         proven |= proves_linearization(history.correction, measured.defect)
         noise = vouched.accepted & is_amplified_rounding(measured)

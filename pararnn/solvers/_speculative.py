@@ -69,9 +69,11 @@ class Speculative(AbstractIterativeSolver):
     def __post_init__(self):
         super().__post_init__()
         check_positive_int("num_candidates", self.num_candidates)
-        if not isinstance(self.corrector, AbstractIterativeSolver | None):
+        if isinstance(self.corrector, Speculative) or not isinstance(
+            self.corrector, AbstractIterativeSolver | None
+        ):
             raise TypeError(
-                "`corrector` must be an iterative solver such as Newton(), or None; "
+                "`corrector` must be an iterative solver such as Newton(), other than Speculative; "
                 f"got {self.corrector!r}."
             )
 
