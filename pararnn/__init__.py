@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from . import adjoints as adjoints
 from . import cells as cells
+from . import jaxprs as jaxprs
 from . import scans as scans
 from . import solvers as solvers
 from ._algebra import AbstractAlgebra as AbstractAlgebra

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ._counts import count
 from ._misc import real_leaves, relative_error
+from .jaxprs._counting import count
 
 
 class Spread(NamedTuple):

@@ -9,12 +9,11 @@ inputs.
 The analysis is sound: a structure may be coarser than the true one, never finer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import equinox as eqx
 import jax
-import jax.extend.core as jex_core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -24,9 +23,10 @@ from scipy.sparse.csgraph import connected_components
 
 from ._devices import typed_result, typed_struct
 from ._misc import raveler
-from ._patterns import CALLS, Pattern, TooDenseError, inner_jaxpr, interpret
 from ._structure import AbstractStructure, BlockDiagonal, Dense, Diagonal
 from ._traits import REFUSALS, lacks_derivative
+from .jaxprs._dependence import interpret, reaches
+from .jaxprs._patterns import Pattern, TooDenseError
 
 _SLICE = "`x` must be one time slice of the inputs: pass `us[0]`, not `us`."
 
@@ -111,23 +111,6 @@ def _trace_derivative(step, state, x) -> tuple[Any, int]:
 
 def _shapes(tree: PyTree[Any]) -> tuple[Any, list[tuple[int, ...]]]:
     return jtu.tree_structure(tree), [jnp.shape(leaf) for leaf in jtu.tree_leaves(tree)]
-
-
-def reaches(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
-    """Which outputs depend, in any way, on the flagged inputs."""
-    marked = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
-
-    def read(var):
-        return not isinstance(var, jex_core.Literal) and var in marked
-
-    for eqn in jaxpr.eqns:
-        inputs = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in CALLS:
-            outputs = reaches(inner_jaxpr(eqn), inputs)
-        else:
-            outputs = [any(inputs)] * len(eqn.outvars)
-        marked.update(v for v, flag in zip(eqn.outvars, outputs, strict=True) if flag)
-    return [read(v) for v in jaxpr.outvars]
 
 
 def _to_structure(pattern: Pattern, size: int) -> AbstractStructure:

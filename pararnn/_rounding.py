@@ -5,16 +5,15 @@ at random (Parker, *Monte Carlo arithmetic*, 1997). How far the results of such 
 apart is what rounding alone explains: no more can be asked of another way to compute the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core as jex_core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Integer
 
-from ._counts import call_args, called, open_jaxpr
+from .jaxprs._walk import evaluate, evaluate_alone
 
 # These round nothing.
 _EXACT = frozenset(
@@ -43,41 +42,18 @@ def rounded_anew(function: Callable[..., Any], salt: Integer[Array, ""]) -> Call
     """
 
     def run(*args):
+        state = [salt]  # which each rounding replaces
+
+        def rule(eqn, ins):
+            outs = evaluate_alone(eqn, ins)
+            name = eqn.primitive.name
+            return outs if name in _EXACT else [_round(x, name, state) for x in outs]
+
         closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
-        results = _evaluate(closed.jaxpr, closed.consts, jtu.tree_leaves(args), [salt])
+        results = evaluate(closed.jaxpr, closed.consts, jtu.tree_leaves(args), rule)
         return jtu.tree_unflatten(jtu.tree_structure(out), results)
 
     return run
-
-
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], salt: list[Any]) -> list[Any]:
-    """`salt` has one element, which each rounding replaces."""
-
-    def read(var):
-        if isinstance(var, jex_core.Literal):
-            return jnp.asarray(var.val, getattr(var.aval, "dtype", None))
-        return values[var]
-
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
-        ins = [read(v) for v in eqn.invars]
-        inner = called(eqn)
-        if inner is not None:
-            outs = _evaluate(*open_jaxpr(inner), call_args(eqn, ins), salt)
-        else:
-            outs = _alone(jaxpr, eqn, ins)
-            if eqn.primitive.name not in _EXACT:
-                outs = [_round(x, eqn.primitive.name, salt) for x in outs]
-        values.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _alone(jaxpr: Any, eqn: Any, ins: Sequence[Any]) -> Sequence[Any]:
-    """JAX evaluates the equation, as a jaxpr of its own."""
-    known = {v: x for v, x in zip(eqn.invars, ins, strict=True) if isinstance(v, jex_core.Var)}
-    alone = jaxpr.replace(constvars=[], invars=list(known), outvars=eqn.outvars, eqns=[eqn])
-    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(alone, ()))(*known.values())
 
 
 def _round(x: Any, name: str, salt: list[Any]) -> Any:

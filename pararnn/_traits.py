@@ -4,13 +4,14 @@ stands alone or meets other sequences.
 Both are seen when it is traced, hence they hold for all parameters and inputs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.extend.core as jex_core
 from jaxtyping import PyTree
+
+from .jaxprs._walk import equations, inner_jaxprs, open_jaxpr
 
 _Step = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
 # How JAX refuses to push tangents: by its own rules, those of a callback, and for want of a rule.
@@ -54,7 +55,7 @@ def lacks_derivative(
     except REFUSALS:
         return True
     # JAX traces the tangents of a `custom_vjp`, in case that they are only transposed.
-    return any(eqn.primitive.name == "custom_lin" for eqn in _equations(jaxpr.jaxpr))
+    return any(eqn.primitive.name == "custom_lin" for eqn in equations(jaxpr))
 
 
 def lacks_transpose(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> bool:
@@ -87,7 +88,7 @@ def shared_axes(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> tuple[str, .
     """The axes of `jax.vmap` or `jax.shard_map` along which `step` exchanges values with other
     sequences or devices, as by `jax.lax.pmean`. Arguments as for `lacks_derivative`."""
     jaxpr = eqx.filter_make_jaxpr(lambda step, state, x: step(state, x))(step, state, x)[0]
-    return tuple(sorted(_exchanges(jaxpr.jaxpr)))
+    return tuple(sorted(_exchanges(jaxpr)))
 
 
 def check_alone(caller: str, step: _Step, state: PyTree[Any], x: PyTree[Any]) -> None:
@@ -124,33 +125,16 @@ def check_unmasked(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> None:
 
 def _exchanges(jaxpr: Any) -> set[str]:
     names = set[str]()
-    for eqn in jaxpr.eqns:
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
         if eqn.primitive.name in _SILENT:
             continue
         for key in ("axes", "axis_name"):
             value = eqn.params.get(key, ())
             value = value if isinstance(value, (tuple, list, frozenset)) else (value,)
             names.update(str(name) for name in value if not isinstance(name, int))
-        inner = set[str]().union(*map(_exchanges, _inner(eqn)))
+        inner = set[str]().union(*map(_exchanges, inner_jaxprs(eqn)))
         # What a `shard_map` within the step exchanges, it exchanges within the step.
         for key in ("manual_axes", "newly_manual_axes"):
             inner -= {str(name) for name in eqn.params.get(key, ())}
         names |= inner
     return names
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in _inner(eqn):
-            yield from _equations(inner)
-
-
-def _inner(eqn: Any) -> Iterator[Any]:
-    """The jaxprs among the parameters of an equation."""
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, jex_core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, jex_core.Jaxpr):
-                yield item

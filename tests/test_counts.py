@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
-from pararnn._counts import count
+from pararnn.jaxprs._counting import count
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -10,8 +10,9 @@ import pytest
 from systems import normal
 
 import pararnn as prnn
-from pararnn import _patterns
 from pararnn._misc import raveler
+from pararnn.jaxprs import _dependence
+from pararnn.jaxprs._walk import open_jaxpr
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -214,6 +215,29 @@ def _solve_triangular(h, x):
     return jax.scipy.linalg.solve_triangular(jnp.eye(6) * 2 + jnp.tril(W, -1), h, lower=True) + x
 
 
+def _linear_solve(h, x, inverse):
+    return jax.lax.custom_linear_solve(
+        lambda v: v * (2 + jnp.tanh(h)), jnp.sin(h) + x, inverse(h), inverse(h)
+    )
+
+
+def _by_division(h):
+    return lambda _, b: b / (2 + jnp.tanh(h))
+
+
+def _by_iteration(h):
+    """Steepest descent: everything meets."""
+
+    def solve(matrix, b):
+        def body(_, v):
+            r = b - matrix(v)
+            return v + r * jnp.sum(r * r) / jnp.sum(r * matrix(r))
+
+        return jax.lax.fori_loop(0, 4, body, b)
+
+    return solve
+
+
 def _fft(h, x):
     return jnp.real(jnp.fft.ifft(jnp.fft.fft(h) * jnp.arange(6.0).astype(complex))) + x
 
@@ -294,6 +318,10 @@ STEPS = {
     "dynamic index": (_dynamic_index, vectors(), ANY),
     "scatter": (_scatter, vectors(), ANY),
     "triangular solve": (_solve_triangular, vectors(), ANY),
+    "linear solve": (functools.partial(_linear_solve, inverse=_by_division), vectors(), DIAGONAL),
+    "linear solve that couples": (
+        functools.partial(_linear_solve, inverse=_by_iteration), vectors(), None,
+    ),
     "FFT": (_fft, vectors(), ANY),
     "softmax": (_softmax, vectors(), None),
     "normalised": (_normalised, vectors(), None),
@@ -496,15 +524,15 @@ def test_blocks_too_uneven_to_pay_are_dense():
 def count_entries(monkeypatch):
     """Counts the stored entries of every pattern that comes out of an equation."""
     largest = [0, 0]
-    original = _patterns.interpret
+    original = _dependence.interpret
 
     def interpret(jaxpr, inputs):
         outputs = original(jaxpr, inputs)
-        largest[0] += len(jaxpr.eqns)
+        largest[0] += len(open_jaxpr(jaxpr)[0].eqns)
         largest[1] = max([largest[1], *(p.nnz for p in outputs if p is not None)])
         return outputs
 
-    monkeypatch.setattr(_patterns, "interpret", interpret)
+    monkeypatch.setattr(_dependence, "interpret", interpret)
     monkeypatch.setattr("pararnn._detection.interpret", interpret)
     return largest
 

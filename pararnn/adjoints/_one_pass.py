@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._detection import reaches
 from .._devices import typed_slice, typed_struct
 from .._misc import bool_where, or_zeros, previous_states
 from .._platform import default_platform
 from .._recurrence import Recurrence
 from .._settings import check_positive_int
+from ..jaxprs._dependence import reaches
 from ._base import AbstractLinearAdjoint
 
 # Bounds on the steps of a block, and the bytes of its states: with more, what is computed from them

@@ -10,7 +10,15 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._patterns import scan_parts
+from ._walk import (
+    LOOPS,
+    called,
+    evaluate,
+    evaluate_alone,
+    inner_jaxprs,
+    open_jaxpr,
+    scan_parts,
+)
 
 # No data moves.
 _FREE = {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "stop_gradient"}
@@ -22,8 +30,6 @@ _MOVES = {
     "imag", "iota", "optimization_barrier", "pad", "real", "rev", "select_n", "split", "stack",
     "tile", "transpose",
 }  # fmt: skip
-_NOT_ENTERED = {"pallas_call", "shard_map"}
-_LOOPS = {"cond", "scan", "while"}
 
 
 class Counts(NamedTuple):
@@ -75,49 +81,12 @@ def count(function: Callable[..., Any], *args: Any) -> Counts:
 # `_run` and `_count` meet the `while` loops in the same order.
 
 
-def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    closed = isinstance(jaxpr, jex_core.ClosedJaxpr)
-    return (jaxpr.jaxpr, jaxpr.consts) if closed else (jaxpr, ())
-
-
-def _inner(eqn: Any) -> list[Any]:
-    """The jaxprs among the parameters of an equation."""
-    found = []
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, (jex_core.Jaxpr, jex_core.ClosedJaxpr)):
-                found.append(item)
-    return found
-
-
-def called(eqn: Any) -> Any:
-    """The jaxpr that an equation merely calls (`jit`, `custom_jvp_call`, `remat`, …), or None."""
-    name, inner = eqn.primitive.name, _inner(eqn)
-    if name == "custom_linear_solve":
-        return eqn.params["jaxprs"].solve
-    if name in _NOT_ENTERED | _LOOPS or len(inner) != 1:
-        return None
-    jaxpr, _ = open_jaxpr(inner[0])
-    same = len(jaxpr.invars) == len(eqn.invars) and len(jaxpr.outvars) == len(eqn.outvars)
-    return inner[0] if same else None
-
-
-def call_args(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
-    """What the called jaxpr takes of the equation's arguments."""
-    if eqn.primitive.name != "custom_linear_solve":
-        return args
-    lengths = eqn.params["const_lengths"]
-    before = lengths.matvec + lengths.vecmat
-    start = before + lengths.solve + lengths.transpose_solve
-    return [*args[before : before + lengths.solve], *args[start:]]
-
-
 def _entered(eqn: Any) -> list[Any]:
     """The jaxprs of an equation that are walked, in order."""
-    inner = called(eqn)
-    if inner is not None:
-        return [inner]
-    return _inner(eqn) if eqn.primitive.name in _LOOPS else []
+    call = called(eqn)
+    if call is not None:
+        return [call.jaxpr]
+    return inner_jaxprs(eqn) if eqn.primitive.name in LOOPS else []
 
 
 def _num_loops(jaxpr: Any) -> int:
@@ -129,35 +98,22 @@ def _num_loops(jaxpr: Any) -> int:
 
 def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Evaluates a jaxpr. Returns its outputs, and how often each `while` loop turned in all."""
-
-    def read(var: Any) -> Any:
-        if isinstance(var, jex_core.Literal):
-            return jnp.asarray(var.val, getattr(var.aval, "dtype", None))
-        return values[var]
-
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
     trips: list[Any] = []
-    for eqn in jaxpr.eqns:
-        outs, turned = _run_eqn(jaxpr, eqn, [read(v) for v in eqn.invars])
-        trips += turned
-        values.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars], trips
 
+    def rule(eqn, ins):
+        name, repeats = eqn.primitive.name, any(map(_num_loops, _entered(eqn)))
+        if name == "while":
+            outs, turned = _run_while(eqn.params, ins)
+        elif name == "scan" and repeats:
+            outs, turned = _run_scan(eqn, ins)
+        elif name == "cond" and repeats:
+            outs, turned = _run_cond(eqn.params, ins)
+        else:
+            return evaluate_alone(eqn, ins)
+        trips.extend(turned)
+        return outs
 
-def _run_eqn(jaxpr: Any, eqn: Any, ins: list[Any]) -> tuple[Sequence[Any], list[Any]]:
-    name, params = eqn.primitive.name, eqn.params
-    inner = called(eqn)
-    if inner is not None:
-        return _run(*open_jaxpr(inner), call_args(eqn, ins))
-    if name == "while":
-        return _run_while(params, ins)
-    if name in ("scan", "cond") and any(map(_num_loops, _entered(eqn))):
-        return _run_scan(eqn, ins) if name == "scan" else _run_cond(params, ins)
-    # JAX evaluates the equation, as a jaxpr of its own.
-    known = {v: x for v, x in zip(eqn.invars, ins, strict=True) if isinstance(v, jex_core.Var)}
-    alone = jaxpr.replace(constvars=[], invars=list(known), outvars=eqn.outvars, eqns=[eqn])
-    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(alone, ()))(*known.values()), []
+    return evaluate(jaxpr, consts, args, rule), trips
 
 
 def _run_while(params: Any, ins: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -226,9 +182,9 @@ def _count(jaxpr: Any, times: float, trips: Iterator[int]) -> Counts:
     total = Counts(0.0, 0.0)
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        inner = called(eqn)
-        if inner is not None:
-            total += _count(open_jaxpr(inner)[0], times, trips)
+        call = called(eqn)
+        if call is not None:
+            total += _count(open_jaxpr(call.jaxpr)[0], times, trips)
         elif name == "scan":
             num_consts, num_carry = scan_parts(eqn)
             sliced = [*eqn.invars[num_consts + num_carry :], *eqn.outvars[num_carry:]]
@@ -282,6 +238,6 @@ def _primitive(eqn: Any) -> Counts:
         kernel = eqn.invars[1].aval.shape
         channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return Counts(2.0 * _size(outs[0]) * math.prod(kernel) / channels, moved)
-    if name.startswith(("reduce_", "cum")):
+    if name == "reduce" or name.startswith(("reduce_", "cum")):
         return Counts(float(_size(eqn.invars[0])), moved)
     return Counts(float(sum(map(_size, outs))), moved)

@@ -1,0 +1,7 @@
+"""Looking into a traced function: what its outputs depend on, and what it costs."""
+
+from ._patterns import Pattern as Pattern
+from ._patterns import Rule as Rule
+from ._patterns import all_to_all as all_to_all
+from ._patterns import elementwise as elementwise
+from ._registry import register_rule as register_rule

@@ -1,0 +1,154 @@
+"""How JAX's own primitives carry dependence, beyond those that call or repeat a jaxpr."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from ._patterns import (
+    Pattern,
+    Rule,
+    all_to_all,
+    elementwise,
+    num_columns,
+    num_elements,
+    num_rows,
+    positions,
+    rows,
+    union,
+    union_over,
+)
+
+# Derivatives are linear in the tangent, but loop bodies and untraced rules may mix in any of these.
+_ELEMENTWISE = (
+    "add add_any sub mul div neg max min select_n clamp convert_element_type reduce_precision copy "
+    "real imag conj complex abs sign pow integer_pow square sqrt rsqrt exp log tanh logistic"
+).split()
+
+
+def _same(eqn, patterns):
+    return patterns[:1]
+
+
+def _reshape(eqn, patterns):
+    return all_to_all(eqn, patterns) if eqn.params.get("dimensions") else patterns
+
+
+def _moved(move: Callable[[np.ndarray, dict[str, Any]], np.ndarray]) -> Rule:
+    def rule(eqn, patterns):
+        return [rows(patterns[0], move(positions(eqn.invars[0].aval.shape), eqn.params))]
+
+    return rule
+
+
+def _broadcast(index, params):
+    shape = params["shape"]
+    aligned = [1] * len(shape)
+    for axis, dim in zip(params["broadcast_dimensions"], index.shape, strict=True):
+        aligned[axis] = dim
+    return np.broadcast_to(index.reshape(aligned), shape)
+
+
+def _slice(index, params):
+    strides = params["strides"] or (1,) * index.ndim
+    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    return index[tuple(slice(*b) for b in bounds)]
+
+
+def _split(eqn, patterns):
+    index = positions(eqn.invars[0].aval.shape)
+    cuts = np.cumsum(eqn.params["sizes"])[:-1]
+    return [rows(patterns[0], piece) for piece in np.split(index, cuts, eqn.params["axis"])]
+
+
+def _stack(eqn, patterns):
+    return [_joined(eqn, patterns, lambda pieces: np.stack(pieces, eqn.params["axis"]))]
+
+
+def _concatenate(eqn, patterns):
+    return [_joined(eqn, patterns, lambda pieces: np.concatenate(pieces, eqn.params["dimension"]))]
+
+
+def _joined(eqn, patterns, join):
+    width = next(num_columns(p) for p in patterns if p is not None)
+    stacked = [
+        sp.csr_array((num_elements(v), width), dtype=bool) if p is None else p
+        for v, p in zip(eqn.invars, patterns, strict=True)
+    ]
+    offsets = np.cumsum([0, *map(num_elements, eqn.invars)])
+    pieces = [positions(v.aval.shape) + o for v, o in zip(eqn.invars, offsets, strict=False)]
+    return rows(sp.csr_array(sp.vstack(stacked, format="csr")), join(pieces))
+
+
+def _pad(eqn, patterns):
+    operand, fill = patterns
+    if fill is not None:
+        return all_to_all(eqn, patterns)
+    shape = eqn.invars[0].aval.shape
+    index = np.full(eqn.outvars[0].aval.shape, num_rows(operand))
+    source: list[Any] = []
+    target: list[Any] = []
+    for (low, _, interior), n, m in zip(
+        eqn.params["padding_config"], shape, index.shape, strict=True
+    ):
+        where = low + np.arange(n) * (interior + 1)
+        inside = (where >= 0) & (where < m)
+        source.append(np.arange(n)[inside])
+        target.append(where[inside])
+    index[np.ix_(*target)] = positions(shape)[np.ix_(*source)]
+    empty = sp.csr_array((1, num_columns(operand)), dtype=bool)
+    return [rows(sp.csr_array(sp.vstack([operand, empty], format="csr")), index)]
+
+
+def _reduction(eqn, patterns):
+    return [union_over(patterns[0], eqn.invars[0].aval.shape, eqn.params["axes"])]
+
+
+def _cumulative(eqn, patterns):
+    shape, axis = eqn.invars[0].aval.shape, eqn.params["axis"]
+    reduced = union_over(patterns[0], shape, (axis,))
+    kept = np.expand_dims(positions([n for i, n in enumerate(shape) if i != axis]), axis)
+    return [rows(reduced, np.broadcast_to(kept, shape))]
+
+
+def _dot_general(eqn, patterns):
+    sides = (_dot_side(eqn, side, p) for side, p in enumerate(patterns) if p is not None)
+    return [union(list(sides))]
+
+
+def _dot_side(eqn: Any, side: int, pattern: sp.csr_array) -> Pattern:
+    """The union over the contracted axes, then a broadcast along the other operand's free axes."""
+    contract, batch = eqn.params["dimension_numbers"]
+
+    def free(side: int) -> Sequence[int]:
+        taken = {*contract[side], *batch[side]}
+        return [i for i in range(len(eqn.invars[side].aval.shape)) if i not in taken]
+
+    shape = eqn.invars[side].aval.shape
+    reduced = union_over(pattern, shape, contract[side])
+    kept = [i for i in range(len(shape)) if i not in contract[side]]
+    index = positions([shape[i] for i in kept])
+    index = index.transpose([kept.index(i) for i in (*batch[side], *free(side))])
+    start = len(batch[0]) if side == 1 else index.ndim
+    index = np.expand_dims(index, tuple(range(start, start + len(free(1 - side)))))
+    return rows(reduced, np.broadcast_to(index, eqn.outvars[0].aval.shape))
+
+
+PRIMITIVES: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE, elementwise),
+    "reshape": _reshape,
+    "squeeze": _same,
+    "expand_dims": _same,
+    "transpose": _moved(lambda index, params: index.transpose(params["permutation"])),
+    "rev": _moved(lambda index, params: np.flip(index, params["dimensions"])),
+    "broadcast_in_dim": _moved(_broadcast),
+    "slice": _moved(_slice),
+    "split": _split,
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "pad": _pad,
+    "dot_general": _dot_general,
+    **dict.fromkeys("reduce_sum reduce_max reduce_min reduce_prod".split(), _reduction),
+    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), _cumulative),
+}

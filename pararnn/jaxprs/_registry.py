@@ -1,0 +1,120 @@
+"""The rules by which primitives carry dependence: JAX's, and those that users register."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.extend.core as jex_core
+import numpy as np
+import scipy.sparse as sp
+
+from ._patterns import Pattern, Rule, affordable, all_to_all, num_columns, num_elements
+from ._primitives import PRIMITIVES
+from ._walk import ENTERED
+
+_registered: dict[str, Rule] = {}
+
+
+def register_rule(primitive: jex_core.Primitive | str, rule: Rule) -> None:
+    """Tells how a primitive of your own carries dependence, for
+    [`pararnn.detect_structure`][] and all that finds the structure of a step by itself.
+
+    A primitive without a rule makes every element of its results depend on every element of its
+    operands: right, but a step that uses it is dense. The rule is asked for the primitive where it
+    meets *tangents*, that is, where your derivative rule (`jax.interpreters.ad`) binds it or
+    another primitive of yours. It is trusted: one that leaves a dependence out makes solvers that
+    rely on the structure slow, or unable to converge. [`pararnn.verify`][] finds that out.
+
+    ```python
+    swish = jax.extend.core.Primitive("my_swish")
+    ...
+    pararnn.jaxprs.register_rule(swish, pararnn.jaxprs.elementwise)
+    ```
+
+    A rule of your own builds boolean matrices, elements of a value × elements of the state. Here
+    result `i` takes element `i - 1` of its operand, around the end:
+
+    ```python
+    def shifted(eqn, patterns):
+        (pattern,) = patterns
+        return [pattern[np.roll(np.arange(pattern.shape[0]), 1)]]
+    ```
+
+    **Arguments:**
+
+    - `primitive`: the primitive (`jax.extend.core.Primitive`) or its name.
+    - `rule`: `rule(eqn, patterns) -> patterns`, from one [`pararnn.jaxprs.Pattern`][] for each of
+        the operands `eqn.invars`, of which at least one is not `None`, to one for each of the
+        results `eqn.outvars`. Take [`pararnn.jaxprs.elementwise`][] if each element of a result
+        depends only on those in its place. It may look at shapes and at `eqn.params`; it must not
+        change the patterns that it is given.
+
+    Register before steps are traced: what is compiled stays as it is. A name that has a rule
+    already, yours or JAX's, is refused with a `ValueError`; a rule that returns something else than
+    patterns of the right shapes, when a step is looked at. A primitive with effects makes a step
+    dense, whatever its rule.
+    """
+    name = primitive.name if isinstance(primitive, jex_core.Primitive) else primitive
+    if not isinstance(name, str):
+        raise TypeError(
+            "`primitive` must be a `jax.extend.core.Primitive` or the name of one; got "
+            f"{primitive!r}."
+        )
+    if not callable(rule) or isinstance(rule, type):
+        raise TypeError(f"`rule` must be a function `rule(eqn, patterns)`; got {rule!r}.")
+    if name in ENTERED or name in PRIMITIVES or name in _registered:
+        raise ValueError(
+            f"`primitive`: there is a rule for `{name}` already. Rules are known by the "
+            "primitive's name: if this is another primitive, give it a name of its own."
+        )
+    _registered[name] = rule
+
+
+def carry(eqn: jex_core.JaxprEqn, patterns: list[Pattern]) -> Sequence[Pattern]:
+    """The patterns of the results of an equation, by the rule of its primitive."""
+    name = eqn.primitive.name
+    if name not in _registered:
+        return PRIMITIVES.get(name, all_to_all)(eqn, patterns)
+    try:
+        outputs = _registered[name](eqn, list(patterns))
+    except Exception as error:
+        error.add_note(f"The rule registered for the primitive `{name}` failed.")
+        raise
+    _check(eqn, outputs, next(num_columns(p) for p in patterns if p is not None))
+    return [None if p is None else _clean(p) for p in outputs]
+
+
+def _clean(pattern: sp.csr_array) -> sp.csr_array:
+    """Without stored zeros and repeated entries: a loop counts entries to see whether they grow."""
+    pattern = pattern.copy()
+    pattern.sum_duplicates()
+    pattern.eliminate_zeros()
+    return affordable(pattern)
+
+
+def _check(eqn: jex_core.JaxprEqn, outputs: Any, width: int) -> None:
+    """Raises a `ValueError` unless there is a pattern for each result of the equation."""
+    subject = f"The rule registered for the primitive `{eqn.primitive.name}`"
+    if not isinstance(outputs, (list, tuple)):
+        raise ValueError(
+            f"{subject} must return a list of patterns, one for each result; got a "
+            f"{type(outputs).__name__}."
+        )
+    if len(outputs) != len(eqn.outvars):
+        raise ValueError(
+            f"{subject} must return one pattern for each of the {len(eqn.outvars)} results; got "
+            f"{len(outputs)}."
+        )
+    for i, (pattern, var) in enumerate(zip(outputs, eqn.outvars, strict=True)):
+        if pattern is None:
+            continue
+        expected = (num_elements(var), width)
+        if not isinstance(pattern, sp.csr_array):
+            got = f"a {type(pattern).__name__}"
+        elif pattern.dtype != np.bool_ or pattern.shape != expected:
+            got = f"one of dtype {pattern.dtype} and shape {pattern.shape}"
+        else:
+            continue
+        raise ValueError(
+            f"{subject} must return, for result {i}, None or a boolean `scipy.sparse.csr_array` "
+            f"of shape {expected}, the elements of the result × those of the state; got {got}."
+        )
