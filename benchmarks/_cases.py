@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 import pararnn as prnn
-from pararnn._compare import compare
-from pararnn._recurrence import scan_states
+from pararnn.diagnostics import compare, scan_states
 
 # From a size, the number of state elements, to a cell whose inputs have as many features.
 CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {

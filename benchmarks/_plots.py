@@ -8,7 +8,7 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
-from pararnn._compare import Spread
+from pararnn.diagnostics import Spread
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import pararnn as prnn
-from pararnn._misc import previous_states, relative_error
+from pararnn.diagnostics import previous_states, relative_error
 
 SIZE = 6
 GAINS = (0.3, 0.9, 1.2, 2.0, 5.0, 30.0)

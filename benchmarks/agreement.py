@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import pararnn as prnn
-from pararnn._compare import temporary_bytes
+from pararnn.diagnostics import temporary_bytes
 
 from ._measure import markdown, relative_error, save, scan_states
 

@@ -10,7 +10,7 @@ import pathlib
 import re
 from typing import Any
 
-from pararnn._compare import Spread
+from pararnn.diagnostics import Spread
 
 from . import _plots, _summaries
 from ._measure import markdown

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pararnn._compare import Spread, interleaved, spread
+from pararnn.diagnostics import Spread, interleaved, spread
 
 from . import _cases
 from ._cases import CELLS, Case

@@ -1,4 +1,4 @@
-"""Pytree, dtype and norm helpers that every other room may use."""
+"""Pytrees and vectors, for every other room to use."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 
 def is_complex(x: Any) -> bool:
@@ -103,55 +103,3 @@ def flip_time(tree: PyTree[Array]) -> PyTree[Array]:
 def bool_where(pred: Bool[Array, ""], on_true: PyTree[Array], on_false: PyTree[Array]):
     """Leafwise selection with one boolean."""
     return jtu.tree_map(lambda a, b: jnp.where(pred, a, b), on_true, on_false)
-
-
-def all_finite(tree: PyTree[Array], *, keep_axes: int = 0) -> Bool[Array, "..."]:
-    """Whether every element is finite, reduced over all but the first `keep_axes` axes."""
-    flags = [
-        jnp.all(jnp.isfinite(x), axis=tuple(range(keep_axes, x.ndim)))
-        for x in jtu.tree_leaves(tree)
-    ]
-    return jnp.all(jnp.stack(flags), axis=0)
-
-
-def default_rtol(dtype: Any) -> float:
-    """`eps ** 0.8`: about 24 ulps in float32, 1300 in float64, 3 in bfloat16.
-
-    A tolerance near one ulp never settles, because the iteration's own rounding moves the states
-    by a few; the exponent below one leaves the wide types room for the conditioning of the system.
-    """
-    return float(jnp.finfo(dtype).eps) ** 0.8
-
-
-def alignment(
-    a: PyTree[Inexact[Array, "..."]], b: PyTree[Inexact[Array, "..."]]
-) -> Float[Array, ""]:
-    """The largest cosine between corresponding leaves; 0 for a leaf that is zero in either."""
-
-    def cosine(x, y):
-        # Scaled to a largest magnitude of 1, so that the squares neither overflow nor vanish.
-        x, y = (v / jnp.maximum(jnp.max(jnp.abs(v)), 1e-30).astype(v.dtype) for v in (x, y))
-        squares = jnp.sum(jnp.abs(x) ** 2) * jnp.sum(jnp.abs(y) ** 2)
-        product = jnp.real(jnp.vdot(x, y))
-        return jnp.where(squares > 0, product / jnp.sqrt(jnp.maximum(squares, 1e-30)), 0.0)
-
-    pairs = zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True)
-    cosines = [cosine(x, y).astype(jnp.float32) for x, y in pairs if x.size]
-    return jnp.max(jnp.stack(cosines), initial=-1.0) if cosines else jnp.zeros((), jnp.float32)
-
-
-def agreement_tolerance(dtype: Any) -> float:
-    """The relative error within which two ways to solve a recurrence count as agreeing."""
-    return {"float32": 1e-5, "float64": 1e-10}.get(jnp.dtype(dtype).name, 10 * default_rtol(dtype))
-
-
-def relative_error(got: PyTree[Array], expected: PyTree[Array]) -> float:
-    """The largest difference of any leaf, relative to that leaf's largest magnitude; `inf` if any
-    is not finite."""
-    worst = 0.0
-    for a, b in zip(jtu.tree_leaves(got), jtu.tree_leaves(expected), strict=True):
-        a, b = (x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32) for x in (a, b))
-        scale = float(jnp.max(jnp.abs(b), initial=0.0)) or 1.0
-        error = float(jnp.max(jnp.abs(a - b), initial=0.0)) / scale
-        worst = max(worst, error if np.isfinite(error) else np.inf)
-    return worst

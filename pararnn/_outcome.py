@@ -14,7 +14,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._devices import raiser
-from ._misc import all_finite, bool_where, struct
+from ._misc import bool_where, struct
+from ._norms import all_finite
 from ._recurrence import Recurrence
 from ._solution import RESULTS, Stats
 from .solvers import AbstractSolver, Report

@@ -8,11 +8,10 @@ import jax
 from jaxtyping import Array, Bool, PyTree
 
 from ._algebra import AbstractAlgebra
-from ._detection import detect_structure, is_affine
 from ._devices import typed_slice
 from ._misc import bool_where, num_steps, previous_states, raveler
-from ._structure import AbstractStructure
 from ._traits import lacks_derivative, lacks_transpose, shared_axes
+from .structures import AbstractStructure, detect_structure, is_affine
 
 
 class _Found:

@@ -24,25 +24,19 @@ from ._checks import (
     check_xs,
     to_arrays,
 )
-from ._devices import (
-    check_time_axis,
-    convert_step,
-    mesh_context,
-    place,
-    typed_slice,
-    varying_axes,
-)
+from ._devices import check_time_axis, convert_step, mesh_context, place, typed_slice, varying_axes
 from ._jit import is_traced, run_jitted
-from ._misc import all_finite, num_steps, raveler, struct
+from ._misc import num_steps, raveler, struct
+from ._norms import all_finite
 from ._outcome import Solve, call_site, errors_of_steps, fail_unless_successful
 from ._packing import Packing
 from ._recurrence import Recurrence, precise
 from ._select import choose
 from ._solution import RESULTS, Solution, Stats
-from ._structure import AbstractStructure
 from ._traits import check_unmasked
 from .adjoints import AbstractAdjoint
 from .solvers import AbstractSolver, Report
+from .structures import AbstractStructure
 
 
 def solve(

@@ -9,9 +9,9 @@ import pytest
 from systems import normal, scan
 
 import pararnn as prnn
-from pararnn import _benchmark, _verify
-from pararnn._agreement import Agreement, _recent
-from pararnn._rounding import rounded_anew
+from pararnn.diagnostics import _benchmark, _verify
+from pararnn.diagnostics._agreement import Agreement, _recent
+from pararnn.diagnostics._rounding import rounded_anew
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

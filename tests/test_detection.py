@@ -533,7 +533,7 @@ def count_entries(monkeypatch):
         return outputs
 
     monkeypatch.setattr(_dependence, "interpret", interpret)
-    monkeypatch.setattr("pararnn._detection.interpret", interpret)
+    monkeypatch.setattr("pararnn.structures._detection.interpret", interpret)
     return largest
 
 

@@ -9,7 +9,7 @@ import pytest
 from systems import normal
 
 import pararnn as prnn
-from pararnn._compare import Spread
+from pararnn.diagnostics import Spread
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -10,7 +10,7 @@ from jax.interpreters import ad, batching, mlir
 from systems import normal
 
 import pararnn as prnn
-from pararnn._rounding import rounded_anew
+from pararnn.diagnostics._rounding import rounded_anew
 from pararnn.jaxprs import _walk
 from pararnn.jaxprs._counting import count
 from pararnn.jaxprs._dependence import interpret, reaches

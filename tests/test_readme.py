@@ -21,6 +21,7 @@ _CHECKS = {
     "torch": "assert ys.shape == (100, 32) and batched[0].shape == (4, 100, 32)\n"
     "assert jnp.allclose(y, ys[0], atol=1e-6)",
     "own": "assert prnn.verify(cell, xs, solver=prnn.Newton()).ok\nassert ys.shape == (100, 2, 8)",
+    "solver": "assert prnn.verify(rnn, jnp.ones((300, 4)))",
     "training": "assert ys.shape == (100, 16) and y.shape == (16,)",
     "devices": "assert jax.device_count() == 2\n"
     "for a, b in zip(*map(jax.tree.leaves, ((value, grads), jax.jit(by_hand)(weights, xs)))):\n"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._algebra import AbstractAlgebra
-from .._structure import AbstractStructure
+from ..structures import AbstractStructure
 
 
 class AbstractCell(eqx.Module):

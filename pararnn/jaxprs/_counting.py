@@ -10,15 +10,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._walk import (
-    LOOPS,
-    called,
-    evaluate,
-    evaluate_alone,
-    inner_jaxprs,
-    open_jaxpr,
-    scan_parts,
-)
+from ._walk import LOOPS, called, evaluate, evaluate_alone, inner_jaxprs, open_jaxpr, scan_parts
 
 # No data moves.
 _FREE = {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "stop_gradient"}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .._structure import AbstractStructure
+from ..structures import AbstractStructure
 
 
 class AbstractScan(abc.ABC):

@@ -6,7 +6,7 @@ method; run backwards with transposed matrices, it is the derivative's.
 
 from jaxtyping import Array, Float
 
-from .._structure import AbstractStructure
+from ..structures import AbstractStructure
 from ._base import AbstractScan
 from ._named import LinearMethod, as_scan
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._misc import all_finite
+from .._norms import all_finite
 from ._chunks import Chunks, finish_sequentially
 from ._convergence import first_index
 

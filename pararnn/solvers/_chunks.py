@@ -9,7 +9,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._devices import place_like, spread
-from .._misc import alignment, bool_where, num_steps, raveler
+from .._misc import bool_where, num_steps, raveler
+from .._norms import alignment
 from .._recurrence import Recurrence
 from ..scans import AbstractScan
 from ._linearization import Linearization

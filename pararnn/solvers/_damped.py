@@ -23,8 +23,8 @@ from jaxtyping import Array, Float
 
 from .._misc import bool_where
 from .._settings import check_tolerance
-from .._structure import AbstractStructure, Diagonal
 from ..scans import AbstractScan
+from ..structures import AbstractStructure, Diagonal
 from ._chunks import Chunks, Point, where_finite
 from ._convergence import Vouched
 from ._linearization import Linearization

@@ -1,7 +1,7 @@
 import dataclasses
 import math
 
-from .._structure import AbstractStructure, Diagonal
+from ..structures import AbstractStructure, Diagonal
 from ._linearization import Linearization
 from ._shooting import AbstractIterativeSolver
 

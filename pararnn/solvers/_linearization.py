@@ -1,6 +1,6 @@
 from typing import NamedTuple
 
-from .._structure import AbstractStructure
+from ..structures import AbstractStructure
 
 
 class Linearization(NamedTuple):

@@ -2,7 +2,7 @@ import dataclasses
 import math
 
 from .._settings import check_positive_int
-from .._structure import AbstractStructure, BlockDiagonal, Diagonal
+from ..structures import AbstractStructure, BlockDiagonal, Diagonal
 from ._linearization import Linearization
 from ._shooting import AbstractIterativeSolver
 

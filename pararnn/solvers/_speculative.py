@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._settings import check_positive_int
-from .._structure import AbstractStructure
 from ..scans import AbstractScan
+from ..structures import AbstractStructure
 from ._chunks import Chunks
 from ._fixed_point import Jacobi
 from ._linearization import Linearization

@@ -22,8 +22,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._misc import default_rtol, is_complex, raveler
-from .._structure import AbstractStructure
+from .._misc import is_complex, raveler
+from .._norms import default_rtol
+from ..structures import AbstractStructure
 
 # How many units in the last place count as rounding.
 _ROUNDING = 4.0

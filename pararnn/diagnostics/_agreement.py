@@ -22,8 +22,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._misc import agreement_tolerance, default_rtol, num_steps, previous_states, raveler
-from ._recurrence import precise, scan_states
+from .._misc import num_steps, previous_states, raveler
+from .._norms import agreement_tolerance, default_rtol
+from .._recurrence import precise, scan_states
 from ._rounding import rounded_anew
 
 _DRAWS = 4

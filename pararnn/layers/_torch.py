@@ -11,12 +11,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._layers import RNN
-from ._misc import struct
+from .._misc import struct
+from ..adjoints import AbstractAdjoint
+from ..cells import GRU, LSTM, AbstractCell, Elman
+from ..solvers import AbstractSolver
+from ._rnn import RNN
 from ._stack import Bidirectional
-from .adjoints import AbstractAdjoint
-from .cells import GRU, LSTM, AbstractCell, Elman
-from .solvers import AbstractSolver
 
 _NAME = re.compile(r"(weight|bias)_(ih|hh|hr)_l(0|[1-9][0-9]*)(_reverse)?")
 # By the blocks of rows that the weights have for each hidden unit.

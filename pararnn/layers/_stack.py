@@ -9,14 +9,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from .._checks import check_sequence
+from .._misc import flip_time
+from .._packing import segment_starts
+from ..adjoints import AbstractAdjoint
+from ..cells import AbstractCell
+from ..solvers import AbstractSolver
 from ._blocks import AbstractBlock
-from ._checks import check_sequence
-from ._layers import RNN
-from ._misc import flip_time
-from ._packing import segment_starts
-from .adjoints import AbstractAdjoint
-from .cells import AbstractCell
-from .solvers import AbstractSolver
+from ._rnn import RNN
 
 
 class Stack(AbstractBlock):

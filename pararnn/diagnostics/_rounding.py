@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Integer
 
-from .jaxprs._walk import evaluate, evaluate_alone
+from ..jaxprs._walk import evaluate, evaluate_alone
 
 # These round nothing.
 _EXACT = frozenset(

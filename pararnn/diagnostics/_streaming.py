@@ -10,7 +10,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._misc import agreement_tolerance, num_steps, previous_states
+from .._misc import num_steps, previous_states
+from .._norms import agreement_tolerance
 from ._problem import Problem
 
 _PLACES = 4

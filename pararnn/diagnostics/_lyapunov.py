@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ._misc import num_steps, raveler, struct
-from ._problem import Recurrence, make_problem
+from .._misc import num_steps, raveler, struct
+from ._problem import AnyRecurrence, make_problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,9 @@ def _memory(exponent: float) -> int:
     return max(1, round(1 / max(abs(exponent), 1e-3)))
 
 
-def lyapunov(recurrence: Recurrence, xs: PyTree[Any], init: PyTree[Any] | None = None) -> Lyapunov:
+def lyapunov(
+    recurrence: AnyRecurrence, xs: PyTree[Any], init: PyTree[Any] | None = None
+) -> Lyapunov:
     """Estimates the largest Lyapunov exponent of a recurrence driven by its inputs.
 
     One tangent is pushed through the sequential run and normalised at each step (Benettin et al.,

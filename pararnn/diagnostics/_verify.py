@@ -10,17 +10,17 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from .._misc import num_steps, previous_states, raveler, time_slice
+from .._recurrence import scan_states
+from .._solution import RESULTS
+from .._solve import solve
+from .._traits import check_alone
+from ..adjoints import AbstractAdjoint, as_adjoint
+from ..solvers import AbstractSolver
+from ..structures import AbstractStructure
 from ._agreement import GRADIENT_FACTOR, Agreement
-from ._misc import num_steps, previous_states, raveler, time_slice
-from ._problem import Problem, Recurrence, check_batch_size, make_problem
-from ._recurrence import scan_states
-from ._solution import RESULTS
-from ._solve import solve
+from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
 from ._streaming import broken_promises
-from ._structure import AbstractStructure
-from ._traits import check_alone
-from .adjoints import AbstractAdjoint, as_adjoint
-from .solvers import AbstractSolver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Verification:
 
 
 def verify(
-    recurrence: Recurrence,
+    recurrence: AnyRecurrence,
     xs: PyTree[Any],
     init: PyTree[Any] | None = None,
     solver: AbstractSolver | None = None,

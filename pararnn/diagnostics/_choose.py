@@ -4,19 +4,18 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from ._algebra import AbstractAlgebra
-from ._platform import check_platform
-from ._problem import Problem, check_batch_size, make_problem
-from ._problem import Recurrence as _Given
-from ._recurrence import Recurrence
-from ._select import Choice, choose
-from ._structure import AbstractStructure
-from .adjoints import AbstractAdjoint
-from .solvers import AbstractSolver
+from .._algebra import AbstractAlgebra
+from .._platform import check_platform
+from .._recurrence import Recurrence
+from .._select import Choice, choose
+from ..adjoints import AbstractAdjoint
+from ..solvers import AbstractSolver
+from ..structures import AbstractStructure
+from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
 
 
 def select_solver(
-    recurrence: _Given,
+    recurrence: AnyRecurrence,
     xs: PyTree[Any],
     init: PyTree[Any] | None = None,
     *,
@@ -71,7 +70,7 @@ def select_solver(
 
 
 def select_adjoint(
-    recurrence: _Given,
+    recurrence: AnyRecurrence,
     xs: PyTree[Any],
     init: PyTree[Any] | None = None,
     *,

@@ -21,12 +21,15 @@ import scipy.sparse as sp
 from jaxtyping import PyTree
 from scipy.sparse.csgraph import connected_components
 
-from ._devices import typed_result, typed_struct
-from ._misc import raveler
-from ._structure import AbstractStructure, BlockDiagonal, Dense, Diagonal
-from ._traits import REFUSALS, lacks_derivative
-from .jaxprs._dependence import interpret, reaches
-from .jaxprs._patterns import Pattern, TooDenseError
+from .._devices import typed_result, typed_struct
+from .._misc import raveler
+from .._traits import REFUSALS, lacks_derivative
+from ..jaxprs._dependence import interpret, reaches
+from ..jaxprs._patterns import Pattern, TooDenseError
+from ._base import AbstractStructure
+from ._block_diagonal import BlockDiagonal
+from ._dense import Dense
+from ._diagonal import Diagonal
 
 _SLICE = "`x` must be one time slice of the inputs: pass `us[0]`, not `us`."
 

@@ -8,16 +8,17 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from .._misc import num_steps, raveler, time_slice
+from .._norms import agreement_tolerance
+from .._recurrence import scan_states
+from .._solve import solve
+from ..adjoints import as_adjoint
+from ..solvers import AbstractSolver, AssociativeScan, Jacobi, Newton, QuasiNewton, Sequential
+from ..structures import detect_structure, is_affine
 from ._agreement import Agreement
 from ._compare import Spread, compare
-from ._detection import detect_structure, is_affine
-from ._misc import agreement_tolerance, num_steps, raveler, time_slice
-from ._problem import Problem, Recurrence, check_batch_size, make_problem
-from ._recurrence import scan_states
-from ._solve import solve
+from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
 from ._table import fill, fit, number, spread_text
-from .adjoints import as_adjoint
-from .solvers import AbstractSolver, AssociativeScan, Jacobi, Newton, QuasiNewton, Sequential
 
 # Gradients of weights are sums over all steps, of which the scan's own rounding leaves less.
 _GRADIENT_FACTOR = 100
@@ -181,7 +182,7 @@ def _describe(solver: AbstractSolver | None) -> str:
 
 
 def benchmark(
-    recurrence: Recurrence,
+    recurrence: AnyRecurrence,
     xs: PyTree[Any],
     init: PyTree[Any] | None = None,
     *,
@@ -228,7 +229,7 @@ def benchmark(
 
 
 def tune(
-    recurrence: Recurrence,
+    recurrence: AnyRecurrence,
     xs: PyTree[Any],
     init: PyTree[Any] | None = None,
     *,

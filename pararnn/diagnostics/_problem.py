@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._algebra import AbstractAlgebra
-from ._blocks import AbstractBlock
-from ._layers import RNN
-from ._misc import num_steps
-from ._stack import Bidirectional
-from ._structure import AbstractStructure
-from .adjoints import AbstractAdjoint
-from .cells import AbstractCell
-from .solvers import AbstractSolver
+from .._algebra import AbstractAlgebra
+from .._misc import num_steps
+from ..adjoints import AbstractAdjoint
+from ..cells import AbstractCell
+from ..layers._blocks import AbstractBlock
+from ..layers._rnn import RNN
+from ..layers._stack import Bidirectional
+from ..solvers import AbstractSolver
+from ..structures import AbstractStructure
 
-Recurrence = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]] | AbstractCell | RNN
+AnyRecurrence = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]] | AbstractCell | RNN
 
 
 @dataclasses.dataclass(frozen=True)

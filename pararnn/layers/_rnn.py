@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from ._checks import (
+from .._checks import (
     StateDtypeError,
     blame_inputs,
     check_adjoint,
@@ -21,15 +21,15 @@ from ._checks import (
     instance_hint,
     to_arrays,
 )
-from ._devices import typed_slice
-from ._misc import num_steps, struct
-from ._packing import Packing, windows_of_pieces, zero_unless
-from ._solution import Solution
-from ._solve import solve
-from ._traits import check_unmasked
-from .adjoints import AbstractAdjoint
-from .cells import AbstractCell, from_equinox
-from .solvers import AbstractSolver
+from .._devices import typed_slice
+from .._misc import num_steps, struct
+from .._packing import Packing, windows_of_pieces, zero_unless
+from .._solution import Solution
+from .._solve import solve
+from .._traits import check_unmasked
+from ..adjoints import AbstractAdjoint
+from ..cells import AbstractCell, from_equinox
+from ..solvers import AbstractSolver
 
 # Covariant, as a module does not change: an `RNN[GRU]` is an `RNN[AbstractCell]`.
 Cell = TypeVar("Cell", bound=AbstractCell, covariant=True)

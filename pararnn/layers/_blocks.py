@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from ._algebra import AbstractAlgebra
-from ._checks import check_flags, check_sequence
-from ._layers import RNN
-from ._packing import zero_unless
-from .adjoints import AbstractAdjoint
-from .cells import AbstractCell, ClampAlgebra, MinMax
-from .solvers import AbstractSolver
+from .._algebra import AbstractAlgebra
+from .._checks import check_flags, check_sequence
+from .._packing import zero_unless
+from ..adjoints import AbstractAdjoint
+from ..cells import AbstractCell, ClampAlgebra, MinMax
+from ..solvers import AbstractSolver
+from ._rnn import RNN
 
 _Flags = Bool[Array | np.ndarray, " L"]
 _Sequence = Float[Array, "L width"]

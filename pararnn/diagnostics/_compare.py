@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ._misc import real_leaves, relative_error
-from .jaxprs._counting import count
+from .._misc import real_leaves
+from .._norms import relative_error
+from ..jaxprs._counting import count
 
 
 class Spread(NamedTuple):

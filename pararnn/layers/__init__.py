@@ -1,0 +1,10 @@
+"""Equinox modules that put cells and solvers together."""
+
+from ._blocks import AbstractBlock as AbstractBlock
+from ._blocks import MinMaxBlock as MinMaxBlock
+from ._blocks import ResidualBlock as ResidualBlock
+from ._rnn import RNN as RNN
+from ._stack import Bidirectional as Bidirectional
+from ._stack import Stack as Stack
+from ._torch import TorchRNN as TorchRNN
+from ._torch import from_torch as from_torch
