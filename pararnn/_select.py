@@ -6,7 +6,8 @@ from typing import NamedTuple
 from ._platform import default_platform
 from ._recurrence import Recurrence
 from ._traits import listed
-from .adjoints import AbstractAdjoint, ClippedAdjoint, OnePassAdjoint, as_adjoint, default_adjoint
+from .adjoints import AbstractAdjoint, ClippedAdjoint, OnePassAdjoint
+from .adjoints._wrapped import as_adjoint, default_adjoint
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
 
 # Beyond this many state elements a dense Newton correction costs more than the sweeps that it

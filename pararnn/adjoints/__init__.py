@@ -5,5 +5,3 @@ from ._base import AbstractLinearAdjoint as AbstractLinearAdjoint
 from ._clipped import ClippedAdjoint as ClippedAdjoint
 from ._linear_solve import LinearSolveAdjoint as LinearSolveAdjoint
 from ._one_pass import OnePassAdjoint as OnePassAdjoint
-from ._wrapped import as_adjoint as as_adjoint
-from ._wrapped import default_adjoint as default_adjoint

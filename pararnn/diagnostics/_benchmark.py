@@ -12,7 +12,7 @@ from .._misc import num_steps, raveler, time_slice
 from .._norms import agreement_tolerance
 from .._recurrence import scan_states
 from .._solve import solve
-from ..adjoints import as_adjoint
+from ..adjoints._wrapped import as_adjoint
 from ..solvers import AbstractSolver, AssociativeScan, Jacobi, Newton, QuasiNewton, Sequential
 from ..structures import detect_structure, is_affine
 from ._agreement import Agreement

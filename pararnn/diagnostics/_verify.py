@@ -1,6 +1,7 @@
 """Does a solver give the numbers of the sequential run, in values and gradients?"""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +16,8 @@ from .._recurrence import scan_states
 from .._solution import RESULTS
 from .._solve import solve
 from .._traits import check_alone
-from ..adjoints import AbstractAdjoint, as_adjoint
+from ..adjoints import AbstractAdjoint
+from ..adjoints._wrapped import as_adjoint
 from ..solvers import AbstractSolver
 from ..structures import AbstractStructure
 from ._agreement import GRADIENT_FACTOR, Agreement
@@ -134,41 +136,14 @@ def verify(
     problem = one if batch_size is None else one.batched(batch_size, axis_name)
     if axis_name is None:
         check_alone("verify", one.step, one.init, time_slice(one.us))
-    adjoint = None if one.adjoint is None else as_adjoint(one.adjoint).exact()
-
-    def states_of(us, init):
-        solution = solve(
-            one.step,
-            us,
-            init,
-            solver=one.solver,
-            adjoint=adjoint,
-            structure=one.structure,
-            algebra=one.algebra,
-            throw=False,
-        )
-        return solution.states, (solution.result, solution.stats)
-
+    weights = _weights(problem)
+    states_of = _solving(one)
     if batch_size is not None:
         states_of = jax.vmap(states_of, in_axes=(1, 0), out_axes=(1, 0), axis_name=axis_name)
-
-    weights = _weights(problem)
-
-    def pull(function, has_aux):
-        @eqx.filter_jit
-        def run(inputs):
-            states, vjp, *aux = eqx.filter_vjp(
-                lambda inputs: function(*inputs), inputs, has_aux=has_aux
-            )
-            return states, vjp(weights)[0], aux
-
-        return run((problem.us, problem.init))
-
-    def reference(us, init):
-        return scan_states(problem.step, us, init)
-
-    expected, expected_gradient, _ = pull(reference, False)
-    states, gradient, ((result, stats),) = pull(states_of, True)
+    expected, expected_gradient, _ = _pulled(
+        lambda us, init: (scan_states(problem.step, us, init), None), problem, weights
+    )
+    states, gradient, (result, stats) = _pulled(states_of, problem, weights)
     agreement = Agreement(problem.step, problem.us, problem.init, expected, tolerance)
     tolerance = agreement.tolerance
     value_error = agreement.value_error(states)
@@ -189,6 +164,40 @@ def verify(
         broken_promises=broken,
         where=agreement.where,
     )
+
+
+def _solving(problem: Problem) -> Callable[..., Any]:
+    """From inputs and initial state to the states, and the report, of the solver in question."""
+    adjoint = None if problem.adjoint is None else as_adjoint(problem.adjoint).exact()
+
+    def states_of(us, init):
+        solution = solve(
+            problem.step,
+            us,
+            init,
+            solver=problem.solver,
+            adjoint=adjoint,
+            structure=problem.structure,
+            algebra=problem.algebra,
+            throw=False,
+        )
+        return solution.states, (solution.result, solution.stats)
+
+    return states_of
+
+
+def _pulled(function: Callable[..., Any], problem: Problem, weights: PyTree[Any]) -> Any:
+    """`(states, gradient, report)`: what a function makes of inputs and initial state, with the
+    derivative of the states' sum with these weights."""
+
+    @eqx.filter_jit
+    def run(inputs):
+        states, pull, report = eqx.filter_vjp(
+            lambda inputs: function(*inputs), inputs, has_aux=True
+        )
+        return states, pull(weights)[0], report
+
+    return run((problem.us, problem.init))
 
 
 def _weights(problem: Problem) -> PyTree[Any]:

@@ -5,6 +5,4 @@ from ._base import AbstractScan as AbstractScan
 from ._chunked import Chunked as Chunked
 from ._linear import linear_recurrence as linear_recurrence
 from ._named import LinearMethod as LinearMethod
-from ._named import as_scan as as_scan
-from ._named import default_linear_method as default_linear_method
 from ._sequential import Sequential as Sequential

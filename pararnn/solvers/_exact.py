@@ -7,7 +7,8 @@ from jaxtyping import Array, PyTree
 
 from .._algebra import AbstractAlgebra
 from .._recurrence import Recurrence
-from ..scans import AbstractScan, LinearMethod, as_scan, default_linear_method
+from ..scans import AbstractScan, LinearMethod
+from ..scans._named import as_scan, default_linear_method
 from ._base import AbstractSolver, check_tangents
 from ._newton import Newton
 

@@ -25,7 +25,8 @@ from .._devices import place_like
 from .._recurrence import Recurrence
 from .._settings import check_positive_int, check_tolerance
 from .._solution import Stats
-from ..scans import AbstractScan, LinearMethod, as_scan, default_linear_method
+from ..scans import AbstractScan, LinearMethod
+from ..scans._named import as_scan, default_linear_method
 from ..structures import AbstractStructure
 from ._affine import shoot_once
 from ._base import AbstractSolver, Report, check_tangents
