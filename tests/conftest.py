@@ -4,13 +4,24 @@
 - Types are never promoted silently, ranks neither.
 - The jaxtyping annotations of the package are checked at each call.
 - The CPU is used unless `JAX_PLATFORMS` says otherwise.
+
+Compiling takes nearly all of the time. Most optimisations of XLA are therefore off, unless a test
+asks for them by the fixture `optimised`, and what was compiled is kept in the environment, for the
+next run and for the programs that tests start.
 """
 
+import gc
 import os
+import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ and sys.prefix != sys.base_prefix:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(sys.prefix) / "jax-cache")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import jax  # noqa: E402 (the platform is chosen above)
+import jax  # noqa: E402 (its settings are made above)
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
@@ -22,13 +33,30 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("pararnn", "beartype.beartype")
 
 
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_finish():
+    """What was imported stays. Tracing makes many objects and few cycles: looking for these less
+    often spares a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
+@pytest.fixture
+def optimised():
+    """Programs are compiled as users compile them, for tests of what a compiled program takes."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+
+
 @pytest.fixture
 def fast_compile():
-    """Compiling takes nearly all of the time; without most optimisations, half of it."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    """The default by now; the name is kept for the modules that still ask for it."""
 
 
 @pytest.fixture
@@ -39,8 +67,13 @@ def as_users_run_it():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+MAPS = pathlib.Path("/proc/self/maps")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """A process may hold only so many memory maps, and each compiled program takes a few."""
+    """A process may hold only so many memory maps (65,530, by default), and each compiled program
+    takes a few. Other systems tell no number, and there each module starts afresh."""
     yield
-    jax.clear_caches()
+    if not MAPS.exists() or len(MAPS.read_bytes().splitlines()) > 25_000:
+        jax.clear_caches()

@@ -156,6 +156,7 @@ def test_a_leaf_that_no_tangent_reaches():
     assert error(got, expected) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("batch", [MANY, 64])
 def test_batches_take_less_memory_than_the_scan(batch):
     """Neither are all inputs transposed, nor is anything kept but the states."""

@@ -7,9 +7,12 @@ import pytest
 
 from benchmarks import counts
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="the committed counts are those of a CPU"
-)
+pytestmark = [
+    pytest.mark.usefixtures("optimised"),
+    pytest.mark.skipif(
+        jax.default_backend() != "cpu", reason="the committed counts are those of a CPU"
+    ),
+]
 
 
 @pytest.mark.parametrize("case", counts.CASES, ids=lambda case: case.cell)

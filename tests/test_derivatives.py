@@ -463,6 +463,7 @@ def large_problem(solver, adjoint, length=512, size=32):
     return states, (params, xs)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "solver",
     [prnn.Jacobi(), prnn.Newton(), prnn.QuasiNewton(chunk_size=16)],
@@ -478,6 +479,7 @@ def test_no_matrix_per_step(solver):
     assert 0 < needed < length * size * size * 4
 
 
+@pytest.mark.usefixtures("optimised")
 def test_one_pass_takes_less_memory_than_the_scan():
     states, args = large_problem(prnn.Sequential(), prnn.Sequential())
 
