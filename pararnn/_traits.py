@@ -73,17 +73,6 @@ def lacks_transpose(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> bool:
     return False
 
 
-def check_tangents(solver: Any, step: _Step, state: PyTree[Any], x: PyTree[Any]) -> None:
-    """Raises a `ValueError` if `solver`, which pushes tangents through `step`, cannot."""
-    if lacks_derivative(step, state, x):
-        raise ValueError(
-            f"`solver={type(solver).__name__}(…)` pushes tangents through `step`, which has no "
-            "derivative in forward mode: it uses a `jax.custom_vjp`, a callback or a primitive "
-            "without such a rule. Use Jacobi(), Picard() or Sequential(), which need none, or a "
-            "`jax.custom_jvp` within `step`."
-        )
-
-
 def shared_axes(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> tuple[str, ...]:
     """The axes of `jax.vmap` or `jax.shard_map` along which `step` exchanges values with other
     sequences or devices, as by `jax.lax.pmean`. Arguments as for `lacks_derivative`."""

@@ -60,7 +60,7 @@ class Chunks:
         self.chunk_size = min(chunk_size, self.length)
         self.num_chunks = -(-self.length // self.chunk_size)
         self.ravel, self.unravel, self.size, self.dtype = raveler(recurrence.init)
-        self.tolerance = Tolerance(recurrence.init, recurrence.structure, rtol, atol)
+        self.tolerance = Tolerance(recurrence.init, recurrence.structure, scan, rtol, atol)
         self._step, self._xs = recurrence.step, recurrence.xs
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
         self._chunked_xs = jtu.tree_map(self._to_chunks, self._xs)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._misc import is_complex, raveler
 from .._norms import default_rtol
+from ..scans import AbstractScan
 from ..structures import AbstractStructure
 
 # How many units in the last place count as rounding.
@@ -42,8 +43,14 @@ class Tolerance:
     """
 
     def __init__(
-        self, init: PyTree[Any], structure: AbstractStructure, rtol: float | None, atol: float
+        self,
+        init: PyTree[Any],
+        structure: AbstractStructure,
+        scan: AbstractScan,
+        rtol: float | None,
+        atol: float,
     ):
+        self._scan = scan
         _, _, size, self._dtype = raveler(init)
         leaves = jtu.tree_leaves(init)
         self._wide = self._dtype if jnp.finfo(self._dtype).bits >= 32 else np.dtype(np.float32)
@@ -75,7 +82,7 @@ class Tolerance:
         A state that decays to zero is judged by what it was, one that grows by what it is now.
         """
         largest = _largest(self._magnitude(values), self._groups)
-        return self._coarsest * jax.lax.cummax(largest)
+        return self._coarsest * self._scan.cumulative_max(largest)
 
     def fine(self, values: Array, images: Array, disturbed: Array) -> Float[Array, "n size"]:
         """The scale close to a solution: of each element on its own.
