@@ -1,15 +1,17 @@
 """What a user adds in a file of their own, by public names: solvers, a structure, a scan, an
-adjoint. (A rule for a primitive of one's own is asked of `pararnn.jaxprs`.)"""
+adjoint, and a rule for a primitive."""
 
 import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
 import jax
+import jax.extend.core as jex_core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from jax.interpreters import ad, batching, mlir
 from systems import normal, scan
 
 import pararnn as prnn
@@ -418,3 +420,44 @@ def states_of(weight, **options):
 )
 def test_the_adjoints_by_name(adjoint):
     agrees(elman, WEIGHT, adjoint=adjoint)
+
+
+# --- a rule for a primitive -------------------------------------------------------------------
+
+
+def rotation():
+    """A primitive that moves each element to the place after its own."""
+
+    def rotate(x):
+        return jnp.concatenate([x[-1:], x[:-1]])
+
+    primitive = jex_core.Primitive("rotate_by_one")
+    primitive.def_impl(rotate)
+    primitive.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(primitive, mlir.lower_fun(rotate, multiple_results=False))
+    ad.primitive_jvps[primitive] = lambda x, t: (primitive.bind(*x), primitive.bind(*t))
+    batching.primitive_batchers[primitive] = lambda x, axes: (
+        jnp.roll(x[0], 1, axis=1 if axes[0] == 0 else 0),
+        axes[0],
+    )
+    return primitive
+
+
+def test_a_rule_for_a_primitive():
+    primitive = rotation()
+
+    def step(h, x):  # turns, and turns back
+        return jnp.tanh(0.5 * jnp.roll(primitive.bind(h), -1) + x)
+
+    assert isinstance(prnn.detect_structure(step, INIT, XS[0]), prnn.Dense)
+
+    def rotated(eqn, patterns):
+        (pattern,) = patterns
+        return [pattern[np.roll(np.arange(pattern.shape[0]), 1)]]
+
+    prnn.jaxprs.register_rule(primitive, rotated)
+    assert isinstance(prnn.detect_structure(step, INIT, XS[0]), prnn.Diagonal)
+    solution = prnn.solve(step, XS, INIT, solver=prnn.Newton(chunk_size=1))
+    expected = scan(lambda h, x: jnp.tanh(0.5 * h + x), XS, INIT)
+    np.testing.assert_allclose(solution.states, expected, rtol=1e-11, atol=1e-12)
+    assert not solution.stats.fallback
