@@ -42,13 +42,14 @@ def over_methods(*names):
     return pytest.mark.parametrize("method", [METHODS[n] for n in chosen], ids=chosen)
 
 
-def solved(problem, method, **options):
-    """`(params, xs, init) -> states` by a method."""
+def solved(problem, method, throw=False):
+    """`(params, xs, init) -> states` by a method. A program that raises is compiled in each run of
+    the tests, so only some do; the states themselves tell of a failure."""
     solver, adjoint = method
 
     def run(params, xs, init):
         step = functools.partial(problem.step, params)
-        return prnn.solve(step, xs, init, solver=solver, adjoint=adjoint, **options).states
+        return prnn.solve(step, xs, init, solver=solver, adjoint=adjoint, throw=throw).states
 
     return run
 
@@ -95,7 +96,7 @@ def gradients(name):
 def test_gradient(method):
     """With respect to parameters, inputs and the initial state."""
     problem, args, expected = gradients("LSTM")
-    loss = loss_of(solved(problem, method))
+    loss = loss_of(solved(problem, method, throw=True))
     got = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*args)
     assert error(got, expected) <= TOLERANCE
 
@@ -184,7 +185,8 @@ def expected_modes(name):
 def test_every_mode(name, method):
     problem, method = PROBLEMS[name], METHODS[method]
     inputs, expected = expected_modes(name)
-    got = jax.jit(lambda *a: modes(solved(problem, method), *a))(*inputs)
+    run = solved(problem, method, throw=name == "diagonal GRU")
+    got = jax.jit(lambda *a: modes(run, *a))(*inputs)
     worst = {mode: error(got[mode], expected[mode]) for mode in expected}
     assert max(worst.values()) <= TOLERANCE, worst
 
