@@ -61,11 +61,6 @@ def optimised():
 
 
 @pytest.fixture
-def fast_compile():
-    """The default by now; the name is kept for the modules that still ask for it."""
-
-
-@pytest.fixture
 def as_users_run_it():
     """Without the type checks of the tests, which would refuse most of this first."""
     jaxtyping.config.update("jaxtyping_disable", True)

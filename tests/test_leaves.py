@@ -13,8 +13,6 @@ from systems import error, normal, scan
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 LENGTH = 5
 ADJOINTS: dict[str, prnn.AbstractSolver | prnn.ClippedAdjoint | None] = {
     "default": None,

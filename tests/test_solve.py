@@ -14,8 +14,6 @@ from systems import PROBLEMS, SOLVERS, error, normal, scan, tolerance
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 over_problems = pytest.mark.parametrize("name", PROBLEMS)
 over_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 
