@@ -17,7 +17,7 @@ help: ## list the targets
 demo: $(INSTALLED) ## train a character-level language model (options in ARGS)
 	@$(RUN) examples.char_lm $(ARGS)
 
-# The tests run on the CPU unless JAX_PLATFORMS says otherwise.
+# The tests run on the CPU unless JAX_PLATFORMS says otherwise. What they compile is kept in $(VENV).
 test: $(INSTALLED) ## run the tests (options of pytest in ARGS)
 	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(RUN) pytest -n auto --dist worksteal $(ARGS)
 

@@ -13,8 +13,6 @@ from pararnn.diagnostics import _benchmark, _verify
 from pararnn.diagnostics._agreement import Agreement, _recent
 from pararnn.diagnostics._rounding import rounded_anew
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 L = 1000
 SIGNS = np.where(np.arange(L) % 3 == 0, -1.0, 1.0)
 

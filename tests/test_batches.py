@@ -79,7 +79,6 @@ def batch_of(tree, *sizes):
     return jtu.tree_map(one, tree)
 
 
-@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("name", ["LSTM", "dense GRU", "complex"])
 def test_derivatives_of_many_sequences(name):
     """Both modes, and one over the other, with respect to the parameters, the inputs and one
@@ -105,7 +104,6 @@ def test_derivatives_of_many_sequences(name):
     assert error(got, expected) <= TOLERANCE
 
 
-@pytest.mark.usefixtures("fast_compile")
 def test_every_member_has_its_gradient():
     """Two batches, one inside the other, around the gradient: of parameters too; and the Hessian
     of each."""
@@ -129,7 +127,6 @@ def test_every_member_has_its_gradient():
     assert error(got, expected) <= TOLERANCE
 
 
-@pytest.mark.usefixtures("fast_compile")
 def test_a_leaf_that_no_tangent_reaches():
     """A clock counts on its own, and a window of past inputs does not depend on the parameters."""
     xs, weight = normal(0, (6, MANY, 2)), normal(1, (2,))

@@ -9,8 +9,6 @@ import pararnn as prnn
 from pararnn.cells import _parts as parts
 from pararnn.cells._base import head_sizes
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
 
 

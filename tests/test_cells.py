@@ -12,8 +12,6 @@ from pararnn import cells
 from pararnn._misc import raveler
 from pararnn.cells._base import check_inputs, check_sizes
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 INPUTS, LENGTH = 4, 30
 NEWTON = prnn.Newton(chunk_size=4, fallback=False)
 

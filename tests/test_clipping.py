@@ -9,8 +9,6 @@ from systems import PROBLEMS, error, scan, tolerance
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 LENGTH = 13
 SOLVERS = {
     "Sequential": prnn.Sequential(),

@@ -11,8 +11,6 @@ from systems import error, normal, scan
 import pararnn as prnn
 from pararnn._traits import shared_axes
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 BATCH, LENGTH, SIZE = 3, 8, 2
 ARGS = normal(0, (SIZE, SIZE)), normal(1, (BATCH, LENGTH, SIZE)), normal(2, (BATCH, SIZE))
 

@@ -9,8 +9,6 @@ import pytest
 import pararnn as prnn
 from pararnn.jaxprs._counting import count
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 A = jnp.ones((3, 4), jnp.float32)
 B = jnp.ones((4, 5), jnp.float32)
 W = jnp.full((4, 4), 0.1, jnp.float32)

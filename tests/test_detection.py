@@ -14,8 +14,6 @@ from pararnn._misc import raveler
 from pararnn.jaxprs import _dependence
 from pararnn.jaxprs._walk import open_jaxpr
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 def vectors(size=6):
     return jnp.zeros(size)

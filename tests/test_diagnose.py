@@ -8,8 +8,6 @@ import pytest
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 L, D = 64, 3
 W = 0.6 * jax.random.normal(jax.random.key(0), (D, D))
 XS = jax.random.normal(jax.random.key(1), (L, D))

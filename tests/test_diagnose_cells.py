@@ -11,8 +11,6 @@ from systems import normal
 import pararnn as prnn
 from pararnn.diagnostics import Spread
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 L = 40
 XS = normal(0, (L, 2))
 CELL = prnn.Elman(2, 3, key=jax.random.key(0))

@@ -18,7 +18,7 @@ from examples._text import all_windows, load_text
 TINY = "--width 8 --depth 1 --length 20 --batch 2 --steps 3 --sample 5".split()
 
 
-def test_char_lm(tmp_path, capsys, fast_compile):
+def test_char_lm(tmp_path, capsys):
     char_lm.main([*TINY, "--output", str(tmp_path)])
     text, (printed, progress) = load_text(), capsys.readouterr()
     assert "bits per character before training" in printed
@@ -40,7 +40,7 @@ def test_char_lm(tmp_path, capsys, fast_compile):
 
 
 @pytest.mark.parametrize("cell", ["diagonal-gru", "gru", "elman"])
-def test_streaming_gives_the_numbers_of_the_parallel_call(cell, fast_compile):
+def test_streaming_gives_the_numbers_of_the_parallel_call(cell):
     text = load_text()
     model = LanguageModel(cell, text.vocabulary, 8, 2, key=jax.random.key(0))
     tokens, state, streamed = jnp.asarray(text.train[:12]), None, []
@@ -96,7 +96,7 @@ def test_the_output_must_be_a_folder(tmp_path, capsys):
     assert "--output: " in capsys.readouterr().err
 
 
-def test_custom_cell_does_what_it_says(capsys, fast_compile):
+def test_custom_cell_does_what_it_says(capsys):
     """Newton has to finish sequentially where a network tracks a state; Speculative need not."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         custom_cell.never_forgets(300)

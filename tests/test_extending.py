@@ -16,8 +16,6 @@ from systems import normal, scan
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 L, D = 50, 3
 XS, INIT = normal(0, (L, D)), normal(1, (D,))
 WEIGHT = normal(2, (D, D), scale=0.3)

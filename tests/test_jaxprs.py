@@ -15,8 +15,6 @@ from pararnn.jaxprs import _walk
 from pararnn.jaxprs._counting import count
 from pararnn.jaxprs._dependence import interpret, reaches
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 H = jnp.linspace(-1.0, 1.0, 6)
 X = jnp.zeros(())
 

@@ -11,8 +11,6 @@ from systems import error, normal, scan
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 INPUTS, SIZE, LENGTH = 3, 4, 21
 CELLS = {"Elman": prnn.Elman, "GRU": prnn.GRU, "DiagonalGRU": prnn.DiagonalGRU}
 SOLVERS = {

@@ -10,8 +10,6 @@ from systems import normal
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 STRUCTURES = {
     "diagonal": (prnn.Diagonal(), 3, (3,)),
     "blocks": (prnn.BlockDiagonal.interleaved(2, 2), 4, (2, 2, 2)),

@@ -8,8 +8,6 @@ import pytest
 import pararnn as prnn
 from pararnn.solvers._damped import damped_correction
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 L, D = 120, 4
 
 

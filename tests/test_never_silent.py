@@ -17,8 +17,6 @@ from systems import error, normal, previous, scan, tolerance
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 SOLVERS = {
     "Newton": prnn.Newton(),
     "Newton 1": prnn.Newton(chunk_size=1),

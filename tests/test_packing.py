@@ -12,8 +12,6 @@ from systems import error, normal
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 LENGTH, SIZE = 14, 3
 SOLVERS = {
     "Sequential": prnn.Sequential(),

@@ -11,6 +11,7 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _README = (_ROOT / "README.md").read_text()
+_FLAGS = os.environ.get("XLA_FLAGS", "")
 _EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", _README, re.S))
 _CHECKS = {
     "train": "start = 0.3 * jax.random.normal(jax.random.key(1), (8, 8))\n"
@@ -49,7 +50,8 @@ def test_example(name):
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_X64": "0",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": f"{_FLAGS} --xla_force_host_platform_device_count=2",
         },
     )
     assert result.returncode == 0, result.stderr

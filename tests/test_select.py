@@ -7,8 +7,6 @@ import pytest
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 L, D = 200, 3
 XS = jax.random.normal(jax.random.key(0), (L, D))
 INIT = jnp.zeros(D)

@@ -11,8 +11,6 @@ import pytest
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 def run(xs):
     return prnn.solve(

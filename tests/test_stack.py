@@ -13,8 +13,6 @@ from systems import error, normal
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 WIDTH, LENGTH = 4, 9
 
 

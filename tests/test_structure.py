@@ -8,8 +8,6 @@ from systems import normal
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 # Name, structure, number of state elements, and the groups that it stands for.
 CASES = {
     "diagonal": (prnn.Diagonal(), 5, [[i] for i in range(5)]),

@@ -14,8 +14,6 @@ from examples.tasks import TASKS, __main__, make_group
 from examples.tasks import _recall as recall
 from examples.tasks._train import Options, start
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 BATCH, LENGTH = 7, 29
 
 sample = jax.jit(lambda task, *args: task(*args), static_argnums=(0, 2, 3))

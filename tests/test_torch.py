@@ -11,8 +11,6 @@ import pytest
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 INPUTS, UNITS, LENGTH = 3, 4, 12
 

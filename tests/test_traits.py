@@ -11,8 +11,6 @@ from systems import error, normal, scan
 
 import pararnn as prnn
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 LENGTH, SIZE = 70, 2
 ARGS = normal(0, (SIZE, SIZE), scale=0.4), normal(1, (LENGTH, SIZE)), normal(2, (SIZE,))
 
