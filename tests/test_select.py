@@ -65,6 +65,9 @@ def test_the_adjoint_of_a_layer_is_its_own():
     rnn = prnn.RNN(cell, adjoint=prnn.ClippedAdjoint(1.0))
     adjoint, reason = prnn.select_adjoint(rnn, XS)
     assert adjoint == prnn.ClippedAdjoint(1.0) and "layer" in reason
+    rnn = prnn.RNN(cell, adjoint=prnn.ClippedAdjoint(1.0, prnn.Jacobi()))
+    adjoint, _ = prnn.select_adjoint(rnn, XS, platform="gpu")
+    assert adjoint.solver == prnn.Jacobi(chunk_size=25, linear_method="associative")
 
 
 def test_a_step_that_cannot_be_pushed_through():

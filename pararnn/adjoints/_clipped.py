@@ -52,6 +52,11 @@ class ClippedAdjoint(AbstractAdjoint):
     def solve(self, forward, recurrence, guess):
         return _solve_clipped(recurrence, jax.lax.stop_gradient(guess), forward, self)
 
+    def resolved(self, recurrence, platform=None, batch=1):
+        if not recurrence.has_tangents:  # the structure of what flows back is found when it does
+            return self
+        return dataclasses.replace(self, solver=self.solver.resolved(recurrence, platform))
+
     def exact(self):
         return dataclasses.replace(self, limit=math.inf)
 
