@@ -12,6 +12,7 @@ next run and for the programs that tests start.
 
 import gc
 import importlib.metadata
+import itertools
 import os
 import pathlib
 import sys
@@ -23,9 +24,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ and sys.prefix != sys.base_pref
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Of the two code generators that these releases have, the older one compiles in two thirds of the
 # time. Later releases have one, and end at a flag that they do not know.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+OLDER = "--xla_cpu_use_fusion_emitters=false"
+FLAGS = os.environ.get("XLA_FLAGS", "")  # a process that runs tests for another has them already
+if importlib.metadata.version("jaxlib").startswith("0.10.") and OLDER not in FLAGS:
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {OLDER}".strip()
 
 import jax  # noqa: E402 (its settings are made above)
 import jaxtyping  # noqa: E402
@@ -69,12 +71,15 @@ def as_users_run_it():
 
 
 MAPS = pathlib.Path("/proc/self/maps")
+TESTS = itertools.count(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def few_programs():
     """A process may hold only so many memory maps (65,530, by default), and each compiled program
-    takes a few. Other systems tell no number, and there each module starts afresh."""
+    takes a few. Looked at now and then, as looking takes time; where the system tells no number,
+    programs are dropped as often."""
     yield
-    if not MAPS.exists() or len(MAPS.read_bytes().splitlines()) > 25_000:
-        jax.clear_caches()
+    if next(TESTS) % 20 == 0:
+        if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > 30_000:
+            jax.clear_caches()
