@@ -36,12 +36,10 @@ import pytest  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Must come before the first import of the package: it rewrites modules while they are loaded.
 jaxtyping.install_import_hook("pararnn", "beartype.beartype")
-
-
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_finish():
