@@ -59,6 +59,8 @@ def solution(solver, step, adjoint=None):
     def one(w, xs, init, reset, mask):
         bound = functools.partial(step, w)
         options = {"solver": solver, "adjoint": adjoint, "reset": reset, "mask": mask}
+        # What raises is compiled anew in each run: a kind of spreading has one that does.
+        options["throw"] = solver is None or isinstance(solver, prnn.Newton)
         solved = prnn.solve(bound, xs, init, **options)
         return solved.states, solved.stats.iterations
 

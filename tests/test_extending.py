@@ -30,7 +30,7 @@ def states_and_gradient(step, params, **options):
 
     def loss(params, xs, init):
         if options:
-            solution = prnn.solve(lambda h, x: step(params, h, x), xs, init, **options)
+            solution = prnn.solve(lambda h, x: step(params, h, x), xs, init, throw=False, **options)
             states, stats = solution.states, solution.stats
         else:
             states, stats = scan(lambda h, x: step(params, h, x), xs, init), None

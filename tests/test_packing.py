@@ -105,6 +105,7 @@ def test_solve(solver):
             mask=mask,
             reset=reset,
             reset_state=again,
+            throw=isinstance(solver, prnn.Newton),
         )
         return loss(solution.states, solution.final), solution.states
 

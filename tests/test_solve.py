@@ -414,7 +414,14 @@ def test_reset(solver):
     def at_once(params, xs, init, again):
         step = functools.partial(problem.step, params)
         return prnn.solve(
-            step, xs, init, solver=solver, adjoint=solver, reset=reset, reset_state=again
+            step,
+            xs,
+            init,
+            solver=solver,
+            adjoint=solver,
+            reset=reset,
+            reset_state=again,
+            throw=isinstance(solver, prnn.Newton),
         ).states
 
     def loss(run, *args):

@@ -14,7 +14,7 @@ from .._outcome import Solve
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver, Sequential
 from ._backwards import backward_inputs
-from ._base import AbstractAdjoint
+from ._base import AbstractAdjoint, Forward
 from ._wrapped import default_adjoint
 
 
@@ -82,7 +82,7 @@ class _ClippedPull(eqx.Module):
 
 @eqx.filter_custom_vjp
 def _solve_clipped(
-    recurrence: Recurrence, guess: PyTree[Array] | None, forward: Any, adjoint: ClippedAdjoint
+    recurrence: Recurrence, guess: PyTree[Array] | None, forward: Forward, adjoint: ClippedAdjoint
 ):
     return forward(recurrence, guess)
 
