@@ -102,3 +102,23 @@ def test_an_algebra_beside_the_step():
 def test_an_algebra_must_be_one(as_users_run_it):
     with pytest.raises(TypeError, match="`algebra` must be .*forget the parentheses"):
         prnn.solve(STEPS["dense"], XS, INIT, algebra=prnn.ClampAlgebra)
+
+
+@pytest.mark.parametrize("adjoint", [None, prnn.Newton(), prnn.ClippedAdjoint(5.0, prnn.Newton())])
+def test_the_structure_is_found_once(adjoint, monkeypatch):
+    """Per solve, whatever is made of it: forwards, in the derivative, and in its derivative."""
+    calls = []
+
+    def detect(*args):
+        calls.append(args)
+        return prnn.detect_structure(*args)
+
+    monkeypatch.setattr("pararnn._recurrence.detect_structure", detect)
+
+    def loss(xs):
+        solver = prnn.Newton(chunk_size=10)
+        states = prnn.solve(STEPS["dense"], xs, INIT, solver=solver, adjoint=adjoint).states
+        return jnp.sum(jnp.sin(states))
+
+    jax.jit(jax.grad(loss)).lower(XS)
+    assert len(calls) == 1

@@ -95,7 +95,7 @@ def gradients(name):
 def test_gradient(method):
     """With respect to parameters, inputs and the initial state."""
     problem, args, expected = gradients("LSTM")
-    loss = loss_of(solved(problem, method, throw=True))
+    loss = loss_of(solved(problem, method, throw=isinstance(method[0], prnn.Newton)))
     got = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*args)
     assert error(got, expected) <= TOLERANCE
 
@@ -258,7 +258,9 @@ def test_closed_over_tracers():
 
     def with_solver(method):
         def run(step, xs, init):
-            return prnn.solve(step, xs, init, solver=method[0], adjoint=method[1]).states
+            return prnn.solve(
+                step, xs, init, solver=method[0], adjoint=method[1], throw=False
+            ).states
 
         return jax.grad(functools.partial(loss, run))
 
@@ -326,7 +328,7 @@ def test_inputs_that_have_no_derivative():
     for solver in (prnn.Newton(chunk_size=1), prnn.Jacobi(chunk_size=4), prnn.Sequential()):
 
         def run(step, xs, init, solver=solver):
-            return prnn.solve(step, xs, init, solver=solver, adjoint=solver).states
+            return prnn.solve(step, xs, init, solver=solver, adjoint=solver, throw=False).states
 
         got = jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1)))(*args)
         assert error(got, expected) <= TOLERANCE
