@@ -28,6 +28,8 @@ OLDER = "--xla_cpu_use_fusion_emitters=false"
 FLAGS = os.environ.get("XLA_FLAGS", "")  # a process that runs tests for another has them already
 if importlib.metadata.version("jaxlib").startswith("0.10.") and OLDER not in FLAGS:
     os.environ["XLA_FLAGS"] = f"{FLAGS} {OLDER}".strip()
+# Programs do not tell from which lines their operations come: that takes a twentieth of the time.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402 (its settings are made above)
 import jaxtyping  # noqa: E402
