@@ -6,18 +6,17 @@ import jax
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 
 
-def default_platform() -> str:
-    """The platform that arrays are made on, unless a caller names another."""
-    return jax.default_backend()
+def chosen_platform(platform: str | None) -> str:
+    """The platform that a caller names, or for None that on which JAX makes arrays."""
+    return jax.default_backend() if platform is None else platform
 
 
 def check_platform(platform: str | None) -> str:
     """`platform`, or the default for None; raises for what is neither."""
-    default = default_platform()
     if platform is None:
-        return default
+        return chosen_platform(None)
     if not isinstance(platform, str):
         raise TypeError(f"`platform` must be a string or None; got {platform!r}.")
-    if platform not in (*PLATFORMS, default):
+    if platform not in (*PLATFORMS, chosen_platform(None)):
         raise ValueError(f"`platform` must be one of {PLATFORMS} or None; got {platform!r}.")
     return platform

@@ -85,6 +85,10 @@ class Recurrence(eqx.Module):
         """The states that the steps start from, `(init, states[0], …, states[L-2])`."""
         return previous_states(self.init, states)
 
+    def images(self, states: PyTree[Array]) -> PyTree[Array]:
+        """What all steps make of the states that they start from, side by side."""
+        return jax.vmap(self.step)(self.previous(states), self.xs)
+
     def elements(self, algebra: AbstractAlgebra) -> Any:
         """The elements of an algebra that contains the steps, along the leading axis."""
         step = self.step

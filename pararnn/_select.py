@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from ._platform import default_platform
+from ._platform import chosen_platform
 from ._recurrence import Recurrence
 from ._traits import listed
 from .adjoints import AbstractAdjoint, ClippedAdjoint, OnePassAdjoint
@@ -48,12 +48,12 @@ def choose(
     - `platform`: `None` is that of JAX.
     - `batch`: a hint: how many sequences `jax.vmap` makes of this one.
     """
-    platform = default_platform() if platform is None else platform
+    platform = chosen_platform(platform)
     _check_shared_axes(recurrence, solver=solver, adjoint=adjoint)
     reason = "It was asked for."
     if solver is None:
         solver, reason = _select_solver(recurrence, platform)
-    adjoint, adjoint_reason = _select_adjoint(recurrence, adjoint, platform, batch)
+    adjoint, adjoint_reason = _select_adjoint(recurrence, adjoint, platform)
     return Choice(
         solver.resolved(recurrence, platform),
         adjoint.resolved(recurrence, platform, batch),
@@ -120,7 +120,6 @@ def _select_adjoint(
     recurrence: Recurrence,
     adjoint: AbstractSolver | AbstractAdjoint | None,
     platform: str,
-    batch: int,
 ) -> tuple[AbstractAdjoint, str]:
     if recurrence.shared_axes:
         return OnePassAdjoint(), (
@@ -129,7 +128,7 @@ def _select_adjoint(
         )
     reason = "It was asked for."
     if adjoint is None:
-        chosen = default_adjoint(recurrence, platform, batch)
+        chosen = default_adjoint(platform)
         reason = f"{platform}: " + (
             "one pass over the steps, which stores no Jacobians."
             if chosen.stepwise

@@ -90,7 +90,7 @@ def _solve_clipped(
 @_solve_clipped.def_fwd
 def _solve_clipped_fwd(perturbed, recurrence, guess, forward, adjoint):
     # Derivatives of the clipped gradient are those of what is computed here and below.
-    out = default_adjoint(recurrence).solve(forward, recurrence, guess)
+    out = default_adjoint().solve(forward, recurrence, guess)
     return out, out[0]
 
 
@@ -107,10 +107,6 @@ def _solve_clipped_bwd(states, cotangents, perturbed, recurrence, guess, forward
     )
     # A derivative has no place to report a failure: it must always be finished.
     forward = Solve(adjoint.solver.finishing())
-    clipped, _, _ = default_adjoint(backward).solve(forward, backward, None)
-
-    def all_steps(recurrence):
-        return jax.vmap(recurrence.step)(recurrence.previous(states), recurrence.xs)
-
-    _, pull = eqx.filter_vjp(all_steps, recurrence)
+    clipped, _, _ = default_adjoint().solve(forward, backward, None)
+    _, pull = eqx.filter_vjp(lambda recurrence: recurrence.images(states), recurrence)
     return pull(flip_time(clipped))[0]

@@ -38,11 +38,8 @@ class LinearSolveAdjoint(AbstractLinearAdjoint):
         return self.solver
 
     def tangents(self, recurrence, states, tangents):
-        @eqx.filter_checkpoint
-        def all_steps(recurrence):
-            return jax.vmap(recurrence.step)(recurrence.previous(states), recurrence.xs)
-
-        _, offsets = eqx.filter_jvp(all_steps, (recurrence,), (tangents,))
+        images = eqx.filter_checkpoint(lambda recurrence: recurrence.images(states))
+        _, offsets = eqx.filter_jvp(images, (recurrence,), (tangents,))
         offsets = _tied(or_zeros(offsets, states), tangents)
         return _linear_solve(self.solver, recurrence, states, offsets)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree
 
 from .._devices import typed_slice, typed_struct
 from .._misc import bool_where, or_zeros, previous_states
-from .._platform import default_platform
+from .._platform import chosen_platform
 from .._recurrence import Recurrence
 from .._settings import check_positive_int
 from ..jaxprs._dependence import reaches
@@ -62,7 +62,7 @@ class OnePassAdjoint(AbstractLinearAdjoint):
         if self.block_size is not None:
             return self
         # On an accelerator each operation of a step is a launch: there blocks always have fewer.
-        if batch >= _MANY and (default_platform() if platform is None else platform) == "cpu":
+        if batch >= _MANY and chosen_platform(platform) == "cpu":
             return OnePassAdjoint(1)
         leaves = jtu.tree_leaves(recurrence.init)
         width = batch * sum(h.size * h.dtype.itemsize for h in leaves)

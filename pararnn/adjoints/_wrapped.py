@@ -1,5 +1,4 @@
-from .._platform import default_platform
-from .._recurrence import Recurrence
+from .._platform import chosen_platform
 from ..solvers import AbstractSolver
 from ._base import AbstractAdjoint, AbstractLinearAdjoint
 from ._linear_solve import LinearSolveAdjoint
@@ -13,14 +12,10 @@ def as_adjoint(adjoint: AbstractSolver | AbstractAdjoint) -> AbstractAdjoint:
     return OnePassAdjoint() if adjoint.stepwise else LinearSolveAdjoint(adjoint)
 
 
-def default_adjoint(
-    recurrence: Recurrence, platform: str | None = None, batch: int = 1
-) -> AbstractLinearAdjoint:
+def default_adjoint(platform: str | None = None) -> AbstractLinearAdjoint:
     """What `adjoint=None` stands for.
 
     On a CPU, one pass over all steps, which stores no Jacobians. Elsewhere Newton's method, whose
     single correction is exact here.
     """
-    platform = default_platform() if platform is None else platform
-    adjoint = OnePassAdjoint() if platform == "cpu" else LinearSolveAdjoint()
-    return adjoint.resolved(recurrence, platform, batch)
+    return OnePassAdjoint() if chosen_platform(platform) == "cpu" else LinearSolveAdjoint()

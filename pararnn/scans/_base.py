@@ -6,7 +6,6 @@ adds up. So another way to scan, a kernel or one across devices, is one class an
 """
 
 import abc
-import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -81,7 +80,3 @@ def compose_affine(
     """The affine map `later ∘ earlier`, each a matrix and an offset."""
     (matrix1, offset1), (matrix2, offset2) = earlier, later
     return structure.compose(matrix2, matrix1), structure.apply(matrix2, offset1) + offset2
-
-
-# For a scan that forms no products.
-EXACT = math.inf

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from .._misc import flip_time, num_steps
 from ._associative import Associative
 from ._base import AbstractScan, compose_affine
-from ._sequential import Sequential
+from ._sequential import Sequential, affine_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +46,7 @@ class Chunked(AbstractScan):
         summary, _ = jax.lax.scan(compose, first, rest)
         ends = Associative().affine(structure, *summary)
         starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
-
-        def step(h, element):  # without products of matrices
-            matrix, offset = element
-            h = structure.apply(matrix, h) + offset
-            return h, h
-
-        return restore(jax.lax.scan(step, starts, elements)[1])
+        return restore(affine_from(starts, structure, *elements))
 
 
 _FIRST, _LATER = slice(None, 1), slice(1, None)

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from .._platform import default_platform
+from .._platform import chosen_platform
 from ._associative import Associative
 from ._base import AbstractScan
 from ._chunked import Chunked
@@ -22,7 +22,7 @@ _CHUNKED_FROM = 2048
 def default_linear_method(length: int, platform: str | None = None) -> LinearMethod:
     """`"sequential"` on CPU, where `jax.lax.scan` runs at the machine's limit; elsewhere
     `"associative"`, or `"chunked"` for long recurrences."""
-    if (default_platform() if platform is None else platform) == "cpu":
+    if chosen_platform(platform) == "cpu":
         return "sequential"
     return "associative" if length < _CHUNKED_FROM else "chunked"
 

@@ -28,8 +28,8 @@ class AssociativeScan(AbstractSolver):
 
     **Arguments:**
 
-    - `algebra`: an [`pararnn.AbstractAlgebra`][] that contains the steps; `None` for affine steps.
-        also that which is known of the recurrence, as of a cell's.
+    - `algebra`: an [`pararnn.AbstractAlgebra`][] that contains the steps; `None` is the one
+        that is known of the recurrence, as a cell's, or else for affine steps.
     - `linear_method`: how the scan runs, as in [`pararnn.linear_recurrence`][].
     """
 
