@@ -11,8 +11,6 @@ from jaxtyping import PyTree
 from .._misc import num_steps, raveler, time_slice
 from .._norms import agreement_tolerance
 from .._recurrence import scan_states
-from .._solve import solve
-from ..adjoints._wrapped import as_adjoint
 from ..solvers import AbstractSolver, AssociativeScan, Jacobi, Newton, QuasiNewton, Sequential
 from ..structures import detect_structure, is_affine
 from ._agreement import Agreement
@@ -312,19 +310,9 @@ def _benchmark(
 
 def _run(problem: Problem, solver: AbstractSolver | None):
     adjoint = solver if problem.adjoint is None else problem.adjoint
-    adjoint = None if adjoint is None else as_adjoint(adjoint).exact()
 
     def run(step, us, init):
-        solution = solve(
-            step,
-            us,
-            init,
-            solver=solver,
-            adjoint=adjoint,
-            structure=problem.structure,
-            algebra=problem.algebra,
-            throw=False,
-        )
+        solution = problem.solution(step, us, init, solver=solver, adjoint=adjoint)
         return solution.states, solution.stats
 
     return run

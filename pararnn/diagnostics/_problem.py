@@ -13,7 +13,10 @@ from jaxtyping import Array, PyTree
 
 from .._algebra import AbstractAlgebra
 from .._misc import num_steps
+from .._solution import Solution
+from .._solve import solve
 from ..adjoints import AbstractAdjoint
+from ..adjoints._wrapped import as_adjoint
 from ..cells import AbstractCell
 from ..layers._blocks import AbstractBlock
 from ..layers._rnn import RNN
@@ -45,6 +48,28 @@ class Problem:
     layer: RNN | None
     xs: PyTree[Any]
     state: PyTree[Any]
+
+    def solution(
+        self,
+        step: Any,
+        us: PyTree[Any],
+        init: PyTree[Any],
+        *,
+        solver: AbstractSolver | None,
+        adjoint: AbstractSolver | AbstractAdjoint | None,
+    ) -> Solution:
+        """What `solve` makes of the step, as the tools ask it: with what is known of the problem,
+        the true derivative, and no error at run time."""
+        return solve(
+            step,
+            us,
+            init,
+            solver=solver,
+            adjoint=None if adjoint is None else as_adjoint(adjoint).exact(),
+            structure=self.structure,
+            algebra=self.algebra,
+            throw=False,
+        )
 
     def batched(self, batch_size: int, axis_name: Any = None) -> "Problem":
         """The recurrence of `batch_size` sequences, with the batch axis behind time's. The inputs

@@ -14,10 +14,8 @@ from jaxtyping import PyTree
 from .._misc import num_steps, previous_states, raveler, time_slice
 from .._recurrence import scan_states
 from .._solution import RESULTS
-from .._solve import solve
 from .._traits import check_alone
 from ..adjoints import AbstractAdjoint
-from ..adjoints._wrapped import as_adjoint
 from ..solvers import AbstractSolver
 from ..structures import AbstractStructure
 from ._agreement import GRADIENT_FACTOR, Agreement
@@ -168,18 +166,10 @@ def verify(
 
 def _solving(problem: Problem) -> Callable[..., Any]:
     """From inputs and initial state to the states, and the report, of the solver in question."""
-    adjoint = None if problem.adjoint is None else as_adjoint(problem.adjoint).exact()
 
     def states_of(us, init):
-        solution = solve(
-            problem.step,
-            us,
-            init,
-            solver=problem.solver,
-            adjoint=adjoint,
-            structure=problem.structure,
-            algebra=problem.algebra,
-            throw=False,
+        solution = problem.solution(
+            problem.step, us, init, solver=problem.solver, adjoint=problem.adjoint
         )
         return solution.states, (solution.result, solution.stats)
 

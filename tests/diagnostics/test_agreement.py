@@ -9,7 +9,7 @@ import pytest
 from systems import normal, scan
 
 import pararnn as prnn
-from pararnn.diagnostics import _benchmark, _verify
+from pararnn.diagnostics import _problem
 from pararnn.diagnostics._agreement import Agreement, _recent
 from pararnn.diagnostics._rounding import rounded_anew
 
@@ -71,7 +71,7 @@ def changed_solve(change):
 def test_verify_catches_wrong_states(name, monkeypatch):
     step, xs, init, dtype = SYSTEMS[name]
     xs, init = jnp.asarray(xs, dtype), jnp.asarray(init, dtype)
-    monkeypatch.setattr(_verify, "solve", changed_solve(flipped))
+    monkeypatch.setattr(_problem, "solve", changed_solve(flipped))
     verification = prnn.verify(step, xs, init)
     assert not verification and verification.value_error > 1 and not verification.result
     assert verification.where in str(verification)
@@ -99,7 +99,7 @@ def test_verify_catches_wrong_gradients_and_values(change, monkeypatch):
         return scale * tanh_step(h / scale, x / scale)
 
     assert prnn.verify(step, xs, jnp.zeros_like(scale), prnn.Sequential())
-    monkeypatch.setattr(_verify, "solve", changed_solve(change))
+    monkeypatch.setattr(_problem, "solve", changed_solve(change))
     assert not prnn.verify(step, xs, jnp.zeros_like(scale))
 
 
@@ -222,7 +222,7 @@ def test_benchmark_disqualifies_what_a_large_neighbour_hid(monkeypatch):
         wrong = isinstance(solver, prnn.Jacobi)
         return (changed_solve(flipped) if wrong else prnn.solve)(*args, solver=solver, **kwargs)
 
-    monkeypatch.setattr(_benchmark, "solve", solve)
+    monkeypatch.setattr(_problem, "solve", solve)
     result = prnn.tune(
         step,
         jnp.asarray(xs, dtype),
@@ -241,7 +241,7 @@ def test_benchmark_disqualifies_wrong_gradients(monkeypatch):
         change = changed_solve(lambda s: 0.8 * s + jax.lax.stop_gradient(0.2 * s))
         return (change if wrong else prnn.solve)(*args, solver=solver, **kwargs)
 
-    monkeypatch.setattr(_benchmark, "solve", solve)
+    monkeypatch.setattr(_problem, "solve", solve)
     result = prnn.tune(
         tanh_step,
         normal(0, (50,)),
