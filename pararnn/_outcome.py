@@ -88,7 +88,8 @@ def throw_unless_successful(states: PyTree[Array], result: RESULTS, where: str) 
         raised = error()
         return raised, jtu.tree_map(lambda h: h.at[0].set(jnp.where(raised, 0, h[0])), states)
 
-    return jax.lax.while_loop(lambda carry: carry[0], turn, (some, states))[1]
+    with jax.named_scope("pararnn_raise"):
+        return jax.lax.while_loop(lambda carry: carry[0], turn, (some, states))[1]
 
 
 def fail_unless_successful(tree: PyTree[Array], result: RESULTS, where: str) -> PyTree[Array]:

@@ -253,4 +253,5 @@ def finish_sequentially(
     state = bool_where(first_step == 0, recurrence.init, before)
     xs = spread(xs, first_step)
     carry = (place_like(first_step, states), state, states)
-    return jax.lax.while_loop(lambda carry: carry[0] < length, turn, carry)[2]
+    with jax.named_scope("pararnn_finish"):
+        return jax.lax.while_loop(lambda carry: carry[0] < length, turn, carry)[2]

@@ -226,9 +226,9 @@ def _shoot(
         return within & jnp.any(progress.error > 1)
 
     def attempt(carry):
-        progress = jax.lax.while_loop(
-            unfinished, functools.partial(_iterate, solver, chunks, report), carry[0]
-        )
+        iterate = functools.partial(_iterate, solver, chunks, report)
+        with jax.named_scope("pararnn_iterations"):
+            progress = jax.lax.while_loop(unfinished, iterate, carry[0])
         return _check(chunks, progress)
 
     def to_be_made(carry):
@@ -245,7 +245,8 @@ def _shoot(
     empty = jtu.tree_map(lambda h: jnp.zeros((chunks.length, *h.shape), h.dtype), init)
     bad = jnp.ones(chunks.num_chunks - 1, bool)
     carry = place_like((progress, empty, bad), starts)
-    return jax.lax.while_loop(to_be_made, attempt, carry)
+    with jax.named_scope("pararnn_attempts"):
+        return jax.lax.while_loop(to_be_made, attempt, carry)
 
 
 def _begin(solver: AbstractIterativeSolver, chunks: Chunks, starts: Array) -> _Progress:
@@ -360,4 +361,5 @@ def _kept(chunks: Chunks, starts, ends, norms, scale, doubtful) -> Float[Array, 
         return jnp.zeros_like(carry[0]), kept
 
     unknown = place_like((doubtful, jnp.full((), jnp.inf, norms.dtype)), defects)
-    return jax.lax.while_loop(lambda carry: carry[0], measure, unknown)[1]
+    with jax.named_scope("pararnn_kept"):
+        return jax.lax.while_loop(lambda carry: carry[0], measure, unknown)[1]
