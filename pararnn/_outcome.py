@@ -19,6 +19,9 @@ from ._norms import all_finite
 from ._recurrence import Recurrence
 from ._solution import RESULTS, Stats
 from .solvers import AbstractSolver, Report
+from .solvers._base import Outcome, completed
+
+_Judged = tuple[PyTree[Array], RESULTS, Stats]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +36,28 @@ class Solve:
     report: Report | None = None
     throw: str | None = None
 
-    def __call__(
-        self, recurrence: Recurrence, guess: PyTree[Array] | None
-    ) -> tuple[PyTree[Array], RESULTS, Stats]:
-        states, converged, stats = self.solver.solve(recurrence, guess, self.report)
-        _check_states(self.solver, states, recurrence)
-        result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
-        result = RESULTS.where(all_finite(states), result, RESULTS.nonfinite)
+    def __call__(self, recurrence: Recurrence, guess: PyTree[Array] | None) -> _Judged:
+        outcome, rest = self.solver.attempt(recurrence, guess, self.report)
+        _check_states(self.solver, outcome[0], recurrence)
+        judged = _judged(outcome)
+        if rest is None:
+            return self._thrown(judged)
+        # To raise is a part of the rest, so that what succeeds is asked only once whether it has.
+        failed = judged[1] != RESULTS.successful
+        return completed(judged, failed, lambda: self._thrown(_judged(rest())))
+
+    def _thrown(self, judged: _Judged) -> _Judged:
         # Here and not on what `solve` returns, so that derivatives read checked states, too.
-        if self.throw is not None:
-            states = throw_unless_successful(states, result, self.throw)
-        return states, result, stats
+        if self.throw is None:
+            return judged
+        states, result, stats = judged
+        return throw_unless_successful(states, result, self.throw), result, stats
+
+
+def _judged(outcome: Outcome) -> _Judged:
+    states, converged, stats = outcome
+    result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
+    return states, RESULTS.where(all_finite(states), result, RESULTS.nonfinite), stats
 
 
 def _check_states(solver: AbstractSolver, states: PyTree[Any], recurrence: Recurrence) -> None:

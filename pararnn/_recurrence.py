@@ -39,12 +39,15 @@ class Recurrence(eqx.Module):
         pair of the flags and the inputs).
     - `init`: the state before the first step.
     - `algebra`: the family of maps that the steps belong to, if it is known, or `None`.
+    - `reverse`: whether time runs from the last input to the first: $h_t = \mathrm{step}(h_{t+1},
+        x_t)$ with $h_L = \mathrm{init}$. Only a solver that declares `runs_backwards` meets it.
     """
 
     step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
     xs: PyTree[Any]
     init: PyTree[Any]
     algebra: AbstractAlgebra | None = eqx.field(static=True)
+    reverse: bool = eqx.field(static=True)
     _found: _Found = eqx.field(static=True)
 
     def __init__(
@@ -57,6 +60,7 @@ class Recurrence(eqx.Module):
         reset_state: PyTree[Any] | None = None,
         structure: AbstractStructure | None = None,
         algebra: AbstractAlgebra | None = None,
+        reverse: bool = False,
     ):
         """**Arguments:**
 
@@ -64,17 +68,29 @@ class Recurrence(eqx.Module):
         - `resets`: which steps start from `reset_state` and not from the state before them.
         - `structure`, `algebra`: what is known of the step. The structure is detected otherwise,
             when it is first asked for.
+        - `reverse`: whether time runs from the last input to the first.
         """
         if resets is not None:
             step, xs = _ResettingStep(step, reset_state), (resets, xs)
         self.step, self.xs, self.init = step, xs, init
-        self.algebra = algebra
+        self.algebra, self.reverse = algebra, reverse
         self._found = _Found(structure)
 
     @property
     def length(self) -> int:
         """The number of steps."""
         return num_steps(self.xs)
+
+    def at(self, times: slice) -> slice:
+        """The rows of the inputs and the states at times that are counted in the direction of the
+        recurrence; the slice has all of its bounds, and goes forward."""
+        if not self.reverse:
+            return times
+        start, stop, step = times.indices(self.length)
+        count = len(range(start, stop, step))
+        first = self.length - 1 - start
+        last = first - step * count
+        return slice(first, last if last >= 0 else None, -step) if count else slice(0, 0)
 
     @property
     def size(self) -> int:
@@ -154,7 +170,11 @@ class _ResettingStep(eqx.Module):
 
 
 def scan_states(
-    step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]], xs: PyTree[Any], init: PyTree[Any]
+    step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]],
+    xs: PyTree[Any],
+    init: PyTree[Any],
+    *,
+    reverse: bool = False,
 ) -> PyTree[Array]:
     """All states by `jax.lax.scan`, with products at full precision: the definition of a
     solution."""
@@ -164,7 +184,7 @@ def scan_states(
         return state, state
 
     with jax.default_matmul_precision("highest"):
-        return jax.lax.scan(body, init, xs)[1]
+        return jax.lax.scan(body, init, xs, reverse=reverse)[1]
 
 
 def precise(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -108,12 +108,17 @@ def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolve
             f"The Jacobian is dense with {size} state elements: each step is a matrix product that "
             "keeps the device busy, and chunk Jacobians would cost that many times more."
         )
-    solver = Newton()
-    chunk_size = solver.default_chunk_size(structure, length, size)
-    return solver, (
+    solver = Newton().resolved(recurrence, platform)
+    chunk_size = solver.chunk_size
+    assert chunk_size is not None
+    reason = (
         f"{platform}: the Jacobian is {type(structure).__name__} with {seeds} tangents per sweep; "
-        f"Newton over {math.ceil(length / chunk_size)} chunks of {chunk_size} steps."
+        f"Newton over {math.ceil(length / chunk_size)} chunks of {chunk_size} steps"
     )
+    if solver.overlap:
+        reason += f", which start {solver.overlap} steps early: if the state is forgotten by then"
+        reason += ", no tangents are needed"
+    return solver, reason + "."
 
 
 def _select_adjoint(

@@ -10,6 +10,13 @@ def check_positive_int(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be at least 1; got {value}.")
 
 
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be a Python int or None; got {value!r}.")
+    if value < 0:
+        raise ValueError(f"`{name}` must not be negative; got {value}.")
+
+
 def check_tolerance(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a Python float or None; got {value!r}.")

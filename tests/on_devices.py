@@ -230,7 +230,7 @@ agrees(
     "manual, affine",
     manual(4, grads="inside"),
     affine,
-    prnn.AssociativeScan(linear_method="chunked"),
+    prnn.AssociativeScan(linear_method="radix"),
     prnn.Newton(chunk_size=4),
 )
 agrees(

@@ -176,7 +176,7 @@ SOLVERS: dict[str, prnn.AbstractSolver] = {
     "Newton 5": prnn.Newton(chunk_size=5),
     "Newton 1000": prnn.Newton(chunk_size=1000),
     "Newton 1 associative": prnn.Newton(chunk_size=1, linear_method="associative"),
-    "Newton 3 chunked": prnn.Newton(chunk_size=3, linear_method="chunked"),
+    "Newton 3 radix": prnn.Newton(chunk_size=3, linear_method="radix"),
     "QuasiNewton 1": prnn.QuasiNewton(chunk_size=1),
     "QuasiNewton 4": prnn.QuasiNewton(chunk_size=4),
     "Picard": prnn.Picard(),

@@ -22,6 +22,7 @@ ROOMS = [
     "structures",
     "_algebra",
     "scans",
+    "sweeps",
     "_recurrence",
     "_solution",
     "_jit",

@@ -226,7 +226,7 @@ def test_a_structure():
     structure = Multiple()
     for solver in (
         prnn.Newton(chunk_size=1),
-        prnn.Newton(chunk_size=8, linear_method="chunked"),
+        prnn.Newton(chunk_size=8, linear_method="radix"),
         prnn.QuasiNewton(chunk_size=4),
         prnn.LevenbergMarquardt(chunk_size=5, damping=1e-6),
         prnn.AssociativeScan(),
@@ -352,7 +352,7 @@ def test_a_scan_in_a_linear_recurrence(length, reverse):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     "method",
-    [prnn.scans.Sequential(), prnn.scans.Associative(), prnn.scans.Chunked(), Doubling()],
+    [prnn.scans.Sequential(), prnn.scans.Associative(), prnn.scans.Radix(), Doubling()],
     ids=lambda method: type(method).__name__,
 )
 def test_prefixes_against_a_loop(method, length, reverse):

@@ -27,7 +27,7 @@ def test_the_choice_of_a_gpu_runs_here(name):
     adjoint, reason = prnn.select_adjoint(step, XS, INIT, platform="gpu")
     assert isinstance(adjoint, prnn.adjoints.LinearSolveAdjoint) and "gpu" in reason
     for chosen in (solver, adjoint.solver):
-        assert chosen.linear_method in ("associative", "chunked")
+        assert chosen.linear_method == "radix"
         # Nothing is left to this platform.
         recurrence = prnn.Recurrence(step, XS, INIT)
         assert chosen.resolved(recurrence, "cpu") == chosen == chosen.resolved(recurrence, "gpu")
@@ -41,15 +41,31 @@ def test_the_choice_of_a_gpu_runs_here(name):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "length, method, chunk_size", [(100, "associative", 1), (5000, "chunked", 1)]
-)
-def test_scan_and_chunks_follow_the_length(length, method, chunk_size):
-    xs = jax.ShapeDtypeStruct((length, D), float)
-    solver, _ = prnn.select_solver(STEPS["diagonal"], xs, INIT, platform="gpu")
-    assert solver == prnn.Newton(chunk_size=chunk_size, linear_method=method)
-    dense, _ = prnn.select_solver(STEPS["dense"], xs, INIT, platform="gpu")
-    assert dense.chunk_size == int(length**0.5)
+def test_what_an_accelerator_gets():
+    """Short chunks, written out; iterations that are not asked for their success; and for a dense
+    step, chunks that start early."""
+    xs = jax.ShapeDtypeStruct((5000, D), float)
+    common = {"chunk_size": 32, "linear_method": "radix", "sweep_method": "unrolled"}
+    solver, reason = prnn.select_solver(STEPS["diagonal"], xs, INIT, platform="gpu")
+    assert solver == prnn.Newton(**common, overlap=0, min_iters=3)
+    assert "157 chunks of 32 steps" in reason
+    solver, reason = prnn.select_solver(STEPS["dense"], xs, INIT, platform="gpu")
+    assert solver == prnn.Newton(**common, overlap=32, min_iters=0)
+    assert "32 steps early" in reason
+    solver, _ = prnn.select_solver(STEPS["affine"], xs, INIT, platform="gpu")
+    corrector = prnn.Newton(**common, overlap=0, min_iters=2, max_iters=10)
+    assert solver == prnn.AssociativeScan(linear_method="radix", corrector=corrector)
+
+
+def test_what_was_asked_for_stays():
+    recurrence = prnn.Recurrence(STEPS["dense"], XS, INIT)
+    asked = prnn.Newton(
+        chunk_size=16, linear_method="associative", sweep_method="scan", overlap=4, min_iters=1
+    )
+    for platform in ("cpu", "gpu"):
+        assert asked.resolved(recurrence, platform) == asked
+    assert prnn.Newton(chunk_size=1000, overlap=1000).resolved(recurrence, "gpu").overlap == L
+    assert prnn.Picard().resolved(recurrence, "gpu").overlap == 0
 
 
 def test_the_adjoint_of_a_cpu_follows_the_batch():
@@ -67,7 +83,8 @@ def test_the_adjoint_of_a_layer_is_its_own():
     assert adjoint == prnn.ClippedAdjoint(1.0) and "layer" in reason
     rnn = prnn.RNN(cell, adjoint=prnn.ClippedAdjoint(1.0, prnn.Jacobi()))
     adjoint, _ = prnn.select_adjoint(rnn, XS, platform="gpu")
-    assert adjoint.solver == prnn.Jacobi(chunk_size=25, linear_method="associative")
+    recurrence = prnn.Recurrence(cell.step, cell.project(XS), cell.init_state())
+    assert adjoint.solver == prnn.Jacobi().resolved(recurrence, "gpu")
 
 
 def test_a_step_that_cannot_be_pushed_through():

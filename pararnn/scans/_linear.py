@@ -27,10 +27,10 @@ def linear_recurrence(
     - `matrices`, `offsets`: $A_t$ and $b_t$ along the leading axis.
     - `reverse`: run from the last element to the first: $h_t = A_t h_{t+1} + b_t$.
     - `method`: `"sequential"` is one `jax.lax.scan`; `"associative"` one
-        `jax.lax.associative_scan`; `"chunked"` scans blocks of about the square root of the length
-        side by side, then their summaries, then the blocks again: two passes over the data and no
-        stored products. Or a scan of your own ([`pararnn.scans.AbstractScan`][]). `None` picks by
-        platform.
+        `jax.lax.associative_scan`; `"radix"` goes through blocks of 16 elements side by side,
+        then through their summaries in the same way, then through the blocks again, all unrolled:
+        the fewest kernels on an accelerator. Or a scan of your own
+        ([`pararnn.scans.AbstractScan`][]). `None` picks by platform.
 
     **Returns:**
 
@@ -40,5 +40,5 @@ def linear_recurrence(
 
     `ValueError` for any other `method`.
     """
-    scan = as_scan("method", method, offsets.shape[0])
+    scan = as_scan("method", method)
     return scan.affine(structure, matrices, offsets, reverse=reverse)

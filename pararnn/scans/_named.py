@@ -5,41 +5,36 @@ from typing import Any, Literal
 from .._platform import chosen_platform
 from ._associative import Associative
 from ._base import AbstractScan
-from ._chunked import Chunked
+from ._radix import Radix
 from ._sequential import Sequential
 
-LinearMethod = Literal["sequential", "associative", "chunked"]
+LinearMethod = Literal["sequential", "associative", "radix"]
 _NAMED: dict[str, AbstractScan] = {
     "sequential": Sequential(),
     "associative": Associative(),
-    "chunked": Chunked(),
+    "radix": Radix(),
 }
-# From this length on, the chunked form replaces the associative scan on accelerators: it compiles
-# about log2(length / sqrt(length)) levels less, and touches memory a fixed number of times.
-_CHUNKED_FROM = 2048
 
 
-def default_linear_method(length: int, platform: str | None = None) -> LinearMethod:
+def default_linear_method(platform: str | None = None) -> LinearMethod:
     """`"sequential"` on CPU, where `jax.lax.scan` runs at the machine's limit; elsewhere
-    `"associative"`, or `"chunked"` for long recurrences."""
-    if chosen_platform(platform) == "cpu":
-        return "sequential"
-    return "associative" if length < _CHUNKED_FROM else "chunked"
+    `"radix"`, which launches the fewest kernels and moves the fewest bytes."""
+    return "sequential" if chosen_platform(platform) == "cpu" else "radix"
 
 
-def as_scan(name: str, method: Any, length: int = 0) -> AbstractScan:
-    """The scan that `method` stands for; for None, that of the platform for so many elements.
+def as_scan(name: str, method: Any) -> AbstractScan:
+    """The scan that `method` stands for; for None, that of the platform.
 
     Raises a `ValueError` that calls the argument `name` for anything else.
     """
     if method is None:
-        method = default_linear_method(length)
+        method = default_linear_method()
     if isinstance(method, AbstractScan):
         return method
     if isinstance(method, str) and method in _NAMED:
         return _NAMED[method]
     raise ValueError(
-        f'`{name}` must be "sequential", "associative", "chunked", a scan (an instance of '
+        f'`{name}` must be "sequential", "associative", "radix", a scan (an instance of '
         f"pararnn.scans.AbstractScan), or None; got {_shown(method)}."
     )
 

@@ -9,10 +9,10 @@ from ._damped import LevenbergMarquardt as LevenbergMarquardt
 from ._exact import AssociativeScan as AssociativeScan
 from ._fixed_point import Jacobi as Jacobi
 from ._fixed_point import Picard as Picard
+from ._iteration import Correction as Correction
 from ._linearization import Linearization as Linearization
 from ._newton import Newton as Newton
 from ._newton import QuasiNewton as QuasiNewton
 from ._sequential import Sequential as Sequential
 from ._shooting import AbstractIterativeSolver as AbstractIterativeSolver
-from ._shooting import Correction as Correction
 from ._speculative import Speculative as Speculative

@@ -2,15 +2,22 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
+from .._devices import place_like
 from .._recurrence import Recurrence
 from .._solution import Stats
 
 # Called with `(iteration, correction, chunks at rest, chunks)` in every iteration.
 Report = Callable[[int, float, int, int], Any]
+# `(states, converged, stats)`, and what leads to another one.
+Outcome = tuple[PyTree[Array], Bool[Array, ""], Stats]
+Rest = Callable[[], Outcome]
+_T = TypeVar("_T")
 
 
 class AbstractSolver(abc.ABC):
@@ -24,11 +31,13 @@ class AbstractSolver(abc.ABC):
     # Whether it makes one step after another and does nothing else: then the sequences of a batch
     # may meet in their steps, and nothing is asked of a step but to be called.
     stepwise: ClassVar[bool] = False
+    # Whether `solve_affine` heeds `recurrence.reverse`; the inputs of others are turned around.
+    runs_backwards: ClassVar[bool] = False
 
     @abc.abstractmethod
     def solve(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
-    ) -> tuple[PyTree[Array], Bool[Array, ""], Stats]:
+    ) -> Outcome:
         """Solves a recurrence of at least one step.
 
         **Arguments:**
@@ -43,6 +52,14 @@ class AbstractSolver(abc.ABC):
         `(states, converged, stats)`: all states; whether they are those of the recurrence, which
         must be judged on the states that are returned; and what happened.
         """
+
+    def attempt(
+        self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
+    ) -> tuple[Outcome, Rest | None]:
+        """The part of `solve` that is enough in common cases, and a function that does the rest if
+        its outcome has not converged, or `None` if there is no more to do. By default `solve` and
+        nothing else."""
+        return self.solve(recurrence, guess, report), None
 
     @abc.abstractmethod
     def solve_affine(self, recurrence: Recurrence) -> PyTree[Array]:
@@ -59,6 +76,18 @@ class AbstractSolver(abc.ABC):
         """This solver with all that it leaves open chosen for a recurrence and a platform (`None`
         is that of JAX): what runs depends on nothing else then. By default itself."""
         return self
+
+
+def completed(outcome: _T, pending: Bool[Array, ""], rest: Callable[[], _T]) -> _T:
+    """The `outcome`, or where it is `pending` what `rest()` makes of it. A loop of one turn or
+    none: under `vmap`, a `cond` would run both branches."""
+
+    def turn(carry):
+        return jnp.zeros_like(carry[0]), rest()
+
+    with jax.named_scope("pararnn_rest"):
+        carry = place_like((pending, outcome), outcome)
+        return jax.lax.while_loop(lambda carry: carry[0], turn, carry)[1]
 
 
 def check_tangents(solver: AbstractSolver, recurrence: Recurrence) -> None:

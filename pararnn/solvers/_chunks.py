@@ -9,10 +9,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._devices import place_like, spread
-from .._misc import bool_where, num_steps, raveler
+from .._misc import bool_where, raveler
 from .._norms import alignment
 from .._recurrence import Recurrence
 from ..scans import AbstractScan
+from ..sweeps import AbstractSweep, Rows
 from ._linearization import Linearization
 from ._tolerance import Tolerance
 
@@ -43,6 +44,7 @@ class Chunks:
     - `linearization`: what to use of the chunks' Jacobians.
     - `chunk_size`: how many steps a chunk has.
     - `scan`: how the linear recurrence over the chunks is solved.
+    - `sweep`: how the steps of the chunks are made.
     - `rtol`, `atol`: as for a solver.
     """
 
@@ -52,6 +54,7 @@ class Chunks:
         linearization: Linearization,
         chunk_size: int,
         scan: AbstractScan,
+        sweep: AbstractSweep,
         rtol: float | None,
         atol: float,
     ):
@@ -63,44 +66,60 @@ class Chunks:
         self.tolerance = Tolerance(recurrence.init, recurrence.structure, scan, rtol, atol)
         self._step, self._xs = recurrence.step, recurrence.xs
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
-        self._chunked_xs = jtu.tree_map(self._to_chunks, self._xs)
+        self._sweep = sweep
+        rows = (self.length, self.num_chunks, self.chunk_size, self.chunk_size)
+        self._rows = Rows(*rows, reverse=recurrence.reverse)
+        self._inputs = sweep.prepare(self._xs, self._rows)
 
-    def _to_chunks(self, x: Array) -> Array:
-        """`(L, ...) -> (chunk_size, num_chunks, ...)`. The last input is repeated to fill the last
-        chunk, so that surplus steps see a plausible input; what they compute is dropped."""
-        surplus = self.chunk_size * self.num_chunks - self.length
-        if surplus:
-            x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (surplus, *x.shape[1:]))])
-        return jnp.swapaxes(x.reshape(self.num_chunks, self.chunk_size, *x.shape[1:]), 0, 1)
+    def _slice(self, tree: PyTree[Array], first: int, count: int) -> PyTree[Array]:
+        """What a tree of inputs or states holds at `count` times from `first` on, a chunk apart."""
+        stop = first + (count - 1) * self.chunk_size + 1 if count else first
+        rows = self.recurrence.at(slice(first, stop, self.chunk_size))
+        return jtu.tree_map(lambda x: x[rows], tree)
 
-    def _from_chunks(self, x: Array) -> Array:
-        x = jnp.swapaxes(x, 0, 1)
-        return x.reshape(self.num_chunks * self.chunk_size, *x.shape[2:])[: self.length]
-
-    def guess(self, guess: PyTree[Array] | None) -> Float[Array, "starts size"]:
+    def guess(self, guess: PyTree[Array] | None, overlap: int = 0) -> Float[Array, "starts size"]:
         """The starts of all chunks but the first: a user's guess, or `step(init, x)` at the step
-        before."""
-        last = slice(self.chunk_size - 1, (self.num_chunks - 1) * self.chunk_size, self.chunk_size)
+        before. With an `overlap`, of at most a chunk, the states that so many steps lead to from
+        guesses before them."""
+        count, first = self.num_chunks - 1, self.chunk_size - 1 - overlap
+        missing = first < 0  # a whole chunk earlier, the first of them starts where chunk 0 does
+        first, count = (self.chunk_size - 1, count - 1) if missing else (first, count)
         if guess is None:
-            inputs = jtu.tree_map(lambda x: x[last], self._xs)
-            starts = jax.vmap(self._step, in_axes=(None, 0))(self.recurrence.init, inputs)
+            inputs = self._slice(self._xs, first, count)
+            guesses = jax.vmap(self._step, in_axes=(None, 0))(self.recurrence.init, inputs)
         else:
-            starts = jtu.tree_map(lambda g: g[last], guess)
-        starts = jax.vmap(self.ravel)(starts)
-        return jnp.where(jnp.isfinite(starts), starts, 0)
+            guesses = self._slice(guess, first, count)
+        guesses = jax.vmap(self.ravel)(guesses)
+        if missing:
+            guesses = jnp.concatenate([self.first_start[: self.num_chunks - 1], guesses])
+        guesses = jnp.where(jnp.isfinite(guesses), guesses, 0)
+        if not overlap or self.num_chunks == 1:
+            return guesses
+        rows = self._rows._replace(
+            num_chunks=self.num_chunks - 1, num_steps=overlap, first=self.chunk_size - overlap
+        )
+        ends = self._ends(guesses, rows)
+        return jnp.where(jnp.isfinite(ends), ends, 0)
+
+    def _ends(self, starts: Float[Array, "n size"], rows: Rows) -> Float[Array, "n size"]:
+        """Where any number of starts lead under inputs of their own."""
+        inputs = self._sweep.prepare(self._xs, rows)
+        states = jax.vmap(self.unravel)(starts)
+        ends, _ = self._sweep.run(self._step, states, inputs, rows, keep=False)
+        return jax.vmap(self.ravel)(ends)
+
+    def _run(self, step, carry, *, keep: bool):
+        return self._sweep.run(step, carry, self._inputs, self._rows, keep=keep)
 
     def ends(self, starts: Float[Array, "chunks size"]) -> Float[Array, "chunks size"]:
         """The ends of all chunks from any starts, that of the first chunk included."""
         states = jax.vmap(self.unravel)(starts)
-        ends, _ = _run(jax.vmap(self._step), states, self._chunked_xs, keep=False)
+        ends, _ = self._run(self._step, states, keep=False)
         return jax.vmap(self.ravel)(ends)
 
     def through_first_chunk(self, vectors: Float[Array, "n size"]) -> Float[Array, "n size"]:
         """What any number of states become under the inputs of the first chunk."""
-        inputs = jtu.tree_map(lambda x: x[:, 0], self._chunked_xs)
-        states = jax.vmap(self.unravel)(vectors)
-        ends, _ = _run(jax.vmap(self._step, in_axes=(0, None)), states, inputs, keep=False)
-        return jax.vmap(self.ravel)(ends)
+        return self._ends(vectors, self._rows._replace(num_chunks=len(vectors), stride=0))
 
     def sweep(self, starts: Float[Array, "starts size"]) -> Point:
         """Runs all chunks, with their tangents."""
@@ -122,23 +141,25 @@ class Chunks:
         tangents = jtu.tree_map(
             lambda t: jnp.broadcast_to(t, (self.num_chunks, *t.shape)), tangents
         )
-        push = jax.vmap(_with_tangents(self._step))
-        (ends, tangents), _ = _run(push, (states, tangents), self._chunked_xs, keep=False)
+        push = _with_tangents(self._step)
+        (ends, tangents), _ = self._run(push, (states, tangents), keep=False)
         tangents = jax.vmap(jax.vmap(self.ravel))(tangents)
         return jax.vmap(self.ravel)(ends), propagated.compress(tangents)
 
     def trajectory(self, starts: Float[Array, "starts size"]):
         """The ends of all chunks, and the states after every step."""
         starts = jax.vmap(self.unravel)(jnp.concatenate([self.first_start, starts]))
-        ends, states = _run(jax.vmap(self._step), starts, self._chunked_xs, keep=True)
-        return jax.vmap(self.ravel)(ends), jtu.tree_map(self._from_chunks, states)
+        ends, states = self._run(self._step, starts, keep=True)
+        return jax.vmap(self.ravel)(ends), states
 
     def disturbed_ends(self, starts: Float[Array, "starts size"]) -> Float[Array, "chunks size"]:
         """The ends of all chunks where each step starts from a disturbed state."""
         states = jax.vmap(self.unravel)(jnp.concatenate([self.first_start, starts]))
-        places = jnp.arange(self.chunk_size * self.num_chunks).reshape(self.chunk_size, -1)
-        inputs = (places, self._chunked_xs)
-        ends, _ = _run(jax.vmap(self._disturbed_step), states, inputs, keep=False)
+        times = jnp.arange(self.length)
+        places = times % self.chunk_size * self.num_chunks + times // self.chunk_size
+        places = self._sweep.prepare(jnp.flip(places) if self._rows.reverse else places, self._rows)
+        inputs = (places, self._inputs)
+        ends, _ = self._sweep.run(self._disturbed_step, states, inputs, self._rows, keep=False)
         return jax.vmap(self.ravel)(ends)
 
     def _disturbed_step(self, state, inputs):
@@ -152,10 +173,9 @@ class Chunks:
     def mismatches(self, states: PyTree[Array]) -> Float[Array, " starts"]:
         """By how much the first state of each chunk but the first differs from the step of the
         state before it, in units of the tolerance."""
-        first = slice(self.chunk_size, None, self.chunk_size)
-        last = slice(self.chunk_size - 1, self.length - 1, self.chunk_size)
-        before, got = (jtu.tree_map(lambda s, at=at: s[at], states) for at in (last, first))
-        inputs = jtu.tree_map(lambda x: x[first], self._xs)
+        count = self.num_chunks - 1
+        before = self._slice(states, self.chunk_size - 1, count)
+        got, inputs = self._slice((states, self._xs), self.chunk_size, count)
         images = jax.vmap(self._step)(before, inputs)
         places = jnp.arange(self.num_chunks - 1)
         disturbed = jax.vmap(self._disturbed_step)(before, (places, inputs))
@@ -203,19 +223,6 @@ def _with_tangents(step):
     return pushed
 
 
-def _run(step, carry, chunked_xs, *, keep: bool):
-    """All steps of the chunks, one after another; chunks of one step need no loop."""
-
-    def body(carry, x):
-        carry = step(carry, x)
-        return carry, carry if keep else None
-
-    if num_steps(chunked_xs) == 1:
-        carry, kept = body(carry, jtu.tree_map(lambda x: x[0], chunked_xs))
-        return carry, jtu.tree_map(lambda k: jnp.expand_dims(k, 0), kept)
-    return jax.lax.scan(body, carry, chunked_xs)
-
-
 def _finite(x: Array) -> Bool[Array, "chunks ..."]:
     """Which chunks (entries along the leading axis) are finite throughout; keeps the axes."""
     return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)), keepdims=True)
@@ -235,21 +242,25 @@ def finish_sequentially(
     included, so a turn makes about `sqrt(L)` steps.
     """
     step, xs, length = recurrence.step, recurrence.xs, recurrence.length
+    reverse = recurrence.reverse
     block = chunk_size * max(1, math.isqrt(length) // chunk_size)
 
     def one(state, x):
         state = step(state, x)
         return state, state
 
+    def rows(times):
+        return jnp.where(times < length, length - 1 - times, length) if reverse else times
+
     def turn(carry):
         start, state, states = carry
-        index = start + jnp.arange(block)
+        index = rows(start + jnp.arange(block))
         inputs = jtu.tree_map(lambda x: jnp.take(x, index, axis=0, mode="clip"), xs)
         state, new = jax.lax.scan(one, state, inputs)
         states = jtu.tree_map(lambda s, n: s.at[index].set(n, mode="drop"), states, new)
         return start + block, state, states
 
-    before = jtu.tree_map(lambda s: s[first_step - 1], states)
+    before = jtu.tree_map(lambda s: s[rows(first_step - 1)], states)
     state = bool_where(first_step == 0, recurrence.init, before)
     xs = spread(xs, first_step)
     carry = (place_like(first_step, states), state, states)

@@ -27,8 +27,9 @@ from ..scans import AbstractScan
 from ..structures import AbstractStructure, Diagonal
 from ._chunks import Chunks, Point, where_finite
 from ._convergence import Vouched
+from ._iteration import Correction
 from ._linearization import Linearization
-from ._shooting import AbstractIterativeSolver, Correction
+from ._shooting import AbstractIterativeSolver
 
 # Adaptive damping: where it starts, what it is multiplied by when a correction is accepted or
 # rejected, and its bounds.
@@ -60,6 +61,7 @@ class LevenbergMarquardt(AbstractIterativeSolver):
     damping: float | None = None
     diagonal: bool = False
     damped: ClassVar[bool] = True
+    accelerator_chunk_size: ClassVar[int | None] = 32
 
     def __post_init__(self):
         super().__post_init__()

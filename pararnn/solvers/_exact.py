@@ -1,16 +1,19 @@
 """Recurrences that need no iteration: affine ones, and those with an algebra."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 from jaxtyping import Array, PyTree
 
 from .._algebra import AbstractAlgebra
+from .._platform import chosen_platform
 from .._recurrence import Recurrence
 from ..scans import AbstractScan, LinearMethod
 from ..scans._named import as_scan, default_linear_method
-from ._base import AbstractSolver, check_tangents
+from ._base import AbstractSolver, check_tangents, completed
 from ._newton import Newton
+from ._shooting import AbstractIterativeSolver
 
 # A step that takes more is none that one pass solves.
 _MAX_ITERS = 10
@@ -31,10 +34,16 @@ class AssociativeScan(AbstractSolver):
     - `algebra`: an [`pararnn.AbstractAlgebra`][] that contains the steps; `None` is the one
         that is known of the recurrence, as a cell's, or else for affine steps.
     - `linear_method`: how the scan runs, as in [`pararnn.linear_recurrence`][].
+    - `corrector`: the solver of affine recurrences, and of what a composition has left; its
+        iterations are few. `None` is [`pararnn.Newton`][] with chunks of one step, which on an
+        accelerator are longer.
     """
+
+    runs_backwards: ClassVar[bool] = True
 
     algebra: AbstractAlgebra | None = None
     linear_method: LinearMethod | AbstractScan | None = None
+    corrector: AbstractIterativeSolver | None = None
 
     def __post_init__(self):
         as_scan("linear_method", self.linear_method)
@@ -42,8 +51,17 @@ class AssociativeScan(AbstractSolver):
             raise TypeError(
                 f"`algebra` must be a pararnn.AbstractAlgebra or None; got {self.algebra!r}."
             )
+        if not isinstance(self.corrector, AbstractIterativeSolver | None):
+            raise TypeError(
+                "`corrector` must be an iterative solver such as Newton(), or None; "
+                f"got {self.corrector!r}."
+            )
 
     def solve(self, recurrence, guess, report=None):
+        outcome, rest = self.attempt(recurrence, guess, report)
+        return outcome if rest is None else completed(outcome, ~outcome[1], rest)
+
+    def attempt(self, recurrence, guess, report=None):
         check_tangents(self, recurrence)
         algebra = recurrence.algebra if self.algebra is None else self.algebra
         guess = None
@@ -57,22 +75,29 @@ class AssociativeScan(AbstractSolver):
         # An affine recurrence is one correction of Newton's method from anywhere. An algebra may
         # not be the step's, `stop_gradient` can hide a nonlinearity, and the rounding of long
         # products adds up: never trust. What is missing is the next correction, if any is needed.
-        newton = dataclasses.replace(self._newton(), max_iters=_MAX_ITERS)
-        return newton.solve(recurrence, guess, report)
+        return self._corrector().attempt(recurrence, guess, report)
 
     def solve_affine(self, recurrence):
-        return self._newton().solve_affine(recurrence)
+        return self._corrector().solve_affine(recurrence)
 
     def resolved(self, recurrence, platform=None):
-        method = self.linear_method or default_linear_method(recurrence.length, platform)
-        return dataclasses.replace(self, linear_method=method)
+        method = self.linear_method or default_linear_method(platform)
+        solver = dataclasses.replace(self, linear_method=method)
+        corrector = solver._corrector(platform).resolved(recurrence, platform)
+        return dataclasses.replace(solver, corrector=corrector)
 
-    def _newton(self) -> Newton:
-        return Newton(chunk_size=1, linear_method=self.linear_method)
+    def _corrector(self, platform: str | None = None) -> AbstractIterativeSolver:
+        if self.corrector is not None:
+            return self.corrector
+        newton = Newton(linear_method=self.linear_method, max_iters=_MAX_ITERS, overlap=0)
+        if chosen_platform(platform) == "cpu":
+            return dataclasses.replace(newton, chunk_size=1)
+        # The first correction is exact, and the second says so.
+        return dataclasses.replace(newton, min_iters=2)
 
     def _composed(self, algebra: AbstractAlgebra, recurrence: Recurrence) -> PyTree[Array]:
         """The states by composition, from the first step on."""
-        scan = as_scan("linear_method", self.linear_method, recurrence.length)
+        scan = as_scan("linear_method", self.linear_method)
         composed = scan.prefixes(
             lambda earlier, later: algebra.compose(later, earlier), recurrence.elements(algebra)
         )

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import ClassVar
 
 from ..structures import AbstractStructure, Diagonal
 from ._linearization import Linearization
@@ -19,10 +20,13 @@ class Jacobi(AbstractIterativeSolver):
     computation via parallel nonlinear equation solving*, ICML 2021, algorithm 1); with larger
     chunks it is parareal without a coarse model.
 
-    `chunk_size=None` is an eighth of the length, but at least 16 and at most 256.
+    `chunk_size=None` is an eighth of the length, but at least 16 and at most 256; on an accelerator
+    it is 32.
 
     See [`pararnn.solvers.AbstractIterativeSolver`][] for the arguments.
     """
+
+    accelerator_chunk_size: ClassVar[int | None] = 32
 
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
         return Linearization(None, None)

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import ClassVar
 
 from .._settings import check_positive_int
 from ..structures import AbstractStructure, BlockDiagonal, Diagonal
@@ -27,10 +28,13 @@ class Newton(AbstractIterativeSolver):
     diagonal cell, the number of state elements for a dense one.
 
     `chunk_size=None` is 1 for diagonal and block-diagonal structures, and about the square root of
-    the length for dense ones, so that no more than `sqrt(L)` Jacobians are stored.
+    the length for dense ones, so that no more than `sqrt(L)` Jacobians are stored; on an
+    accelerator it is 32.
 
     See [`pararnn.solvers.AbstractIterativeSolver`][] for the arguments.
     """
+
+    accelerator_chunk_size: ClassVar[int | None] = 32
 
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
         return Linearization(structure, structure)
@@ -59,6 +63,8 @@ class QuasiNewton(AbstractIterativeSolver):
     See [`pararnn.solvers.AbstractIterativeSolver`][] for the others. `chunk_size=None` chooses as
     [`pararnn.Newton`][] does.
     """
+
+    accelerator_chunk_size: ClassVar[int | None] = 32
 
     block_size: int = 1
 

@@ -18,6 +18,7 @@ class Sequential(AbstractSolver):
     """
 
     stepwise: ClassVar[bool] = True
+    runs_backwards: ClassVar[bool] = True
 
     def solve(self, recurrence, guess, report=None):
         length = recurrence.length
@@ -31,4 +32,6 @@ class Sequential(AbstractSolver):
         return self.solve_affine(recurrence), jnp.asarray(True), stats
 
     def solve_affine(self, recurrence: Recurrence):
-        return scan_states(recurrence.step, recurrence.xs, recurrence.init)
+        return scan_states(
+            recurrence.step, recurrence.xs, recurrence.init, reverse=recurrence.reverse
+        )

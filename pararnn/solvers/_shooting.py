@@ -14,44 +14,42 @@ are needed, and a sequential finish from the first chunk that has not converged 
 import abc
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .._devices import place_like
+from .._platform import chosen_platform
 from .._recurrence import Recurrence
-from .._settings import check_positive_int, check_tolerance
+from .._settings import check_count, check_positive_int, check_tolerance
 from .._solution import Stats
 from ..scans import AbstractScan, LinearMethod
 from ..scans._named import as_scan, default_linear_method
 from ..structures import AbstractStructure
+from ..sweeps import AbstractSweep, SweepMethod
+from ..sweeps._named import as_sweep, default_sweep_method
 from ._affine import shoot_once
-from ._base import AbstractSolver, Report, check_tangents
+from ._base import AbstractSolver, Outcome, Report, Rest, check_tangents, completed
 from ._chunks import Chunks, Point, finish_sequentially
-from ._convergence import History, Measured, Vouched, contradicted, first_index, judge
+from ._convergence import first_index
+from ._iteration import (
+    Checked,
+    Correction,
+    Method,
+    begin,
+    go_on,
+    run_ahead,
+    run_single,
+    unchecked,
+)
 from ._linearization import Linearization
 
-# What remains of a deviation is tried with one of about this many tolerances, but at most so many
-# times the defects.
-_TRIED, _MOST_TIMES = 8.0, 64
-
-
-class Correction(NamedTuple):
-    """What a method makes of a point.
-
-    - `point`: from which the correction starts: the one that was given, or an earlier one.
-    - `starts`: the corrected starts.
-    - `state`: of the method, for the next correction.
-    - `vouched`: what the method itself says of the correction.
-    """
-
-    point: Point
-    starts: Float[Array, "starts size"]
-    state: Any
-    vouched: Vouched = Vouched()
+# On an accelerator, how many iterations are made before asking whether they are enough: most
+# systems that are worth to be solved in parallel need no more.
+_MIN_ITERS = 3
+# On an accelerator, how many steps early the chunks of a dense recurrence start. What is halved in
+# every step is forgotten then, to 2e-10.
+_OVERLAP = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,15 @@ class AbstractIterativeSolver(AbstractSolver):
     - `fallback`: whether to finish sequentially from the first chunk that did not converge. With
         `False` the result says `not_converged` instead.
     - `linear_method`: how the linear recurrence over the chunks is solved: `"sequential"`,
-        `"associative"`, `"chunked"`, a scan of your own, or `None` to pick by platform.
+        `"associative"`, `"radix"`, a scan of your own, or `None` to pick by platform.
+    - `sweep_method`: how the steps of the chunks are made: `"scan"`, `"unrolled"`, a sweep of your
+        own, or `None` to pick by platform and chunk size.
+    - `overlap`: how many steps early every chunk starts for the first time, at most `chunk_size`: a
+        recurrence that forgets its state within these steps needs no iteration. `None` is 0, but
+        `min(32, chunk_size)` on an accelerator if the structure is dense.
+    - `min_iters`: how many iterations to make before asking whether more are needed. On an
+        accelerator each such question waits for the device. `None` is 0 on a CPU, where all
+        iterations are asked, and where chunks overlap; elsewhere 3.
 
     Raises `TypeError` or `ValueError`, naming the argument, for values out of range.
     """
@@ -90,6 +96,9 @@ class AbstractIterativeSolver(AbstractSolver):
     chunk_size: int | None = None
     fallback: bool = True
     linear_method: LinearMethod | AbstractScan | None = None
+    sweep_method: SweepMethod | AbstractSweep | None = None
+    overlap: int | None = None
+    min_iters: int | None = None
 
     def __post_init__(self):
         if self.rtol is not None:
@@ -101,10 +110,18 @@ class AbstractIterativeSolver(AbstractSolver):
         if not isinstance(self.fallback, bool):
             raise TypeError(f"`fallback` must be True or False; got {self.fallback!r}.")
         as_scan("linear_method", self.linear_method)
+        as_sweep("sweep_method", self.sweep_method)
+        for name in ("overlap", "min_iters"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
 
+    runs_backwards: ClassVar[bool] = True
     # Whether corrections are shortened, so that they do not converge quadratically even with the
     # exact Jacobians.
     damped: ClassVar[bool] = False
+    # Which chunk size `chunk_size=None` stands for on an accelerator, if not the same as elsewhere:
+    # there the steps of short chunks are a single kernel, and long ones are launched step by step.
+    accelerator_chunk_size: ClassVar[int | None] = None
 
     @abc.abstractmethod
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
@@ -138,28 +155,74 @@ class AbstractIterativeSolver(AbstractSolver):
     def resolved(
         self, recurrence: Recurrence, platform: str | None = None
     ) -> "AbstractIterativeSolver":
-        length, chunk_size = recurrence.length, self.chunk_size
+        on_cpu = chosen_platform(platform) == "cpu"
+        structure, length, size = recurrence.structure, recurrence.length, recurrence.size
+        chunk_size = self.chunk_size
+        if chunk_size is None and not on_cpu:
+            chunk_size = self.accelerator_chunk_size
         if chunk_size is None:
-            chunk_size = self.default_chunk_size(recurrence.structure, length, recurrence.size)
-        method = self.linear_method
-        if method is None:
-            num_chunks = -(-length // min(chunk_size, length))
-            method = default_linear_method(num_chunks, platform)
-        return dataclasses.replace(self, chunk_size=chunk_size, linear_method=method)
+            chunk_size = self.default_chunk_size(structure, length, size)
+        chunk_size = min(chunk_size, length)
+        forgetful = not on_cpu and structure.num_seeds(size) == size > 1
+        overlap = _OVERLAP if forgetful and self.accelerator_chunk_size is not None else 0
+        overlap = min(overlap if self.overlap is None else self.overlap, chunk_size)
+        min_iters = 0 if on_cpu or overlap else _MIN_ITERS
+        return dataclasses.replace(
+            self,
+            chunk_size=chunk_size,
+            linear_method=self.linear_method or default_linear_method(platform),
+            sweep_method=self.sweep_method or default_sweep_method(chunk_size, platform),
+            overlap=overlap,
+            min_iters=min_iters if self.min_iters is None else self.min_iters,
+        )
 
     def solve(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
-    ) -> tuple[PyTree[Array], Bool[Array, ""], Stats]:
-        chunks = self._cut(recurrence)
+    ) -> Outcome:
+        outcome, rest = self.attempt(recurrence, guess, report)
+        return outcome if rest is None else completed(outcome, ~outcome[1], rest)
+
+    def attempt(
+        self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
+    ) -> tuple[Outcome, Rest | None]:
+        solver = self.resolved(recurrence)
+        chunks = solver._cut(recurrence)
         if chunks.linearization.propagated is not None:
             check_tangents(self, recurrence)
-        starts, steps = self.refine(chunks, chunks.guess(guess))
-        progress, states, bad = _shoot(self, chunks, starts, report)
-        first_step = chunks.chunk_size * (1 + first_index(bad))
-        finished = jnp.asarray(0)
-        if self.fallback:
+        overlap = solver.overlap or 0
+        starts, steps = self.refine(chunks, chunks.guess(guess, overlap))
+        method = Method(
+            functools.partial(self.init, chunks),
+            functools.partial(self.correct, chunks),
+            self._is_quadratic(chunks),
+            self.max_iters,
+            report,
+        )
+        outcome = functools.partial(self._outcome, chunks, steps + overlap)
+        progress = begin(method, chunks, starts)
+        if chunks.num_chunks == 1:
+            return outcome(run_single(chunks, progress), last=True), None
+        ahead = min(solver.min_iters or 0, self.max_iters)
+        if not (overlap or ahead):
+            checked = go_on(method, chunks, unchecked(chunks, progress))
+            return outcome(checked, last=True), None
+        checked = run_ahead(method, chunks, progress, ahead)
+        return (
+            outcome(checked, last=False),
+            lambda: outcome(go_on(method, chunks, checked), last=True),
+        )
+
+    def _outcome(self, chunks: Chunks, steps: int, checked: Checked, *, last: bool) -> Outcome:
+        """What a solve returns; of the `last` states, those that are not right are finished
+        sequentially."""
+        progress, states, bad = checked
+        converged, finished = ~jnp.any(bad), jnp.asarray(0)
+        if last and self.fallback:
+            first_step = chunks.chunk_size * (1 + first_index(bad))
             finished = jnp.maximum(chunks.length - first_step, 0)
+            recurrence = chunks.recurrence
             states = finish_sequentially(recurrence, states, first_step, chunks.chunk_size)
+            converged = jnp.ones_like(converged)
         stats = Stats(
             iterations=progress.iteration,
             correction=progress.history.correction,
@@ -167,11 +230,11 @@ class AbstractIterativeSolver(AbstractSolver):
             sequential_steps=steps + progress.sweeps * chunks.chunk_size + finished,
             fallback=finished > 0,
         )
-        return states, self.fallback | ~jnp.any(bad), stats
+        return states, converged, stats
 
     def solve_affine(self, recurrence: Recurrence) -> PyTree[Array]:
         """With the exact Jacobian, one correction from any starts is the solution."""
-        chunks = self._cut(recurrence)
+        chunks = self.resolved(recurrence)._cut(recurrence)
         if self._is_quadratic(chunks):
             return shoot_once(chunks)
         return self.finishing().solve(recurrence, None)[0]
@@ -180,186 +243,14 @@ class AbstractIterativeSolver(AbstractSolver):
         return chunks.linearization.exact and not self.damped
 
     def _cut(self, recurrence: Recurrence) -> Chunks:
-        solver = self.resolved(recurrence)
-        assert solver.chunk_size is not None
+        """The chunks of a recurrence that this solver is resolved for."""
+        assert self.chunk_size is not None
         return Chunks(
             recurrence,
             self.linearization(recurrence.structure, recurrence.size),
-            solver.chunk_size,
-            as_scan("linear_method", solver.linear_method),
+            self.chunk_size,
+            as_scan("linear_method", self.linear_method),
+            as_sweep("sweep_method", self.sweep_method),
             self.rtol,
             self.atol,
         )
-
-
-# --- the iteration ----------------------------------------------------------------------------
-
-
-class _Progress(NamedTuple):
-    """The carry of the iteration. What goes over starts leaves out chunk 0, whose start is
-    known."""
-
-    iteration: Int[Array, ""]
-    attempts: Int[Array, ""]  # how often the returned states were computed and judged
-    starts: Float[Array, "starts size"]
-    known: Int[Array, ""]  # how many starts are exact by induction
-    change: Float[Array, "starts size"]  # of the starts in the last iteration
-    error: Float[Array, " starts"]  # estimated, in units of the tolerance
-    scale: Float[Array, "starts size"]  # of each element, once the returned states were judged
-    history: History
-    state: Any  # of the method
-
-    @property
-    def sweeps(self) -> Int[Array, ""]:
-        return self.iteration + self.attempts
-
-
-def _shoot(
-    solver: AbstractIterativeSolver, chunks: Chunks, starts: Array, report: Report | None
-) -> tuple[_Progress, PyTree[Array], Bool[Array, " starts"]]:
-    """Sweeps and corrects until the starts have converged, cannot be expected to, or `max_iters`;
-    and goes on if the states that they lead to contradict it. Returns these states, and which
-    chunks but the first do not start right."""
-
-    def unfinished(progress: _Progress) -> Bool[Array, ""]:
-        within = (progress.sweeps < solver.max_iters) & progress.history.is_patient
-        return within & jnp.any(progress.error > 1)
-
-    def attempt(carry):
-        iterate = functools.partial(_iterate, solver, chunks, report)
-        with jax.named_scope("pararnn_iterations"):
-            progress = jax.lax.while_loop(unfinished, iterate, carry[0])
-        return _check(chunks, progress)
-
-    def to_be_made(carry):
-        progress, _, _ = carry
-        return (progress.attempts == 0) | unfinished(progress)
-
-    progress = _begin(solver, chunks, starts)
-    if chunks.num_chunks == 1:  # the sequential run
-        _, states = chunks.trajectory(starts)
-        history = progress.history._replace(correction=jnp.zeros((), jnp.float32))
-        progress = progress._replace(history=history, attempts=jnp.asarray(1))
-        return progress, states, jnp.ones(0, bool)
-    init = chunks.recurrence.init
-    empty = jtu.tree_map(lambda h: jnp.zeros((chunks.length, *h.shape), h.dtype), init)
-    bad = jnp.ones(chunks.num_chunks - 1, bool)
-    carry = place_like((progress, empty, bad), starts)
-    with jax.named_scope("pararnn_attempts"):
-        return jax.lax.while_loop(to_be_made, attempt, carry)
-
-
-def _begin(solver: AbstractIterativeSolver, chunks: Chunks, starts: Array) -> _Progress:
-    progress = _Progress(
-        iteration=jnp.asarray(0),
-        attempts=jnp.asarray(0),
-        starts=starts,
-        known=jnp.asarray(0),
-        change=jnp.zeros_like(starts),
-        error=jnp.full(chunks.num_chunks - 1, jnp.inf, jnp.float32),
-        scale=jnp.zeros_like(chunks.tolerance.coarse(starts)),
-        history=History.none(),
-        state=solver.init(chunks, starts),
-    )
-    return place_like(progress, starts)
-
-
-def _iterate(
-    solver: AbstractIterativeSolver, chunks: Chunks, report: Report | None, progress: _Progress
-) -> _Progress:
-    """Sweep, correct, pin, measure, judge."""
-    point = chunks.sweep(progress.starts)
-    point, starts, state, vouched = solver.correct(chunks, point, progress.state)
-    known = jnp.where(vouched.accepted, progress.known + 1, progress.known)
-    pinned = jnp.arange(chunks.num_chunks - 1) < known
-    starts = jnp.where(jnp.expand_dims(pinned, -1), point.ends[:-1], starts)
-    change, coarse = starts - point.starts, chunks.tolerance.coarse(starts)
-    scale = jnp.where(progress.attempts == 0, coarse, progress.scale)
-    norm, beyond_rounding = chunks.tolerance.norm, chunks.tolerance.beyond_rounding
-    quadratic = solver._is_quadratic(chunks)
-    measured = Measured(
-        changes=norm(change, scale),
-        beyond=norm(beyond_rounding(change, scale), scale),
-        defect=jnp.max(norm(point.defects, scale)),
-        # Only of use, and meant, where no rate is needed.
-        persistent=quadratic and chunks.is_persistent(change, progress.change),
-        pinned=pinned,
-    )
-    error, history = judge(
-        measured,
-        vouched,
-        progress.history,
-        first=progress.iteration == 0,
-        quadratic=quadratic,
-        scan=chunks.scan,
-    )
-    progress = progress._replace(
-        iteration=progress.iteration + 1,
-        starts=starts,
-        known=known,
-        change=change,
-        error=error,
-        history=history,
-        state=state,
-    )
-    if report is not None:
-        _report(report, progress, measured)
-    return progress
-
-
-def _report(report: Report, progress: _Progress, measured: Measured) -> None:
-    at_rest = 1 + jnp.sum((measured.changes <= 1) | measured.pinned)
-    chunks = 1 + len(measured.changes)
-    call = functools.partial(_call_report, report, chunks)
-    jax.debug.callback(call, progress.iteration, progress.history.correction, at_rest)
-
-
-def _call_report(report, num_chunks, iteration, correction, at_rest):
-    report(int(iteration), float(correction), int(at_rest), num_chunks)
-
-
-def _check(
-    chunks: Chunks, progress: _Progress
-) -> tuple[_Progress, PyTree[Array], Bool[Array, " starts"]]:
-    """The states to return: one more sweep, from the final starts, which also judges them. From
-    then on, elements are judged in the scale that each was found to have."""
-    ends, states = chunks.trajectory(progress.starts)
-    scale = chunks.fine_scale(progress.starts, ends)
-    norm, trusted = chunks.tolerance.norm, progress.history.trusted
-    defects = ends[:-1] - progress.starts
-    norms = norm(defects, scale)
-    beyond = norm(chunks.tolerance.beyond_rounding(defects, scale), scale)
-    doubtful = ~trusted & (chunks.scan.cumulative_sum(norms)[-1] > 1)
-    kept = _kept(chunks, progress.starts, ends, norms, scale, doubtful)
-    bad = (progress.error > 1) | contradicted(norms, beyond, kept, trusted, chunks.scan)
-    # Across each boundary too, a returned state must be the step of the one before it, even where
-    # the step expands differences.
-    bad |= chunks.mismatches(states) > 1
-    progress = progress._replace(
-        attempts=progress.attempts + 1,
-        error=jnp.where(bad, jnp.inf, progress.error),
-        scale=scale,
-        history=progress.history.restarted(progress.attempts == 0),
-    )
-    return progress, states, bad
-
-
-def _kept(chunks: Chunks, starts, ends, norms, scale, doubtful) -> Float[Array, ""]:
-    """How much of a deviation is left after a chunk; infinite unless it is `doubtful`.
-
-    It is tried, as a derivative may be none: with larger deviations than the defects, so that their
-    own rounding does not hide it. A loop of one turn or none: under `vmap`, a `cond` would copy the
-    weights for each sequence.
-    """
-    defects = ends[:-1] - starts
-
-    def measure(carry):
-        factor = jnp.clip(_TRIED / jnp.max(norms), 1, _MOST_TIMES)
-        tried = starts + factor.astype(defects.dtype) * defects
-        pushed = chunks.ends(jnp.concatenate([chunks.first_start, tried]))[1:] - ends[1:]
-        kept = jnp.sum(chunks.tolerance.norm(pushed, scale)) / (factor * jnp.sum(norms))
-        return jnp.zeros_like(carry[0]), kept
-
-    unknown = place_like((doubtful, jnp.full((), jnp.inf, norms.dtype)), defects)
-    with jax.named_scope("pararnn_kept"):
-        return jax.lax.while_loop(lambda carry: carry[0], measure, unknown)[1]

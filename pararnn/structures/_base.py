@@ -59,6 +59,17 @@ class AbstractStructure(abc.ABC):
     def to_dense(self, matrix: Float[Array, "..."]) -> Float[Array, "... size size"]:
         """The same matrix as a full two-dimensional array."""
 
+    def as_blocks(
+        self, matrix: Float[Array, "..."], vector: Float[Array, "... size"]
+    ) -> tuple[Float[Array, "... groups k k"], Float[Array, "... groups k"]] | None:
+        """A matrix and a vector as those of independent blocks; `None`, the default, where the
+        structure's own arithmetic does as well."""
+        return None
+
+    def from_blocks(self, vector: Float[Array, "... groups k"]) -> Float[Array, "... size"]:
+        """The vector of which `as_blocks` makes this one."""
+        raise NotImplementedError
+
     def restrict(self, source: "AbstractStructure", matrix: Float[Array, "..."]) -> Array:
         """The part of a matrix of structure `source` that has this structure; the rest is dropped.
         For a structure that a solver keeps of a larger one; raises a `ValueError` by default."""

@@ -112,6 +112,12 @@ class BlockDiagonal(AbstractStructure):
     def diagonal(self, matrix):
         return self._scatter(jnp.diagonal(matrix, axis1=-2, axis2=-1))
 
+    def as_blocks(self, matrix, vector):
+        return matrix, self._gather(vector)
+
+    def from_blocks(self, vector):
+        return self._scatter(vector)
+
     def restrict(self, source, matrix):
         members, _, padded = self._layout
         matrix = source.to_dense(matrix)

@@ -41,6 +41,12 @@ class Diagonal(AbstractStructure):
     def diagonal(self, matrix):
         return matrix
 
+    def as_blocks(self, matrix, vector):
+        return jnp.expand_dims(matrix, (-1, -2)), jnp.expand_dims(vector, -1)
+
+    def from_blocks(self, vector):
+        return jnp.squeeze(vector, -1)
+
     def restrict(self, source, matrix):
         return source.diagonal(matrix)
 

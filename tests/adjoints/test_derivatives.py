@@ -22,9 +22,9 @@ METHODS: dict[str, tuple[prnn.AbstractSolver, prnn.AbstractSolver | None]] = {
         prnn.Newton(chunk_size=4),
         prnn.Newton(chunk_size=4, linear_method="associative"),
     ),
-    "Sequential, Newton 1 chunked": (
+    "Sequential, Newton 1 radix": (
         prnn.Sequential(),
-        prnn.Newton(chunk_size=1, linear_method="chunked"),
+        prnn.Newton(chunk_size=1, linear_method="radix"),
     ),
     "Jacobi 3, Jacobi 3": (prnn.Jacobi(chunk_size=3), prnn.Jacobi(chunk_size=3)),
     "QuasiNewton 3, Sequential": (prnn.QuasiNewton(chunk_size=3), prnn.Sequential()),

@@ -16,7 +16,7 @@ STRUCTURES = {
     "unequal blocks": (prnn.BlockDiagonal(((0, 2), (1,))), 3, (2, 2, 2)),
     "dense": (prnn.Dense(), 3, (3, 3)),
 }
-METHODS = ["sequential", "associative", "chunked"]
+METHODS = ["sequential", "associative", "radix"]
 over_structures = pytest.mark.parametrize("name", STRUCTURES)
 over_methods = pytest.mark.parametrize("method", METHODS)
 

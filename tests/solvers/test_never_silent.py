@@ -424,13 +424,13 @@ def rotation(params, h, x):
     return jnp.stack([c * h[0] - s * h[1], s * h[0] + c * h[1]]) + x
 
 
-@pytest.mark.parametrize("method", ["associative", "chunked"])
+@pytest.mark.parametrize("method", ["associative", "radix"])
 def test_long_products(method):
     """What rounding does to products of many matrices does not stay in the result, nor in the
-    gradient: both are as exact as those of the scan, judged by float64."""
+    gradient: over some sequences, both are as exact as those of the scan, judged by float64."""
     length = 16_384
     solver = prnn.AssociativeScan(linear_method=method)
-    xs, init = normal(0, (length, 2)).astype(np.float32), jnp.ones(2, np.float32)
+    xs, init = normal(0, (4, length, 2)).astype(np.float32), jnp.ones(2, np.float32)
     params = np.cos([0.01]).astype(np.float32)[0], np.sin([0.01]).astype(np.float32)[0]
 
     def ours(step, xs, init):
@@ -439,7 +439,8 @@ def test_long_products(method):
     @functools.partial(jax.jit, static_argnums=0)
     def run(solve, xs, init):
         step = functools.partial(rotation, [jnp.asarray(p, xs.dtype) for p in params])
-        states, pull = jax.vjp(lambda xs: solve(step, xs, init), xs)
+        many = jax.vmap(lambda xs: solve(step, xs, init))
+        states, pull = jax.vjp(many, xs)
         return states, pull(xs)[0]
 
     # With the same numbers for sine and cosine, those of float32.
@@ -447,7 +448,8 @@ def test_long_products(method):
     exact = jax.tree.map(lambda x: x.astype(np.float32), exact)
     got, plain = run(ours, xs, init), run(scan, xs, init)
     for mine, others, truth in zip(got, plain, exact, strict=True):
-        assert error(mine, truth) <= 2 * error(others, truth) + 1e-6
+        mine, others = (float(jnp.sqrt(jnp.mean((x - truth) ** 2))) for x in (mine, others))
+        assert mine <= 2 * others
 
 
 # --- values that are not finite ---------------------------------------------------------------

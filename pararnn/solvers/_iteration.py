@@ -1,0 +1,271 @@
+"""The iteration of multiple shooting: sweep, correct, judge; and the check of what is returned.
+
+On an accelerator, a loop that turns until something holds waits for the device in every turn, to
+read whether it does. So the first iterations may be made without asking, and followed by the check,
+all in a row; only where the check contradicts them the loop goes on.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._devices import place_like
+from ._base import Report
+from ._chunks import Chunks, Point
+from ._convergence import History, Measured, Vouched, contradicted, is_forgotten, judge
+
+# What remains of a deviation is tried with one of about this many tolerances, but at most so many
+# times the defects.
+_TRIED, _MOST_TIMES = 8.0, 64
+# How many of the iterations that are made without asking are judged: two corrections tell a rate.
+_JUDGED = 2
+
+
+class Correction(NamedTuple):
+    """What a method makes of a point.
+
+    - `point`: from which the correction starts: the one that was given, or an earlier one.
+    - `starts`: the corrected starts.
+    - `state`: of the method, for the next correction.
+    - `vouched`: what the method itself says of the correction.
+    """
+
+    point: Point
+    starts: Float[Array, "starts size"]
+    state: Any
+    vouched: Vouched = Vouched()
+
+
+class Method(NamedTuple):
+    """What the iteration asks of a solver.
+
+    - `init`, `correct`: as those of a solver, for given chunks.
+    - `quadratic`: whether it is meant to converge quadratically.
+    - `max_iters`: the most iterations and checks.
+    - `report`: called in every iteration, or `None`.
+    """
+
+    init: Callable[[Array], Any]
+    correct: Callable[[Point, Any], Correction]
+    quadratic: bool
+    max_iters: int
+    report: Report | None
+
+
+class Progress(NamedTuple):
+    """The carry of the iteration. What goes over starts leaves out chunk 0, whose start is
+    known."""
+
+    iteration: Int[Array, ""]
+    attempts: Int[Array, ""]  # how often the returned states were computed and judged
+    starts: Float[Array, "starts size"]
+    known: Int[Array, ""]  # how many starts are exact by induction
+    change: Float[Array, "starts size"]  # of the starts in the last iteration
+    error: Float[Array, " starts"]  # estimated, in units of the tolerance
+    scale: Float[Array, "starts size"]  # of each element, once the returned states were judged
+    history: History
+    state: Any  # of the method
+
+    @property
+    def sweeps(self) -> Int[Array, ""]:
+        return self.iteration + self.attempts
+
+
+class Checked(NamedTuple):
+    """The states that the starts lead to, and which chunks but the first do not start right."""
+
+    progress: Progress
+    states: PyTree[Array]
+    bad: Bool[Array, " starts"]
+
+
+def begin(method: Method, chunks: Chunks, starts: Array) -> Progress:
+    progress = Progress(
+        iteration=jnp.asarray(0),
+        attempts=jnp.asarray(0),
+        starts=starts,
+        known=jnp.asarray(0),
+        change=jnp.zeros_like(starts),
+        error=jnp.full(chunks.num_chunks - 1, jnp.inf, jnp.float32),
+        scale=jnp.zeros_like(chunks.tolerance.coarse(starts)),
+        history=History.none(),
+        state=method.init(starts),
+    )
+    return place_like(progress, starts)
+
+
+def run_single(chunks: Chunks, progress: Progress) -> Checked:
+    """The sequential run, where there is but one chunk."""
+    _, states = chunks.trajectory(progress.starts)
+    history = progress.history._replace(correction=jnp.zeros((), jnp.float32))
+    progress = progress._replace(history=history, attempts=jnp.asarray(1))
+    return Checked(progress, states, jnp.ones(0, bool))
+
+
+def unchecked(chunks: Chunks, progress: Progress) -> Checked:
+    """What `go_on` starts from where nothing was done yet."""
+    init = chunks.recurrence.init
+    empty = jtu.tree_map(lambda h: jnp.zeros((chunks.length, *h.shape), h.dtype), init)
+    bad = jnp.ones(chunks.num_chunks - 1, bool)
+    return place_like(Checked(progress, empty, bad), progress.starts)
+
+
+def go_on(method: Method, chunks: Chunks, checked: Checked) -> Checked:
+    """Sweeps and corrects until the starts have converged, cannot be expected to, or `max_iters`;
+    and goes on if the states that they lead to contradict it."""
+
+    def unfinished(progress: Progress) -> Bool[Array, ""]:
+        within = (progress.sweeps < method.max_iters) & progress.history.is_patient
+        return within & jnp.any(progress.error > 1)
+
+    def attempt(checked):
+        step = functools.partial(iterate, method, chunks)
+        with jax.named_scope("pararnn_iterations"):
+            progress = jax.lax.while_loop(unfinished, step, checked.progress)
+        return check(chunks, progress)
+
+    def to_be_made(checked):
+        progress = checked.progress
+        return (progress.attempts == 0) | unfinished(progress)
+
+    with jax.named_scope("pararnn_attempts"):
+        return jax.lax.while_loop(to_be_made, attempt, checked)
+
+
+def run_ahead(method: Method, chunks: Chunks, progress: Progress, iterations: int) -> Checked:
+    """So many iterations, none of which is asked whether it is the last, and the check. Without
+    iterations, the starts are taken for right until the check contradicts them."""
+    for i in range(iterations):
+        judged = i - max(0, iterations - _JUDGED)
+        if judged < 0:
+            progress = _correct(method, chunks, progress)[0]
+        else:
+            progress = iterate(method, chunks, progress, first=judged == 0)
+    return check(chunks, progress, ahead=not method.quadratic or not iterations)
+
+
+def iterate(
+    method: Method, chunks: Chunks, progress: Progress, *, first: bool | None = None
+) -> Progress:
+    """Sweep, correct, pin, measure, judge. `first` tells whether no iteration was judged before; by
+    default, whether there was none."""
+    last = progress
+    progress, point, vouched, pinned = _correct(method, chunks, progress)
+    coarse = chunks.tolerance.coarse(progress.starts)
+    scale = jnp.where(last.attempts == 0, coarse, last.scale)
+    norm, beyond_rounding = chunks.tolerance.norm, chunks.tolerance.beyond_rounding
+    change = progress.change
+    measured = Measured(
+        changes=norm(change, scale),
+        beyond=norm(beyond_rounding(change, scale), scale),
+        defect=jnp.max(norm(point.defects, scale)),
+        # Only of use, and meant, where no rate is needed.
+        persistent=method.quadratic and chunks.is_persistent(change, last.change),
+        pinned=pinned,
+    )
+    error, history = judge(
+        measured,
+        vouched,
+        last.history,
+        first=last.iteration == 0 if first is None else jnp.asarray(first),
+        quadratic=method.quadratic,
+        scan=chunks.scan,
+    )
+    progress = progress._replace(error=error, history=history)
+    if method.report is not None:
+        _report(method.report, progress, measured)
+    return progress
+
+
+def _correct(method: Method, chunks: Chunks, progress: Progress):
+    """Sweep, correct, pin: the progress, the point that was corrected, what the method says of the
+    correction, and which starts are exact by induction."""
+    point = chunks.sweep(progress.starts)
+    point, starts, state, vouched = method.correct(point, progress.state)
+    known = jnp.where(vouched.accepted, progress.known + 1, progress.known)
+    pinned = jnp.arange(chunks.num_chunks - 1) < known
+    starts = jnp.where(jnp.expand_dims(pinned, -1), point.ends[:-1], starts)
+    progress = progress._replace(
+        iteration=progress.iteration + 1,
+        starts=starts,
+        known=known,
+        change=starts - point.starts,
+        state=state,
+    )
+    return progress, point, vouched, pinned
+
+
+def _report(report: Report, progress: Progress, measured: Measured) -> None:
+    at_rest = 1 + jnp.sum((measured.changes <= 1) | measured.pinned)
+    chunks = 1 + len(measured.changes)
+    call = functools.partial(_call_report, report, chunks)
+    jax.debug.callback(call, progress.iteration, progress.history.correction, at_rest)
+
+
+def _call_report(report, num_chunks, iteration, correction, at_rest):
+    report(int(iteration), float(correction), int(at_rest), num_chunks)
+
+
+def check(chunks: Chunks, progress: Progress, *, ahead: bool = False) -> Checked:
+    """The states to return: one more sweep, from the final starts, which also judges them. From
+    then on, elements are judged in the scale that each was found to have.
+
+    `ahead` tells to find out without asking whether it is needed how much of a deviation a chunk
+    keeps. Then starts that no iteration has judged may be right, too: if what they are off by is
+    forgotten.
+    """
+    ends, states = chunks.trajectory(progress.starts)
+    scale = chunks.fine_scale(progress.starts, ends)
+    norm, trusted = chunks.tolerance.norm, progress.history.trusted
+    defects = ends[:-1] - progress.starts
+    norms = norm(defects, scale)
+    beyond = norm(chunks.tolerance.beyond_rounding(defects, scale), scale)
+    measure = functools.partial(_kept, chunks, progress.starts, ends, norms, scale)
+    if ahead:
+        kept = measure()
+        right = jnp.all(norms == 0) | is_forgotten(norms, kept)
+        error = jnp.where((progress.iteration == 0) & right, 0.0, progress.error)
+    else:
+        doubtful = ~trusted & (chunks.scan.cumulative_sum(norms)[-1] > 1)
+        kept, error = _if_doubtful(doubtful, measure, defects, norms), progress.error
+    bad = (error > 1) | contradicted(norms, beyond, kept, trusted, chunks.scan)
+    # Across each boundary too, a returned state must be the step of the one before it, even where
+    # the step expands differences.
+    bad |= chunks.mismatches(states) > 1
+    progress = progress._replace(
+        attempts=progress.attempts + 1,
+        error=jnp.where(bad, jnp.inf, error),
+        scale=scale,
+        history=progress.history.restarted(progress.attempts == 0),
+    )
+    return Checked(progress, states, bad)
+
+
+def _kept(chunks: Chunks, starts, ends, norms, scale) -> Float[Array, ""]:
+    """How much of a deviation is left after a chunk.
+
+    It is tried, as a derivative may be none: with larger deviations than the defects, so that their
+    own rounding does not hide it.
+    """
+    defects = ends[:-1] - starts
+    factor = jnp.clip(_TRIED / jnp.max(norms), 1, _MOST_TIMES)
+    tried = starts + factor.astype(defects.dtype) * defects
+    pushed = chunks.ends(jnp.concatenate([chunks.first_start, tried]))[1:] - ends[1:]
+    return jnp.sum(chunks.tolerance.norm(pushed, scale)) / (factor * jnp.sum(norms))
+
+
+def _if_doubtful(doubtful, measure, defects, norms) -> Float[Array, ""]:
+    """What is measured, or infinity if there is no doubt. A loop of one turn or none: under `vmap`,
+    a `cond` would copy the weights for each sequence."""
+
+    def turn(carry):
+        return jnp.zeros_like(carry[0]), measure()
+
+    unknown = place_like((doubtful, jnp.full((), jnp.inf, norms.dtype)), defects)
+    with jax.named_scope("pararnn_kept"):
+        return jax.lax.while_loop(lambda carry: carry[0], turn, unknown)[1]

@@ -1,0 +1,7 @@
+"""How the steps of all chunks of a recurrence are made."""
+
+from ._base import AbstractSweep as AbstractSweep
+from ._base import Rows as Rows
+from ._named import SweepMethod as SweepMethod
+from ._scanned import Scanned as Scanned
+from ._unrolled import Unrolled as Unrolled

@@ -1,0 +1,41 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from ._base import AbstractSweep, Rows
+from ._scanned import from_chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrolled(AbstractSweep):
+    """All steps written out. On an accelerator, elementwise ones become a single kernel that keeps
+    what is carried in registers; takes the longer to compile the more steps a chunk has, and should
+    not be used with more than 32."""
+
+    def run(self, step, starts, inputs, rows, *, keep):
+        batched, carry, kept = jax.vmap(step), starts, []
+        for i in range(rows.num_steps):
+            carry = batched(carry, _at(inputs, rows, i))
+            kept.append(carry)
+        if not keep:
+            return carry, None
+        return carry, from_chunks(jtu.tree_map(lambda *k: jnp.stack(k, 1), *kept), rows)
+
+
+def _at(inputs: PyTree[Array], rows: Rows, step: int) -> PyTree[Array]:
+    """What all chunks consume at one step."""
+    if not rows.covers or rows.length != rows.num_chunks * rows.num_steps:
+        index = rows.at(step)
+        return jtu.tree_map(lambda x: jnp.take(x, index, axis=0, mode="clip"), inputs)
+
+    # Slices, which a compiler reads in place.
+    def one(x):
+        chunked = x.reshape(rows.num_chunks, rows.num_steps, *x.shape[1:])
+        if rows.reverse:
+            return jnp.flip(chunked[:, rows.num_steps - 1 - step], 0)
+        return chunked[:, step]
+
+    return jtu.tree_map(one, inputs)
