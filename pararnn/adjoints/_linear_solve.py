@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._misc import flip_time, or_zeros, previous_states
+from .._misc import flip_time, next_states, or_zeros, previous_states
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver, Newton
-from ._backwards import backward_inputs
 from ._base import AbstractLinearAdjoint
 
 
@@ -71,16 +70,25 @@ def _linear_solve(
     def push(state: Any, x: Any, tangent: Any):
         return jax.jvp(lambda s: step(s, x), (state,), (tangent,))[1]
 
-    def pull(state: Any, x: Any, cotangent: Any):
-        return jax.vjp(lambda s: step(s, x), state)[1](cotangent)[0]
+    def push_step(v, inputs):
+        state, x, offset = inputs
+        return jtu.tree_map(jnp.add, push(state, x, v), offset)
 
-    def through(map_vector, inputs):
-        def linear_step(v, inputs):
-            state, x, offset = inputs
-            return jtu.tree_map(jnp.add, map_vector(state, x, v), offset)
+    # Carries what has gone through the step already, so that all steps meet inputs of their own
+    # time, which need no shifting.
+    def pull_step(v, inputs):
+        state, x, cotangent = inputs
+        total = jtu.tree_map(jnp.add, v, cotangent)
+        return jax.vjp(lambda s: step(s, x), state)[1](total)[0]
 
-        linear = Recurrence(linear_step, inputs, zero, structure=structure)
-        return solver.solve_affine(linear)
+    def through(linear_step, inputs, reverse=False):
+        turned = reverse and not solver.runs_backwards
+        inputs = flip_time(inputs) if turned else inputs
+        linear = Recurrence(
+            linear_step, inputs, zero, structure=structure, reverse=reverse and not turned
+        )
+        states = solver.solve_affine(linear)
+        return flip_time(states) if turned else states
 
     # JAX computes in the forward pass, and keeps, whatever these do not need `v`, `b` or `g` for,
     # unless told to rematerialise it.
@@ -92,11 +100,12 @@ def _linear_solve(
 
     @functools.partial(jax.checkpoint, static_argnums=0)
     def solve(_, b):
-        return through(push, (recurrence.previous(states), xs, b))
+        return through(push_step, (recurrence.previous(states), xs, b))
 
     @functools.partial(jax.checkpoint, static_argnums=0)
     def transpose_solve(_, g):
-        return flip_time(through(pull, backward_inputs(recurrence, states, g)))
+        pulled = through(pull_step, (recurrence.previous(states), xs, g), reverse=True)
+        return jtu.tree_map(jnp.add, g, next_states(zero, pulled))
 
     # JAX traces the transposed solve at once, also where it only pushes tangents.
     transposed = transpose_solve if recurrence.has_cotangents else None

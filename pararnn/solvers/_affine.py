@@ -28,9 +28,11 @@ def shoot_once(chunks: Chunks) -> PyTree[Array]:
         starts, _ = chunks.correct(chunks.sweep(solution[:-1]))
         _, states = chunks.trajectory(starts)
     else:
+        solution = jnp.flip(solution, 0) if recurrence.reverse else solution
         states = jax.vmap(chunks.unravel)(solution)
     if scan.accurate_to == math.inf:  # no products that might overflow
         return states
     # A product of matrices may overflow where the products with the vector do not.
-    first_step = first_index(~all_finite(states, keep_axes=1))
+    finite = all_finite(states, keep_axes=1)
+    first_step = first_index(~(jnp.flip(finite) if recurrence.reverse else finite))
     return finish_sequentially(recurrence, states, first_step, chunks.chunk_size)

@@ -189,30 +189,36 @@ class AbstractIterativeSolver(AbstractSolver):
         chunks = solver._cut(recurrence)
         if chunks.linearization.propagated is not None:
             check_tangents(self, recurrence)
-        overlap = solver.overlap or 0
+        overlap, ahead = solver.overlap or 0, min(solver.min_iters or 0, self.max_iters)
         starts, steps = self.refine(chunks, chunks.guess(guess, overlap))
-        method = Method(
+        method = self._method(chunks, report)
+        progress = begin(method, chunks, starts)
+        outcome = functools.partial(self._outcome, steps=steps + overlap)
+        if chunks.num_chunks == 1:
+            return outcome(chunks, run_single(chunks, progress), last=True), None
+        if not (overlap or ahead):
+            checked = go_on(method, chunks, unchecked(chunks, progress))
+            return outcome(chunks, checked, last=True), None
+        checked = run_ahead(method, chunks, progress, ahead)
+
+        def rest():
+            sweep = as_sweep("sweep_method", solver.sweep_method).small()
+            chunks = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence)
+            last = go_on(self._method(chunks, report), chunks, checked)
+            return outcome(chunks, last, last=True)
+
+        return outcome(chunks, checked, last=False), rest
+
+    def _method(self, chunks: Chunks, report: Report | None) -> Method:
+        return Method(
             functools.partial(self.init, chunks),
             functools.partial(self.correct, chunks),
             self._is_quadratic(chunks),
             self.max_iters,
             report,
         )
-        outcome = functools.partial(self._outcome, chunks, steps + overlap)
-        progress = begin(method, chunks, starts)
-        if chunks.num_chunks == 1:
-            return outcome(run_single(chunks, progress), last=True), None
-        ahead = min(solver.min_iters or 0, self.max_iters)
-        if not (overlap or ahead):
-            checked = go_on(method, chunks, unchecked(chunks, progress))
-            return outcome(checked, last=True), None
-        checked = run_ahead(method, chunks, progress, ahead)
-        return (
-            outcome(checked, last=False),
-            lambda: outcome(go_on(method, chunks, checked), last=True),
-        )
 
-    def _outcome(self, chunks: Chunks, steps: int, checked: Checked, *, last: bool) -> Outcome:
+    def _outcome(self, chunks: Chunks, checked: Checked, *, steps: int, last: bool) -> Outcome:
         """What a solve returns; of the `last` states, those that are not right are finished
         sequentially."""
         progress, states, bad = checked

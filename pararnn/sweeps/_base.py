@@ -59,6 +59,10 @@ class AbstractSweep(abc.ABC):
         """What `run` reads of the inputs, for any number of runs. By default `xs` as they are."""
         return xs
 
+    def small(self) -> "AbstractSweep":
+        """The sweep for what is seldom run: whose program is small. By default itself."""
+        return self
+
     @abc.abstractmethod
     def run(
         self, step: Step, starts: PyTree[Array], inputs: PyTree[Array], rows: Rows, *, keep: bool

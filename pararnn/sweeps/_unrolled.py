@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._base import AbstractSweep, Rows
-from ._scanned import from_chunks
+from ._scanned import Scanned, from_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +14,9 @@ class Unrolled(AbstractSweep):
     """All steps written out. On an accelerator, elementwise ones become a single kernel that keeps
     what is carried in registers; takes the longer to compile the more steps a chunk has, and should
     not be used with more than 32."""
+
+    def small(self):
+        return Scanned()
 
     def run(self, step, starts, inputs, rows, *, keep):
         batched, carry, kept = jax.vmap(step), starts, []
