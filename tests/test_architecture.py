@@ -18,6 +18,7 @@ ROOMS = [
     "_settings",
     "_devices",
     "_batch",
+    "kernels",
     "_traits",
     "structures",
     "_algebra",

@@ -1,11 +1,12 @@
 """How JAX's own primitives carry dependence, beyond those that call or repeat a jaxpr."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
+from ._moves import MOVES, Move, joined, padded, pieces
 from ._patterns import (
     Pattern,
     Rule,
@@ -13,7 +14,6 @@ from ._patterns import (
     elementwise,
     num_columns,
     num_elements,
-    num_rows,
     positions,
     rows,
     union,
@@ -27,76 +27,34 @@ _ELEMENTWISE = (
 ).split()
 
 
-def _same(eqn, patterns):
-    return patterns[:1]
-
-
-def _reshape(eqn, patterns):
-    return all_to_all(eqn, patterns) if eqn.params.get("dimensions") else patterns
-
-
-def _moved(move: Callable[[np.ndarray, dict[str, Any]], np.ndarray]) -> Rule:
+def _moved(move: Move) -> Rule:
     def rule(eqn, patterns):
-        return [rows(patterns[0], move(positions(eqn.invars[0].aval.shape), eqn.params))]
+        shape, params = eqn.outvars[0].aval.shape, eqn.params
+        return [rows(patterns[0], move(positions(eqn.invars[0].aval.shape), params, shape))]
 
     return rule
 
 
-def _broadcast(index, params):
-    shape = params["shape"]
-    aligned = [1] * len(shape)
-    for axis, dim in zip(params["broadcast_dimensions"], index.shape, strict=True):
-        aligned[axis] = dim
-    return np.broadcast_to(index.reshape(aligned), shape)
-
-
-def _slice(index, params):
-    strides = params["strides"] or (1,) * index.ndim
-    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    return index[tuple(slice(*b) for b in bounds)]
-
-
 def _split(eqn, patterns):
     index = positions(eqn.invars[0].aval.shape)
-    cuts = np.cumsum(eqn.params["sizes"])[:-1]
-    return [rows(patterns[0], piece) for piece in np.split(index, cuts, eqn.params["axis"])]
+    return [rows(patterns[0], piece) for piece in pieces(index, eqn.params)]
 
 
-def _stack(eqn, patterns):
-    return [_joined(eqn, patterns, lambda pieces: np.stack(pieces, eqn.params["axis"]))]
-
-
-def _concatenate(eqn, patterns):
-    return [_joined(eqn, patterns, lambda pieces: np.concatenate(pieces, eqn.params["dimension"]))]
-
-
-def _joined(eqn, patterns, join):
+def _joined(eqn, patterns):
     width = next(num_columns(p) for p in patterns if p is not None)
     stacked = [
         sp.csr_array((num_elements(v), width), dtype=bool) if p is None else p
         for v, p in zip(eqn.invars, patterns, strict=True)
     ]
-    offsets = np.cumsum([0, *map(num_elements, eqn.invars)])
-    pieces = [positions(v.aval.shape) + o for v, o in zip(eqn.invars, offsets, strict=False)]
-    return rows(sp.csr_array(sp.vstack(stacked, format="csr")), join(pieces))
+    index = joined([v.aval.shape for v in eqn.invars], eqn.params)
+    return [rows(sp.csr_array(sp.vstack(stacked, format="csr")), index)]
 
 
 def _pad(eqn, patterns):
     operand, fill = patterns
     if fill is not None:
         return all_to_all(eqn, patterns)
-    shape = eqn.invars[0].aval.shape
-    index = np.full(eqn.outvars[0].aval.shape, num_rows(operand))
-    source: list[Any] = []
-    target: list[Any] = []
-    for (low, _, interior), n, m in zip(
-        eqn.params["padding_config"], shape, index.shape, strict=True
-    ):
-        where = low + np.arange(n) * (interior + 1)
-        inside = (where >= 0) & (where < m)
-        source.append(np.arange(n)[inside])
-        target.append(where[inside])
-    index[np.ix_(*target)] = positions(shape)[np.ix_(*source)]
+    index = padded(eqn.invars[0].aval.shape, eqn.params)
     empty = sp.csr_array((1, num_columns(operand)), dtype=bool)
     return [rows(sp.csr_array(sp.vstack([operand, empty], format="csr")), index)]
 
@@ -137,16 +95,10 @@ def _dot_side(eqn: Any, side: int, pattern: sp.csr_array) -> Pattern:
 
 PRIMITIVES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
-    "reshape": _reshape,
-    "squeeze": _same,
-    "expand_dims": _same,
-    "transpose": _moved(lambda index, params: index.transpose(params["permutation"])),
-    "rev": _moved(lambda index, params: np.flip(index, params["dimensions"])),
-    "broadcast_in_dim": _moved(_broadcast),
-    "slice": _moved(_slice),
+    **{name: _moved(move) for name, move in MOVES.items()},
     "split": _split,
-    "concatenate": _concatenate,
-    "stack": _stack,
+    "concatenate": _joined,
+    "stack": _joined,
     "pad": _pad,
     "dot_general": _dot_general,
     **dict.fromkeys("reduce_sum reduce_max reduce_min reduce_prod".split(), _reduction),

@@ -1,0 +1,4 @@
+"""Sweeps of a user's step as one kernel of an accelerator."""
+
+from ._sweep import fused_sweep as fused_sweep
+from ._sweep import unsupported as unsupported

@@ -1,0 +1,195 @@
+"""The kernel: its block of chunks, its loop over time, which rows it reads and writes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..jaxprs._moves import positions
+from . import _pallas
+from ._layout import Writer
+from ._plan import Plan, flat_carry, from_segments
+from ._program import Program
+from ._tiles import Span, Tile, default_axis, lanes_of
+
+# Weights up to this size stay in registers from step to step; larger ones are loaded in each.
+_KEPT_BYTES = 64 * 1024
+# So many programs fill a large device.
+_ENOUGH_PROGRAMS = 264
+
+
+class Geometry(NamedTuple):
+    """Which steps there are; see `fused_sweep`."""
+
+    num_chunks: int
+    length: int
+    num_steps: int
+    stride: int
+    first: int
+    keep: bool
+    reverse: bool
+
+
+class Kernel:
+    """A kernel for a block of chunks, as a function of references."""
+
+    def __init__(self, program: Program, plan: Plan, geometry: Geometry, interpret: bool):
+        self.program, self.plan, self.geometry, self.interpret = program, plan, geometry, interpret
+        self.rows, self.warps = _block(plan, geometry.num_chunks)
+        self.programs = -(-geometry.num_chunks // self.rows)
+        self.num_indexed = len(program.carry) + len(program.inputs)
+        weights = [s for s in plan.spans if s.source[0] == "constant"]
+        self._inputs = [s for s in plan.spans if s.source[0] == "input"]
+        size = sum(np.prod([*map(lanes_of, s.widths)]) * plan.spans[s].itemsize for s in weights)
+        self._kept = weights if size <= _KEPT_BYTES else []
+
+    def results(self) -> list[jax.ShapeDtypeStruct]:
+        """Of all ends, then of all states if they are kept; booleans as bytes."""
+        rows = [self.geometry.num_chunks, *([self.geometry.length] if self.geometry.keep else [])]
+        return [
+            jax.ShapeDtypeStruct((n, int(np.prod(leaf.shape, dtype=int))), _held(leaf.dtype))
+            for n in rows
+            for leaf in self.program.carry
+        ]
+
+    def __call__(self, *refs: Any) -> None:
+        _Run(self, refs).run()
+
+    @property
+    def inputs(self) -> Sequence[Span]:
+        return self._inputs
+
+    @property
+    def kept(self) -> Sequence[Span]:
+        return self._kept
+
+
+class _Run:
+    """The work of one program."""
+
+    def __init__(self, kernel: Kernel, refs: Sequence[Any]):
+        self.kernel, self.program, self.plan = kernel, kernel.program, kernel.plan
+        self.geometry = kernel.geometry
+        counts = [len(self.program.carry), len(self.program.inputs), len(self.program.constants())]
+        bounds = np.cumsum([0, *counts, counts[0]])
+        parts = [refs[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.starts, inputs, constants, self.ends = parts
+        self.states = refs[bounds[-1] :]
+        self.stored = {("input", k): ref for k, ref in enumerate(inputs)}
+        self.stored |= {("constant", k): ref for k, ref in enumerate(constants)}
+        self.chunk = _pallas.program_rows(kernel.rows)
+
+    def run(self) -> None:
+        carry = self._first_carry()
+        kept = {span: self._load(span, np.int32(0)) for span in self.kernel.kept}
+        if self.geometry.num_steps == 1:
+            carry = self._step(np.int32(0), carry, self._inputs_at(np.int32(0)), kept)
+        else:
+
+            def turn(i, arrays):
+                carry, inputs = arrays
+                # The next step's inputs are under way while this step is computed.
+                following = self._inputs_at(i + np.int32(1))
+                return self._step(i, carry, inputs, kept), following
+
+            stop = np.int32(self.geometry.num_steps)
+            first = (carry, self._inputs_at(np.int32(0)))
+            carry, _ = lax.fori_loop(np.int32(0), stop, turn, first)
+        self._write(self.ends, self.chunk, carry, self.chunk < self.geometry.num_chunks)
+
+    def _step(self, i, carry, inputs, kept):
+        loaded = dict(zip(self.kernel.inputs, inputs, strict=True)) | kept
+
+        def load(span, dtype):
+            found = loaded.get(span)
+            return self._load(span, np.int32(0)) if found is None else found
+
+        def product(vectors, matrix):
+            full = (self.kernel.rows, vectors.shape[1])
+            vectors = lax.broadcast_in_dim(vectors, full, (0, 1))
+            return _pallas.product(vectors, matrix, self.kernel.interpret)
+
+        writer = Writer(self.plan.cuts, load, self.kernel.rows, product)
+        arrays = iter(carry)
+        values = [
+            from_segments(leaf, self.plan.cuts, lambda low, high: Tile(next(arrays), high - low))
+            for leaf in self.program.carry
+        ]
+        carry = flat_carry(writer, self.program, values)
+        if self.geometry.keep:
+            self._keep(i, carry)
+        return carry
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    def _first_carry(self) -> list[jax.Array]:
+        row = jnp.minimum(self.chunk, np.int32(self.geometry.num_chunks - 1))
+        arrays = []
+        for k, start, width in self._tiles():
+            leaf = self.program.carry[k]
+            span = Span(("start", k), start, (self._lane_step(k),), (width,))
+            arrays.append(_pallas.load(self.starts[k], row, span).astype(leaf.dtype))
+        return arrays
+
+    def _inputs_at(self, i: Any) -> list[jax.Array]:
+        """What the step `i` consumes, in the block's chunks; one row if they share it."""
+        row, last = self._row(i), np.int32(self.geometry.length - 1)
+        row = jnp.clip(row, np.int32(0), last)
+        row = last - row if self.geometry.reverse else row
+        return [self._load(span, row) for span in self.kernel.inputs]
+
+    def _row(self, i: Any) -> Any:
+        first = i + np.int32(self.geometry.first)
+        stride = self.geometry.stride
+        return first + self.chunk * np.int32(stride) if stride else first
+
+    def _load(self, span: Span, row: Any) -> jax.Array:
+        array = _pallas.load(self.stored[span.source], row, span)
+        return array.astype(self.plan.spans[span])
+
+    def _keep(self, i, carry) -> None:
+        row, length = self._row(i), np.int32(self.geometry.length)
+        valid = (self.chunk < self.geometry.num_chunks) & (row < length)
+        row = length - 1 - row if self.geometry.reverse else row
+        self._write(self.states, jnp.where(valid, row, length), carry, valid)
+
+    def _write(self, refs, row, carry, valid) -> None:
+        for (k, start, width), array in zip(self._tiles(), carry, strict=True):
+            array = array.astype(_held(array.dtype))
+            step = self._lane_step(k)
+            _pallas.store(refs[k], row, Span(("end", k), start, (step,), (width,)), array, valid)
+
+    def _tiles(self) -> Iterator[tuple[int, int, int]]:
+        """Of all tiles of the carry: which leaf, where in it, and how many lanes."""
+        for k, leaf in enumerate(self.program.carry):
+            index = positions(leaf.shape or (1,))
+            index = np.moveaxis(index, default_axis(leaf.shape), -1)
+            for lead in np.ndindex(index.shape[:-1]):
+                for low, high in self.plan.cuts.segments(index.shape[-1]):
+                    yield k, int(index[lead][low]), high - low
+
+    def _lane_step(self, k: int) -> int:
+        """How far apart neighbouring lanes lie in memory."""
+        shape = self.program.carry[k].shape
+        return int(np.prod(shape[default_axis(shape) + 1 :], dtype=int))
+
+
+def _held(dtype: Any) -> Any:
+    return np.dtype(np.uint8) if dtype == np.bool_ else dtype
+
+
+def _block(plan: Plan, num_chunks: int) -> tuple[int, int]:
+    """How many chunks a program has, and how many warps: about one element for each thread, unless
+    there are too few programs to fill a device."""
+    if any(min(sizes) >= _pallas.MIN_PRODUCT for sizes in plan.products):
+        widest = max(columns for _, columns in plan.products)
+        return _pallas.MIN_PRODUCT, 4 if widest <= 64 else 8
+    for warps in (4, 2, 1):
+        rows = max(1, warps * 32 // plan.lanes)
+        if -(-num_chunks // rows) >= _ENOUGH_PROGRAMS:
+            break
+    most = 1 << (max(1, num_chunks) - 1).bit_length()
+    return min(rows, most), warps

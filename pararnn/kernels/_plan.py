@@ -1,0 +1,102 @@
+"""What a kernel for a program looks like: where values are cut, and what it loads."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ._layout import Writer, laid, stretched
+from ._program import Program, Unsupported
+from ._rules import stored, write
+from ._tiles import Cuts, Span, Tile, Tiled, Value, default_axis, empty_tiles, lanes_of
+
+# A step of more operations on tiles takes long to compile.
+MAX_OPERATIONS = 4000
+# Each attempt adds cuts that follow from those before.
+_MAX_ATTEMPTS = 24
+
+
+class Plan(NamedTuple):
+    """**Fields:**
+
+    - `cuts`: where axes are cut.
+    - `spans`: what the program loads, with the dtypes.
+    - `lanes`: of the widest tile of the carry.
+    - `products`: the sizes of the products, (contracted, free).
+    """
+
+    cuts: Cuts
+    spans: dict[Span, Any]
+    lanes: int
+    products: Sequence[tuple[int, int]]
+
+
+def make_plan(program: Program) -> Plan:
+    """Writes the step down, again and again until nothing more must be cut."""
+    cuts = Cuts()
+    for _ in range(_MAX_ATTEMPTS):
+        plan = _attempt(program, cuts)
+        if cuts.satisfied:
+            return plan
+        cuts.grow()
+    raise Unsupported("moves elements in a way that needs too many pieces")
+
+
+def _attempt(program: Program, cuts: Cuts) -> Plan:
+    spans: dict[Span, Any] = {}
+    products: list[tuple[int, int]] = []
+    lanes = [1]
+
+    def load(span, dtype):
+        spans[span] = dtype
+        shape = tuple(map(lanes_of, span.widths))
+        return lax.full(shape if len(shape) == 2 else (1, *shape), 0, dtype)
+
+    def product(vectors, matrix):
+        products.append(matrix.shape)
+        return lax.full((vectors.shape[0], matrix.shape[1]), 0, np.float32)
+
+    def step():
+        writer = Writer(cuts, load, 1, product)
+        carry = [_zeros(leaf, cuts) for leaf in program.carry]
+        lanes.extend(t.array.shape[1] for value in carry for t in value.tiles.flat)
+        return flat_carry(writer, program, carry)
+
+    closed = jax.make_jaxpr(step)()
+    if len(closed.jaxpr.eqns) > MAX_OPERATIONS:
+        raise Unsupported("needs too many operations")
+    return Plan(cuts, spans, max(lanes), products)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct, cuts: Cuts) -> Tiled:
+    def tile(low, high):
+        return Tile(lax.full((1, lanes_of(high - low)), 0, leaf.dtype), high - low)
+
+    return from_segments(leaf, cuts, tile)
+
+
+def from_segments(leaf: jax.ShapeDtypeStruct, cuts: Cuts, tile: Any) -> Tiled:
+    """A value of the carry from the tile of each segment, in order."""
+    axis = default_axis(leaf.shape)
+    tiles = empty_tiles(leaf.shape, axis, cuts)
+    size = leaf.shape[axis] if leaf.shape else 1
+    segments = cuts.segments(size)
+    for place in np.ndindex(tiles.shape):
+        tiles[place] = tile(*segments[place[-1]])
+    return Tiled(tuple(leaf.shape), leaf.dtype, axis, tiles)
+
+
+def flat_carry(writer: Writer, program: Program, carry: Sequence[Value]) -> list[jax.Array]:
+    """The arrays of the next carry."""
+    inputs = [stored(("input", k), leaf) for k, leaf in enumerate(program.inputs)]
+    results = write(writer, program, [*carry, *inputs])
+    arrays = []
+    for leaf, value in zip(program.carry, results, strict=True):
+        value = laid(writer, value, leaf.shape, default_axis(leaf.shape))
+        for tile in value.tiles.flat:
+            shape = (writer.rows, lanes_of(tile.width))
+            arrays.append(stretched(tile.array, shape).astype(jnp.dtype(leaf.dtype)))
+    return arrays

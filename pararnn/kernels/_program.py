@@ -1,0 +1,153 @@
+"""A user's step as a flat list of equations, without what depends on constants only.
+
+Calls are entered, so that one list remains. What neither the carry nor the input reaches (a
+weight's transpose, `1 - decay`) is evaluated here, outside the kernel and once, and becomes one of
+the program's constants.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from ..jaxprs._moves import MOVES, positions
+from ..jaxprs._walk import called, evaluate_alone, open_jaxpr, walk
+
+
+class Unsupported(Exception):  # noqa: N818 (it tells why, and is never seen by users)
+    """Why a step cannot become a kernel, in words that follow "the step"."""
+
+
+class Slot(NamedTuple):
+    """A value that is computed while the kernel runs."""
+
+    number: int
+
+
+class Known(NamedTuple):
+    """A value that is there before the kernel runs: `array`, whose elements are those of `base` at
+    `positions`. A slice of a weight need not be copied out of it."""
+
+    array: Any
+    base: Any
+    positions: np.ndarray
+
+
+class Fixed(NamedTuple):
+    """A number that stands in the step itself."""
+
+    value: np.ndarray
+
+
+Operand = Slot | Known | Fixed
+
+
+class Operation(NamedTuple):
+    """An equation between slots."""
+
+    eqn: Any
+    ins: Sequence[Operand]
+    outs: Sequence[Slot]
+
+
+class Program(NamedTuple):
+    """What a step does, from slots 0, 1, … of the carry and then the input to its results."""
+
+    operations: Sequence[Operation]
+    num_inputs: int
+    results: Sequence[Operand]
+    carry: Sequence[jax.ShapeDtypeStruct]
+    inputs: Sequence[jax.ShapeDtypeStruct]
+
+    def constants(self) -> list[Any]:
+        """The arrays that operations and results refer to, each once."""
+        found: dict[int, Any] = {}
+        for ins in (*(op.ins for op in self.operations), self.results):
+            for x in ins:
+                if isinstance(x, Known):
+                    found.setdefault(id(x.base), x.base)
+        return list(found.values())
+
+
+def trace(step: Callable[..., Any], carry: PyTree[Any], x: PyTree[Any]) -> Program:
+    """The program of a step for a carry and an input of these shapes and dtypes."""
+    closed, shape = jax.make_jaxpr(step, return_shape=True)(carry, x)
+    carries, inputs = jtu.tree_leaves(carry), jtu.tree_leaves(x)
+    _check_carry(carry, shape)
+    operations: list[Operation] = []
+    num_slots = len(carries) + len(inputs)
+
+    def rule(eqn, ins):
+        nonlocal num_slots
+        call = called(eqn)
+        if call is not None:
+            jaxpr, consts = open_jaxpr(call.jaxpr)
+            args = call.args(ins)
+            return walk(jaxpr, args, rule, literal=_literal, consts=[*map(_known, consts)])
+        known = [i for i in ins if not isinstance(i, Slot)]
+        if len(known) == len(ins) and not _is_fill(eqn, ins):
+            return _evaluated(eqn, known)
+        outs = [Slot(num_slots + k) for k in range(len(eqn.outvars))]
+        num_slots += len(outs)
+        operations.append(Operation(eqn, ins, outs))
+        return outs
+
+    jaxpr, consts = open_jaxpr(closed)
+    slots = [Slot(k) for k in range(num_slots)]
+    known = [_known(c) for c in consts]
+    results = walk(jaxpr, slots, rule, literal=_literal, consts=known)
+    return Program(_needed(operations, results), len(slots), results, carries, inputs)
+
+
+def _check_carry(carry: PyTree[Any], out: PyTree[Any]) -> None:
+    def described(tree):
+        leaves, treedef = jtu.tree_flatten(tree)
+        return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    if described(carry) != described(out):
+        raise Unsupported("makes a carry of other shapes or dtypes than the one it takes")
+
+
+def _known(array: Any) -> Operand:
+    return array if isinstance(array, Slot | Known | Fixed) else _whole(array)
+
+
+def _whole(array: Any) -> Known:
+    return Known(array, array, positions(array.shape))
+
+
+def _literal(literal: Any) -> Operand:
+    if np.ndim(literal.val):
+        return _whole(jnp.asarray(literal.val))
+    return Fixed(np.asarray(literal.val, getattr(literal.aval, "dtype", None)))
+
+
+def _is_fill(eqn: Any, ins: Sequence[Operand]) -> bool:
+    """Whether an equation fills an array with a number: no reason to store it."""
+    return eqn.primitive.name == "broadcast_in_dim" and all(isinstance(i, Fixed) for i in ins)
+
+
+def _evaluated(eqn: Any, ins: Sequence[Known | Fixed]) -> list[Operand]:
+    arrays = [jnp.asarray(i.value) if isinstance(i, Fixed) else i.array for i in ins]
+    outs = evaluate_alone(eqn, arrays)
+    move = MOVES.get(eqn.primitive.name)
+    known = ins[0] if ins else None
+    if move is None or not isinstance(known, Known):
+        return [_whole(out) for out in outs]
+    index = move(positions(known.array.shape), eqn.params, eqn.outvars[0].aval.shape)
+    return [Known(outs[0], known.base, known.positions.reshape(-1)[index])]
+
+
+def _needed(operations: Sequence[Operation], results: Sequence[Operand]) -> list[Operation]:
+    """The operations that results depend on."""
+    needed = {r for r in results if isinstance(r, Slot)}
+    kept = []
+    for op in reversed(operations):
+        if needed.intersection(op.outs):
+            needed.update(i for i in op.ins if isinstance(i, Slot))
+            kept.append(op)
+    return kept[::-1]

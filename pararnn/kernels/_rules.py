@@ -1,0 +1,241 @@
+"""What each primitive of a step becomes in a kernel."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..jaxprs._moves import MOVES, Move, joined, padded, pieces, positions
+from ._elementwise import NAMES, elementwise, widened
+from ._layout import Writer, laid, masked, number, rearranged, stand_in, stretched, tilewise
+from ._products import dot_general
+from ._program import Fixed, Known, Operand, Program, Unsupported
+from ._tiles import Stored, Tile, Tiled, Value, default_axis, object_array, vector_shape
+
+Rule = Callable[[Writer, Any, Sequence[Value]], Sequence[Value]]
+
+
+def write(writer: Writer, program: Program, inputs: Sequence[Value]) -> list[Value]:
+    """The results of a step, from its carry and its input."""
+    values: dict[Any, Value] = dict(enumerate(inputs))
+    numbers = {id(array): k for k, array in enumerate(program.constants())}
+
+    def read(operand: Operand) -> Value:
+        if isinstance(operand, Fixed):
+            return number(operand)
+        if isinstance(operand, Known):
+            source = ("constant", numbers[id(operand.base)])
+            return Stored(source, operand.positions, operand.base.dtype)
+        return values[operand.number]
+
+    for op in program.operations:
+        outs = _rule(op.eqn)(writer, op.eqn, [read(i) for i in op.ins])
+        for slot, value in zip(op.outs, outs, strict=True):
+            values[slot.number] = value
+    return [read(r) for r in program.results]
+
+
+def stored(source: Any, array: Any) -> Stored:
+    """The whole of an array in memory."""
+    return Stored(source, positions(array.shape), array.dtype)
+
+
+def _rule(eqn: Any) -> Rule:
+    name = eqn.primitive.name
+    if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in eqn.outvars):
+        raise Unsupported("computes with complex numbers")
+    if any(v.aval.size == 0 for v in eqn.outvars):
+        raise Unsupported("has empty arrays")
+    if name in NAMES:
+        return _elementwise
+    if name not in _RULES:
+        raise Unsupported(f"uses `{name}`")
+    return _RULES[name]
+
+
+def _elementwise(writer, eqn, ins):
+    return [tilewise(writer, elementwise(eqn), ins, eqn.outvars[0].aval.shape)]
+
+
+# --- moving elements ----------------------------------------------------------------------------
+
+
+def _positions(eqn: Any) -> np.ndarray:
+    return positions(eqn.invars[0].aval.shape)
+
+
+def _moved(move: Move) -> Rule:
+    def rule(writer, eqn, ins):
+        shape = eqn.outvars[0].aval.shape
+        return [rearranged(writer, ins, move(_positions(eqn), eqn.params, shape))]
+
+    return rule
+
+
+def _split(writer, eqn, ins):
+    return [rearranged(writer, ins, piece) for piece in pieces(_positions(eqn), eqn.params)]
+
+
+def _unstack(writer, eqn, ins):
+    parts = np.moveaxis(_positions(eqn), eqn.params["axis"], 0)
+    return [rearranged(writer, ins, part) for part in parts]
+
+
+def _joined(writer, eqn, ins):
+    return [rearranged(writer, ins, joined([v.aval.shape for v in eqn.invars], eqn.params))]
+
+
+def _pad(writer, eqn, ins):
+    return [rearranged(writer, ins, padded(eqn.invars[0].aval.shape, eqn.params))]
+
+
+def _starts(eqn: Any, atoms: Sequence[Any], shape: Sequence[int]) -> list[slice]:
+    """The slices of a window of this shape, which JAX keeps within its operand."""
+    if not all(hasattr(a, "val") for a in atoms):
+        raise Unsupported(f"uses `{eqn.primitive.name}` at an index that is computed")
+    limits = eqn.invars[0].aval.shape
+    bounds = zip(atoms, shape, limits, strict=True)
+    starts = [(min(max(int(a.val), 0), limit - size), size) for a, size, limit in bounds]
+    return [slice(start, start + size) for start, size in starts]
+
+
+def _dynamic_slice(writer, eqn, ins):
+    window = _starts(eqn, eqn.invars[1:], eqn.outvars[0].aval.shape)
+    return [rearranged(writer, ins[:1], _positions(eqn)[tuple(window)])]
+
+
+def _dynamic_update_slice(writer, eqn, ins):
+    index = _positions(eqn)
+    shape = eqn.invars[1].aval.shape
+    window = _starts(eqn, eqn.invars[2:], shape)
+    index[tuple(window)] = index.size + positions(shape)
+    return [rearranged(writer, ins[:2], index)]
+
+
+# --- reductions ---------------------------------------------------------------------------------
+
+
+def _sum(x, axis):
+    return jnp.sum(x, axis, keepdims=True, dtype=x.dtype)
+
+
+def _extreme(reduce, combine):
+    def of(x, axis):
+        found = reduce(x, axis, keepdims=True)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return found
+        broken = jnp.max((x != x).astype(np.int32), axis, keepdims=True)
+        return jnp.where(broken > 0, lax.full(found.shape, np.nan, x.dtype), found)
+
+    def pair(x, y):
+        return jnp.where(combine(x, y) | (x != x), x, y)
+
+    return of, pair
+
+
+def _truth(reduce):
+    def of(x, axis):
+        return reduce(x.astype(np.int32), axis, keepdims=True) > 0
+
+    return of
+
+
+_GREATEST, _greater = _extreme(jnp.max, lax.gt)
+_LEAST, _less = _extreme(jnp.min, lax.lt)
+
+
+def _lowest(dtype, sign):
+    """What changes no maximum (`sign` -1) or minimum."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return sign * np.inf
+    return jnp.iinfo(dtype).min if sign < 0 else jnp.iinfo(dtype).max
+
+
+# Over the lanes, for two tiles, and what stands beyond the last lane.
+_REDUCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "reduce_sum": (_sum, lax.add, lambda dtype: 0),
+    "reduce_max": (_GREATEST, _greater, lambda dtype: _lowest(dtype, -1)),
+    "reduce_min": (_LEAST, _less, lambda dtype: _lowest(dtype, 1)),
+    "reduce_or": (_truth(jnp.max), jnp.logical_or, lambda dtype: False),
+    "reduce_and": (_truth(jnp.min), jnp.logical_and, lambda dtype: True),
+}
+
+
+def _reduce(writer, eqn, ins):
+    (value,), axes = ins, set(eqn.params["axes"])
+    return [reduced(writer, value, axes, eqn.primitive.name)]
+
+
+def reduced(writer: Writer, value: Value, axes: set[int], name: str) -> Tiled:
+    """A reduction over axes; in float32 and back for narrower numbers."""
+    shape = vector_shape(value.shape)
+    if isinstance(value, Stored):
+        value = laid(writer, value, value.shape, default_axis(shape))
+    over_lanes, pair, _ = _REDUCTIONS[name]
+    others = [i for i in range(len(shape)) if i != value.axis]
+    lead = [k for k, i in enumerate(others) if i in axes]
+    tiles = np.moveaxis(value.tiles, lead, range(len(lead)))
+    tiles = tiles.reshape(-1, *tiles.shape[len(lead) :])
+    arrays = object_array(tiles.shape[1:])
+    for place in np.ndindex(arrays.shape):
+        parts = [t.array for t in tiles[(slice(None), *place)]]
+        arrays[place] = Tile(_folded(pair, parts), tiles[(0, *place)].width)
+    out = tuple(n for i, n in enumerate(value.shape) if i not in axes)
+    if value.axis not in axes:
+        axis = sum(i < value.axis and i not in axes for i in range(len(shape)))
+        return Tiled(out, value.dtype, axis, arrays)
+    single = object_array(arrays.shape[:-1])
+    for place in np.ndindex(single.shape):
+        parts = [_over_lanes(over_lanes, name, t) for t in arrays[place]]
+        single[place] = Tile(_folded(pair, parts), 1)
+    return _from_elements(writer, single, out, value.dtype)
+
+
+def _folded(pair, arrays):
+    total = widened(arrays[0])
+    for array in arrays[1:]:
+        shape = tuple(map(max, total.shape, array.shape))
+        total = pair(stretched(total, shape), stretched(widened(array), shape))
+    return total.astype(arrays[0].dtype)
+
+
+def _over_lanes(over_lanes, name, tile):
+    array = widened(tile.array)
+    if tile.uniform:
+        return (array * tile.width if name == "reduce_sum" else array).astype(tile.array.dtype)
+    beyond = _REDUCTIONS[name][2](array.dtype)
+    return over_lanes(masked(array, tile.width, beyond=beyond), 1).astype(tile.array.dtype)
+
+
+def _from_elements(writer, elements, shape, dtype) -> Tiled:
+    """A value from one tile for each of its elements: the lanes of its shortest axis are apart."""
+    full = vector_shape(shape)
+    axis = min(range(len(full)), key=lambda i: (full[i], -i))
+    if full[axis] > len(writer.cuts.segments(full[axis])):
+        writer.cuts.want(full[axis], range(1, full[axis]))
+        return stand_in(writer, shape, dtype)
+    return Tiled(shape, dtype, axis, np.moveaxis(elements.reshape(full), axis, -1))
+
+
+def _barrier(writer, eqn, ins):
+    return ins
+
+
+def _dot(writer, eqn, ins):
+    return [dot_general(writer, eqn, ins, reduced)]
+
+
+_RULES: dict[str, Rule] = {
+    **{name: _moved(move) for name, move in MOVES.items()},
+    "split": _split,
+    "unstack": _unstack,
+    **dict.fromkeys(("concatenate", "stack"), _joined),
+    "pad": _pad,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    "optimization_barrier": _barrier,
+    "dot_general": _dot,
+}

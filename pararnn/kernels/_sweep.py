@@ -1,0 +1,148 @@
+"""Many steps of many chunks in one kernel, generated from the user's step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .._devices import varying_axes
+from .._misc import struct
+from ._kernel import Geometry, Kernel
+from ._pallas import launch
+from ._plan import make_plan
+from ._program import Program, Unsupported, trace
+
+
+def unsupported(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]) -> str | None:
+    """Why `fused_sweep` cannot run a step, or `None` if it can. The step is traced; nothing is
+    compiled.
+
+    **Arguments:**
+
+    - `step`, `starts`, `xs`: as for `fused_sweep`; shapes and dtypes will do.
+    """
+
+    def plan():
+        make_plan(_traced(step, starts, xs))
+
+    try:
+        jax.eval_shape(plan)
+    except Unsupported as reason:
+        return f"the step {reason}"
+    return None
+
+
+def fused_sweep(
+    step: Callable[..., Any],
+    starts: PyTree[Array],
+    xs: PyTree[Array],
+    *,
+    num_steps: int,
+    stride: int,
+    first: int = 0,
+    keep: bool,
+    reverse: bool = False,
+    interpret: bool = False,
+) -> tuple[PyTree[Array], PyTree[Array] | None]:
+    r"""Runs `num_steps` steps of each of many chunks, in one kernel that keeps what it carries in
+    registers. Step $i$ of chunk $c$ consumes the row
+
+    $$\mathrm{clip}(\text{first} + c \cdot \text{stride} + i,\ 0,\ L - 1)$$
+
+    of the inputs, counted from their end if `reverse`. Works under `jax.vmap`, and does not
+    differentiate: give it a rule.
+
+    **Arguments:**
+
+    - `step`: `step(carry, x) -> carry` of a single chunk; it may close over arrays.
+    - `starts`: the carries that the chunks start from, along the first axis.
+    - `xs`: the inputs in natural order of time, along the first axis.
+    - `num_steps`, `stride`, `first`: as above. A `stride` of 0 gives all chunks the same inputs.
+    - `keep`: whether to return the carries after every step. The chunks then lie side by side:
+        `stride` is `num_steps`, and `first` is 0.
+    - `reverse`: whether time runs backwards.
+    - `interpret`: whether to run without a GPU, slowly, as tests do.
+
+    **Returns:**
+
+    `(ends, states)`: the carries of all chunks after their steps, and, if asked for, the carry
+    after each step at the row that the step consumed. Raises a `ValueError` for what `unsupported`
+    gives a reason.
+    """
+    if keep and (first != 0 or stride != num_steps):
+        raise ValueError(
+            "`keep` needs chunks side by side: a `stride` of `num_steps` and a `first` of 0; got "
+            f"`num_steps` {num_steps}, `stride` {stride} and `first` {first}."
+        )
+    try:
+        program = _traced(step, starts, xs)
+        plan = make_plan(program)
+    except Unsupported as reason:
+        raise ValueError(
+            f"`step` cannot become a kernel: it {reason}. Use `jax.lax.scan`."
+        ) from None
+    num_chunks, length = _size(starts), _size(xs)
+    geometry = Geometry(num_chunks, length, num_steps, stride, first, keep, reverse)
+    kernel = Kernel(program, plan, geometry, interpret)
+    operands = [*jtu.tree_leaves(starts), *jtu.tree_leaves(xs), *program.constants()]
+    flat = launch(
+        kernel,
+        [_matrix(x, len(x) if i < kernel.num_indexed else 1) for i, x in enumerate(operands)],
+        kernel.results(),
+        programs=kernel.programs,
+        warps=kernel.warps,
+        interpret=interpret,
+    )
+    return _unflattened(program, starts, flat, keep, length)
+
+
+def _size(tree: PyTree[Any]) -> int:
+    return jtu.tree_leaves(tree)[0].shape[0]
+
+
+def _traced(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]) -> Program:
+    _check_placement((starts, xs))
+
+    def one(tree):
+        return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), struct(tree))
+
+    program = trace(step, one(starts), one(xs))
+    _check_placement(program.constants())
+    return program
+
+
+def _check_placement(arrays: PyTree[Any]) -> None:
+    """Refuses arrays on a mesh that a kernel, which runs on one device, would have to know of."""
+    arrays = [x for x in jtu.tree_leaves(arrays) if eqx.is_array(x)]
+    kinds = set(jax.sharding.get_abstract_mesh().axis_types)
+    for x in arrays:
+        kinds |= set(jax.typeof(x).sharding.mesh.axis_types)
+    if varying_axes(arrays) or jax.sharding.AxisType.Manual in kinds:
+        raise Unsupported("runs inside `jax.shard_map`")
+    if jax.sharding.AxisType.Explicit in kinds:
+        raise Unsupported("runs on a mesh with explicit axes")
+
+
+def _matrix(x: Array, rows: int) -> Array:
+    """Rows by elements; booleans, which memory does not have, as bytes."""
+    x = jnp.asarray(x).reshape(rows, -1)
+    return x.astype(np.uint8) if x.dtype == np.bool_ else x
+
+
+def _unflattened(program, starts, flat, keep, length):
+    """The results as pytrees like `starts`."""
+    leaves, treedef = jtu.tree_flatten(starts)
+
+    def tree(arrays, rows):
+        pairs = zip(arrays, program.carry, strict=True)
+        shaped = [a.reshape(rows, *leaf.shape).astype(leaf.dtype) for a, leaf in pairs]
+        return jtu.tree_unflatten(treedef, shaped)
+
+    count = len(leaves)
+    ends = tree(flat[:count], _size(starts))
+    return ends, tree(flat[count:], length) if keep else None
