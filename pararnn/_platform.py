@@ -1,5 +1,7 @@
 """The one place that asks JAX where it runs."""
 
+import os
+
 import jax
 
 # JAX's names of a platform; `gpu` is what its default backend is called on CUDA and ROCm.
@@ -20,3 +22,15 @@ def check_platform(platform: str | None) -> str:
     if platform not in (*PLATFORMS, chosen_platform(None)):
         raise ValueError(f"`platform` must be one of {PLATFORMS} or None; got {platform!r}.")
     return platform
+
+
+def kernels_enabled(platform: str | None) -> bool:
+    """Whether generated kernels are used on a platform where nothing else is asked for: on CUDA, if
+    the environment variable `PARARNN_KERNELS` is 1.
+
+    Raises a `ValueError` for a value that is neither 0 nor 1.
+    """
+    value = os.environ.get("PARARNN_KERNELS", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"The environment variable PARARNN_KERNELS must be 0 or 1; got {value!r}.")
+    return value == "1" and chosen_platform(platform) in ("cuda", "gpu")

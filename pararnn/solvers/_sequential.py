@@ -2,9 +2,12 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .._recurrence import Recurrence, scan_states
 from .._solution import Stats
+from ..sweeps import AbstractSweep, Rows, SweepMethod
+from ..sweeps._named import as_sweep, uses_kernel
 from ._base import AbstractSolver
 
 
@@ -15,10 +18,26 @@ class Sequential(AbstractSolver):
 
     The derivative is still solved as a linear recurrence of its own, in parallel if its solver is:
     *sequential forward, parallel backward*, the right mode for chaotic systems.
+
+    **Arguments:**
+
+    - `sweep_method`: how the steps are made, as for [`pararnn.solvers.AbstractIterativeSolver`][];
+        `"kernel"` makes them in one kernel. `None` is `jax.lax.scan`.
     """
 
     stepwise: ClassVar[bool] = True
     runs_backwards: ClassVar[bool] = True
+
+    sweep_method: SweepMethod | AbstractSweep | None = None
+
+    def __post_init__(self):
+        as_sweep("sweep_method", self.sweep_method)
+
+    def resolved(self, recurrence, platform=None):
+        asked = self.sweep_method is not None
+        if asked or not uses_kernel(recurrence.step, recurrence.init, recurrence.xs, platform):
+            return self
+        return Sequential(sweep_method="kernel")
 
     def solve(self, recurrence, guess, report=None):
         length = recurrence.length
@@ -32,6 +51,10 @@ class Sequential(AbstractSolver):
         return self.solve_affine(recurrence), jnp.asarray(True), stats
 
     def solve_affine(self, recurrence: Recurrence):
-        return scan_states(
-            recurrence.step, recurrence.xs, recurrence.init, reverse=recurrence.reverse
-        )
+        step, xs, init, length = recurrence.step, recurrence.xs, recurrence.init, recurrence.length
+        if self.sweep_method is None:
+            return scan_states(step, xs, init, reverse=recurrence.reverse)
+        sweep = as_sweep("sweep_method", self.sweep_method)
+        rows = Rows(length, 1, length, length, reverse=recurrence.reverse)
+        starts = jtu.tree_map(lambda h: jnp.expand_dims(h, 0), init)
+        return sweep.run(step, starts, sweep.prepare(xs, rows), rows, keep=True)[1]

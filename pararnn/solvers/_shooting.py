@@ -27,7 +27,7 @@ from ..scans import AbstractScan, LinearMethod
 from ..scans._named import as_scan, default_linear_method
 from ..structures import AbstractStructure
 from ..sweeps import AbstractSweep, SweepMethod
-from ..sweeps._named import as_sweep, default_sweep_method
+from ..sweeps._named import as_sweep, default_sweep_method, uses_kernel
 from ._affine import shoot_once
 from ._base import AbstractSolver, Outcome, Report, Rest, check_tangents, completed
 from ._chunks import Chunks, Point, finish_sequentially
@@ -78,8 +78,9 @@ class AbstractIterativeSolver(AbstractSolver):
         `False` the result says `not_converged` instead.
     - `linear_method`: how the linear recurrence over the chunks is solved: `"sequential"`,
         `"associative"`, `"radix"`, a scan of your own, or `None` to pick by platform.
-    - `sweep_method`: how the steps of the chunks are made: `"scan"`, `"unrolled"`, a sweep of your
-        own, or `None` to pick by platform and chunk size.
+    - `sweep_method`: how the steps of the chunks are made: `"scan"`, `"unrolled"`, `"kernel"`, a
+        sweep of your own, or `None` to pick by platform and chunk size. Kernels are picked only if
+        the environment variable `PARARNN_KERNELS` is 1 when the first program is made.
     - `overlap`: how many steps early every chunk starts for the first time, at most `chunk_size`: a
         recurrence that forgets its state within these steps needs no iteration. `None` is 0, but
         `min(32, chunk_size)` on an accelerator if the structure is dense.
@@ -157,9 +158,12 @@ class AbstractIterativeSolver(AbstractSolver):
     ) -> "AbstractIterativeSolver":
         on_cpu = chosen_platform(platform) == "cpu"
         structure, length, size = recurrence.structure, recurrence.length, recurrence.size
-        chunk_size = self.chunk_size
-        if chunk_size is None and not on_cpu:
-            chunk_size = self.accelerator_chunk_size
+        chunk_size, sweep = self.chunk_size, self.sweep_method
+        if sweep is None and uses_kernel(recurrence.step, recurrence.init, recurrence.xs, platform):
+            sweep = "kernel"
+        if chunk_size is None and not on_cpu and self.accelerator_chunk_size is not None:
+            # Kernels keep what they carry in registers for any number of steps.
+            chunk_size = self.accelerator_chunk_size * (2 if sweep == "kernel" else 1)
         if chunk_size is None:
             chunk_size = self.default_chunk_size(structure, length, size)
         chunk_size = min(chunk_size, length)
@@ -171,7 +175,7 @@ class AbstractIterativeSolver(AbstractSolver):
             self,
             chunk_size=chunk_size,
             linear_method=self.linear_method or default_linear_method(platform),
-            sweep_method=self.sweep_method or default_sweep_method(chunk_size, platform),
+            sweep_method=sweep or default_sweep_method(chunk_size, platform),
             overlap=overlap,
             min_iters=min_iters if self.min_iters is None else self.min_iters,
         )

@@ -2,15 +2,23 @@
 
 from typing import Any, Literal
 
-from .._platform import chosen_platform
-from ._base import AbstractSweep
-from ._scanned import Scanned
-from ._unrolled import Unrolled
+import jax
+import jax.tree_util as jtu
+from jaxtyping import PyTree
 
-SweepMethod = Literal["scan", "unrolled"]
-_NAMED: dict[str, AbstractSweep] = {"scan": Scanned(), "unrolled": Unrolled()}
-# Kernels of more steps need more registers than there are.
-MOST_UNROLLED = 32
+from .._platform import chosen_platform, kernels_enabled
+from ..kernels import unsupported
+from ._base import AbstractSweep, Step
+from ._fused import Fused
+from ._scanned import Scanned
+from ._unrolled import MOST_UNROLLED, Unrolled
+
+SweepMethod = Literal["scan", "unrolled", "kernel"]
+_NAMED: dict[str, AbstractSweep] = {
+    "scan": Scanned(),
+    "unrolled": Unrolled(),
+    "kernel": Fused(),
+}
 
 
 def default_sweep_method(num_steps: int, platform: str | None = None) -> SweepMethod:
@@ -18,6 +26,15 @@ def default_sweep_method(num_steps: int, platform: str | None = None) -> SweepMe
     if chosen_platform(platform) == "cpu" or num_steps > MOST_UNROLLED:
         return "scan"
     return "unrolled"
+
+
+def uses_kernel(step: Step, init: PyTree[Any], xs: PyTree[Any], platform: str | None) -> bool:
+    """Whether steps of a recurrence become a kernel where nothing is asked for: if kernels are
+    switched on, and this one can be generated."""
+    if not kernels_enabled(platform):
+        return False
+    start = jtu.tree_map(lambda h: jax.ShapeDtypeStruct((1, *h.shape), h.dtype), init)
+    return unsupported(step, start, xs) is None
 
 
 def as_sweep(name: str, method: Any) -> AbstractSweep:
@@ -35,6 +52,6 @@ def as_sweep(name: str, method: Any) -> AbstractSweep:
     if isinstance(method, type) and issubclass(method, AbstractSweep):
         hint = f" Did you forget the parentheses? Pass `{method.__name__}()`."
     raise ValueError(
-        f'`{name}` must be "scan", "unrolled", a sweep (an instance of '
+        f'`{name}` must be "scan", "unrolled", "kernel", a sweep (an instance of '
         f"pararnn.sweeps.AbstractSweep), or None; got {method!r}.{hint}"
     )

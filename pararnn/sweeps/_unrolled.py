@@ -9,6 +9,10 @@ from ._base import AbstractSweep, Rows
 from ._scanned import Scanned, from_chunks
 
 
+# Kernels of more steps need more registers than there are.
+MOST_UNROLLED = 32
+
+
 @dataclasses.dataclass(frozen=True)
 class Unrolled(AbstractSweep):
     """All steps written out. On an accelerator, elementwise ones become a single kernel that keeps
