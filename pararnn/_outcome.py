@@ -44,7 +44,7 @@ class Solve:
             return self._thrown(judged)
         # To raise is a part of the rest, so that what succeeds is asked only once whether it has.
         failed = judged[1] != RESULTS.successful
-        return completed(judged, failed, lambda: self._thrown(_judged(rest())))
+        return completed(judged, failed, lambda states: self._thrown(_judged(rest(states))))
 
     def _thrown(self, judged: _Judged) -> _Judged:
         # Here and not on what `solve` returns, so that derivatives read checked states, too.

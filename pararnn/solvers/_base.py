@@ -14,10 +14,10 @@ from .._solution import Stats
 
 # Called with `(iteration, correction, chunks at rest, chunks)` in every iteration.
 Report = Callable[[int, float, int, int], Any]
-# `(states, converged, stats)`, and what leads to another one.
+# `(states, converged, stats)`, and what makes a better one of its states.
 Outcome = tuple[PyTree[Array], Bool[Array, ""], Stats]
-Rest = Callable[[], Outcome]
-_T = TypeVar("_T")
+Rest = Callable[[PyTree[Array]], Outcome]
+_T = TypeVar("_T", bound=tuple)
 
 
 class AbstractSolver(abc.ABC):
@@ -56,9 +56,9 @@ class AbstractSolver(abc.ABC):
     def attempt(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
     ) -> tuple[Outcome, Rest | None]:
-        """The part of `solve` that is enough in common cases, and a function that does the rest if
-        its outcome has not converged, or `None` if there is no more to do. By default `solve` and
-        nothing else."""
+        """The part of `solve` that is enough in common cases, and a function that from its states
+        makes the final outcome where they have not converged, or `None` if there is no more to do.
+        By default `solve` and nothing else."""
         return self.solve(recurrence, guess, report), None
 
     @abc.abstractmethod
@@ -78,12 +78,13 @@ class AbstractSolver(abc.ABC):
         return self
 
 
-def completed(outcome: _T, pending: Bool[Array, ""], rest: Callable[[], _T]) -> _T:
-    """The `outcome`, or where it is `pending` what `rest()` makes of it. A loop of one turn or
-    none: under `vmap`, a `cond` would run both branches."""
+def completed(outcome: _T, pending: Bool[Array, ""], rest: Callable[[PyTree[Array]], _T]) -> _T:
+    """The `outcome`, or where it is `pending` what `rest` makes of its states. A loop of one turn
+    or none: under `vmap`, a `cond` would run both branches. The states are carried, as the loop
+    would copy what it closes over and replaces."""
 
     def turn(carry):
-        return jnp.zeros_like(carry[0]), rest()
+        return jnp.zeros_like(carry[0]), rest(carry[1][0])
 
     with jax.named_scope("pararnn_rest"):
         carry = place_like((pending, outcome), outcome)

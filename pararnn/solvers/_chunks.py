@@ -189,8 +189,8 @@ class Chunks:
         kept = self.linearization.kept
         if kept is None or point.jacobians is None:
             return where_finite(new, point.starts), ~jnp.isfinite(new).all(-1)
-        matrices = where_finite(point.jacobians[:-1], 0)
-        defects = where_finite(point.defects, 0)
+        matrices = self._where_finite(point.jacobians[:-1], 0)
+        defects = self._where_finite(point.defects, 0)
         delta = self.scan.affine(kept, matrices, defects)
         incoming = jnp.concatenate([jnp.zeros_like(delta[:1]), delta])[: len(delta)]
         return self.usable(point, new + kept.apply(matrices, incoming))
@@ -201,7 +201,16 @@ class Chunks:
         usable = jnp.isfinite(corrected).all(-1)
         if point.jacobians is not None:
             usable &= _finite(point.jacobians[:-1]).reshape(-1)
-        return where_finite(where_finite(corrected, new), point.starts), ~usable
+        starts = self._where_finite(self._where_finite(corrected, new), point.starts)
+        return starts, ~usable
+
+    def _where_finite(self, x: Array, otherwise: Array | int) -> Array:
+        """The chunks that are finite throughout, or of elements that do not influence each other
+        the finite ones: then nothing is to be reduced."""
+        propagated = self.linearization.propagated
+        if propagated is not None and propagated.num_seeds(self.size) == 1:
+            return jnp.where(jnp.isfinite(x), x, otherwise)
+        return where_finite(x, otherwise)
 
     def is_persistent(self, change, previous) -> Bool[Array, ""]:
         """Whether two successive changes of the starts point the same way, in some leaf.

@@ -152,9 +152,13 @@ def run_ahead(method: Method, chunks: Chunks, progress: Progress, iterations: in
 def iterate(
     method: Method, chunks: Chunks, progress: Progress, *, first: bool | None = None
 ) -> Progress:
-    """Sweep, correct, pin, measure, judge. `first` tells whether no iteration was judged before; by
-    default, whether there was none."""
-    last = progress
+    """Sweep, correct, pin, measure, judge.
+
+    `first` is for iterations that run ahead of any question: it tells whether this is the first one
+    that is judged. They are not asked whether what remains is amplified rounding; that takes many
+    reductions, and the check finds it.
+    """
+    last, ahead = progress, first is not None
     progress, point, vouched, pinned = _correct(method, chunks, progress)
     coarse = chunks.tolerance.coarse(progress.starts)
     scale = jnp.where(last.attempts == 0, coarse, last.scale)
@@ -165,14 +169,14 @@ def iterate(
         beyond=norm(beyond_rounding(change, scale), scale),
         defect=jnp.max(norm(point.defects, scale)),
         # Only of use, and meant, where no rate is needed.
-        persistent=method.quadratic and chunks.is_persistent(change, last.change),
+        persistent=method.quadratic and (ahead or chunks.is_persistent(change, last.change)),
         pinned=pinned,
     )
     error, history = judge(
         measured,
         vouched,
         last.history,
-        first=last.iteration == 0 if first is None else jnp.asarray(first),
+        first=jnp.asarray(first) if ahead else last.iteration == 0,
         quadratic=method.quadratic,
         scan=chunks.scan,
     )

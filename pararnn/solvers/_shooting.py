@@ -205,10 +205,12 @@ class AbstractIterativeSolver(AbstractSolver):
             return outcome(chunks, checked, last=True), None
         checked = run_ahead(method, chunks, progress, ahead)
 
-        def rest():
+        def rest(states):
             sweep = as_sweep("sweep_method", solver.sweep_method).small()
             chunks = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence)
-            last = go_on(self._method(chunks, report), chunks, checked)
+            last = go_on(
+                self._method(chunks, report), chunks, checked._replace(states=states)
+            )
             return outcome(chunks, last, last=True)
 
         return outcome(chunks, checked, last=False), rest
