@@ -10,13 +10,16 @@ from jax import lax
 
 from ..jaxprs._moves import positions
 from . import _pallas
-from ._layout import Writer
+from ._layout import Writer, stretched
 from ._plan import Plan, flat_carry, from_segments
 from ._program import Program
 from ._tiles import Span, Tile, default_axis, lanes_of
 
-# Weights up to this size stay in registers from step to step; larger ones are loaded in each.
-_KEPT_BYTES = 64 * 1024
+# Weights up to this size for each warp stay in registers from step to step; larger ones are loaded
+# in each.
+_KEPT_BYTES = 12 * 1024
+# How many elements of a product a thread may hold, where it is not left to the matrix units.
+_HELD = 32
 # So many programs fill a large device.
 _ENOUGH_PROGRAMS = 264
 
@@ -41,10 +44,9 @@ class Kernel:
         self.rows, self.warps = _block(plan, geometry.num_chunks)
         self.programs = -(-geometry.num_chunks // self.rows)
         self.num_indexed = len(program.carry) + len(program.inputs)
-        weights = [s for s in plan.spans if s.source[0] == "constant"]
-        self._inputs = [s for s in plan.spans if s.source[0] == "input"]
-        size = sum(np.prod([*map(lanes_of, s.widths)]) * plan.spans[s].itemsize for s in weights)
-        self._kept = weights if size <= _KEPT_BYTES else []
+        self.inputs = plan.inputs
+        self.all_kept = _weight_bytes(plan) <= _KEPT_BYTES * self.warps
+        self.kept = [*plan.vectors, *(plan.matrices if self.all_kept else ())]
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
         """Of all ends, then of all states if they are kept; booleans as bytes."""
@@ -58,14 +60,6 @@ class Kernel:
     def __call__(self, *refs: Any) -> None:
         _Run(self, refs).run()
 
-    @property
-    def inputs(self) -> Sequence[Span]:
-        return self._inputs
-
-    @property
-    def kept(self) -> Sequence[Span]:
-        return self._kept
-
 
 class _Run:
     """The work of one program."""
@@ -74,9 +68,10 @@ class _Run:
         self.kernel, self.program, self.plan = kernel, kernel.program, kernel.plan
         self.geometry = kernel.geometry
         counts = [len(self.program.carry), len(self.program.inputs), len(self.program.constants())]
-        bounds = np.cumsum([0, *counts, counts[0]])
+        bounds = np.cumsum([0, *counts, 1, counts[0]])
         parts = [refs[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-        self.starts, inputs, constants, self.ends = parts
+        self.starts, inputs, constants, (once,), self.ends = parts
+        self.once = once[0, 0]
         self.states = refs[bounds[-1] :]
         self.stored = {("input", k): ref for k, ref in enumerate(inputs)}
         self.stored |= {("constant", k): ref for k, ref in enumerate(constants)}
@@ -88,15 +83,18 @@ class _Run:
         if self.geometry.num_steps == 1:
             carry = self._step(np.int32(0), carry, self._inputs_at(np.int32(0)), kept)
         else:
+            # The next step's inputs are under way while a step is computed, unless products need
+            # the registers.
+            ahead = self.kernel.all_kept
 
             def turn(i, arrays):
                 carry, inputs = arrays
-                # The next step's inputs are under way while this step is computed.
-                following = self._inputs_at(i + np.int32(1))
+                inputs = inputs if ahead else self._inputs_at(i)
+                following = self._inputs_at(i + np.int32(1)) if ahead else []
                 return self._step(i, carry, inputs, kept), following
 
             stop = np.int32(self.geometry.num_steps)
-            first = (carry, self._inputs_at(np.int32(0)))
+            first = (carry, self._inputs_at(np.int32(0)) if ahead else [])
             carry, _ = lax.fori_loop(np.int32(0), stop, turn, first)
         self._write(self.ends, self.chunk, carry, self.chunk < self.geometry.num_chunks)
 
@@ -107,10 +105,11 @@ class _Run:
             found = loaded.get(span)
             return self._load(span, np.int32(0)) if found is None else found
 
-        def product(vectors, matrix):
-            full = (self.kernel.rows, vectors.shape[1])
-            vectors = lax.broadcast_in_dim(vectors, full, (0, 1))
-            return _pallas.product(vectors, matrix, self.kernel.interpret)
+        def product(vectors, span, dtype):
+            vectors = stretched(vectors, (self.kernel.rows, vectors.shape[1]))
+            if span in kept:
+                return _pallas.product(vectors, kept[span], self.kernel.interpret)
+            return self._product_apart(vectors, span)
 
         writer = Writer(self.plan.cuts, load, self.kernel.rows, product)
         arrays = iter(carry)
@@ -122,6 +121,20 @@ class _Run:
         if self.geometry.keep:
             self._keep(i, carry)
         return carry
+
+    def _product_apart(self, vectors, span):
+        """A product in a loop of one turn, of which the compiler does not know that it is one: it
+        would load the blocks of all products first, for which there are not enough registers."""
+
+        def turn(i, total):
+            block = self._load(span, i)
+            # The same numbers; prepared in the loop, not ahead of it for all products.
+            here = jnp.where(i == 0, vectors, lax.full(vectors.shape, 0, vectors.dtype))
+            return total + _pallas.product(here, block, self.kernel.interpret)
+
+        dtype = _pallas.sum_dtype(vectors.dtype, self.plan.spans[span])
+        total = lax.full((self.kernel.rows, lanes_of(span.widths[1])), 0, dtype)
+        return lax.fori_loop(np.int32(0), self.once, turn, total)
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -181,15 +194,27 @@ def _held(dtype: Any) -> Any:
     return np.dtype(np.uint8) if dtype == np.bool_ else dtype
 
 
+def _weight_bytes(plan: Plan) -> int:
+    sizes = (np.prod([*map(lanes_of, s.widths)]) * plan.spans[s].itemsize for s in plan.matrices)
+    return int(sum(sizes))
+
+
 def _block(plan: Plan, num_chunks: int) -> tuple[int, int]:
-    """How many chunks a program has, and how many warps: about one element for each thread, unless
-    there are too few programs to fill a device."""
-    if any(min(sizes) >= _pallas.MIN_PRODUCT for sizes in plan.products):
-        widest = max(columns for _, columns in plan.products)
-        return _pallas.MIN_PRODUCT, 4 if widest <= 64 else 8
+    """How many chunks a program has, and how many warps."""
+    sizes = [(lanes_of(s.widths[0]), lanes_of(s.widths[1])) for s in plan.matrices]
+    dtypes = [plan.spans[s] for s in plan.matrices]
+    if any(_pallas.by_units(*size, dtype) for size, dtype in zip(sizes, dtypes, strict=True)):
+        return _pallas.ROWS, 8
+    if sizes:
+        largest = max(size * columns for size, columns in sizes)
+        fitting = (w for w in (1, 2, 4) if _weight_bytes(plan) <= w * _KEPT_BYTES)
+        warps = max(next(fitting, 4), largest // (32 * _HELD))
+        return max(1, warps * 32 * _HELD // (2 * largest)), warps
+    # About one element for each thread, unless there are too few programs to fill a device.
     for warps in (4, 2, 1):
         rows = max(1, warps * 32 // plan.lanes)
         if -(-num_chunks // rows) >= _ENOUGH_PROGRAMS:
             break
+    warps = max(warps, min(16, plan.lanes // 256))
     most = 1 << (max(1, num_chunks) - 1).bit_length()
     return min(rows, most), warps

@@ -8,8 +8,9 @@ import numpy as np
 from jax import lax
 
 from ..jaxprs._moves import positions
-from ._program import Fixed
+from ._program import Fixed, Unsupported
 from ._tiles import (
+    TOO_MANY,
     Cuts,
     Span,
     Stored,
@@ -18,6 +19,7 @@ from ._tiles import (
     Value,
     default_axis,
     empty_tiles,
+    fits,
     object_array,
     vector_shape,
 )
@@ -29,15 +31,15 @@ class Writer(NamedTuple):
     **Arguments:**
 
     - `cuts`: where the lane axes are cut.
-    - `load`: the array of a span, of shape (1 or rows, lanes), or (lanes, lanes) of two axes.
+    - `load`: the array of a span, of shape (1 or rows, lanes).
     - `rows`: how many chunks are run at once.
-    - `product`: the product of two tiles, (rows, k) and (k, n).
+    - `product`: the product of an array (1 or rows, k) with the matrix of a span of two axes.
     """
 
     cuts: Cuts
     load: Callable[[Span, Any], Any]
     rows: int
-    product: Callable[[Any, Any], Any]
+    product: Callable[[Any, Span, Any], Any]
 
 
 def number(fixed: Fixed) -> Tiled:
@@ -114,10 +116,14 @@ def rearranged(
     axes = [axis] if axis is not None else sorted(range(len(shape)), key=lambda i: (-shape[i], -i))
     attempts = []
     for candidate in axes:
+        if len(axes) > 1 and not fits(shape, candidate, writer.cuts):
+            continue
         tiles, wanted = _picked(writer, sources, index.reshape(shape), candidate)
         if not wanted:
             return Tiled(index.shape, first.dtype, candidate, tiles)
         attempts.append(wanted)
+    if not attempts:
+        raise Unsupported(TOO_MANY)
     for size, places in min(attempts, key=len):
         writer.cuts.want(size, places)
     return stand_in(writer, index.shape, first.dtype)

@@ -1,9 +1,9 @@
 """All that is particular to Pallas' Triton backend: another one would replace this file.
 
-Arrays come as matrices, rows by elements. Sizes in registers are powers of two; products need
-sixteen lanes each way.
+Arrays come as matrices, rows by elements. Sizes in registers are powers of two.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +18,9 @@ from jax.experimental.pallas import triton as plt
 from ._layout import stretched
 from ._tiles import Span, lanes_of
 
-# What a product by the matrix units takes at least, each way.
-MIN_PRODUCT = 16
+# Rows of a product by the matrix units, and the smallest matrix for which they pay.
+ROWS = 16
+_SMALLEST, _LARGEST = 32, 128
 _DEPRECATION = "The Pallas Triton backend is deprecated"
 
 
@@ -63,12 +64,12 @@ def _columns(start: int, step: int, width: int, shape: tuple[int, ...], axis: in
 
 def load(ref: Any, row: Any, span: Span) -> jax.Array:
     """The elements of a span in a row, or in a column of rows; zero in lanes beyond. Of a span of
-    two axes, the matrix, from the first row."""
+    two axes, the matrix, from one row."""
     if len(span.widths) == 2:
         shape = (lanes_of(span.widths[0]), lanes_of(span.widths[1]))
         column, inside = _columns(span.start, span.steps[0], span.widths[0], shape, 0)
         more, inside_too = _columns(0, span.steps[1], span.widths[1], shape, 1)
-        column, mask, row = column + more, inside & inside_too, np.int32(0)
+        column, mask = column + more, inside & inside_too
     else:
         shape = (row.shape[0] if np.ndim(row) else 1, lanes_of(span.widths[0]))
         column, mask = _columns(span.start, span.steps[0], span.widths[0], shape, 1)
@@ -86,11 +87,28 @@ def store(ref: Any, row: jax.Array, span: Span, array: jax.Array, valid: jax.Arr
     plt.store(ref.at[stretched(row, shape), column], array, mask=mask)
 
 
+def sum_dtype(*dtypes: Any) -> Any:
+    """The dtype in which products are summed."""
+    return functools.reduce(jnp.promote_types, dtypes, np.dtype(np.float32))
+
+
+def by_units(size: int, columns: int, dtype: Any) -> bool:
+    """Whether the matrix units multiply by a matrix of this size."""
+    return min(size, columns) >= _SMALLEST and dtype != np.float64
+
+
+def multiplies(size: int, columns: int, dtype: Any) -> bool:
+    """Whether there are registers for a product with such a matrix."""
+    if by_units(size, columns, dtype):
+        return max(size, columns) <= _LARGEST
+    return size * columns <= _LARGEST * _SMALLEST
+
+
 def product(vectors: jax.Array, matrix: jax.Array, interpret: bool) -> jax.Array:
     """The product of rows with a matrix, of no less than float32 accuracy."""
     (rows, size), (_, columns) = vectors.shape, matrix.shape
-    wide = jnp.promote_types(jnp.promote_types(vectors.dtype, matrix.dtype), np.float32)
-    if min(rows, size, columns) < MIN_PRODUCT or wide == np.float64:
+    wide = sum_dtype(vectors.dtype, matrix.dtype)
+    if not by_units(size, columns, wide):
         left = lax.broadcast_in_dim(vectors.astype(wide), (rows, size, columns), (0, 1))
         right = lax.broadcast_in_dim(matrix.astype(wide), (rows, size, columns), (1, 2))
         return jnp.sum(left * right, axis=1)

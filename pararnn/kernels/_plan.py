@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from . import _pallas
 from ._layout import Writer, laid, stretched
 from ._program import Program, Unsupported
 from ._rules import stored, write
@@ -15,6 +16,8 @@ from ._tiles import Cuts, Span, Tile, Tiled, Value, default_axis, empty_tiles, l
 
 # A step of more operations on tiles takes long to compile.
 MAX_OPERATIONS = 4000
+# A thread of the largest program would hold more of a value than this leaves room for.
+MAX_LANES = 4096
 # Each attempt adds cuts that follow from those before.
 _MAX_ATTEMPTS = 24
 
@@ -25,13 +28,24 @@ class Plan(NamedTuple):
     - `cuts`: where axes are cut.
     - `spans`: what the program loads, with the dtypes.
     - `lanes`: of the widest tile of the carry.
-    - `products`: the sizes of the products, (contracted, free).
     """
 
     cuts: Cuts
     spans: dict[Span, Any]
     lanes: int
-    products: Sequence[tuple[int, int]]
+
+    @property
+    def inputs(self) -> list[Span]:
+        return [span for span in self.spans if span.source[0] == "input"]
+
+    @property
+    def vectors(self) -> list[Span]:
+        """Of the constants."""
+        return [s for s in self.spans if s.source[0] == "constant" and len(s.widths) == 1]
+
+    @property
+    def matrices(self) -> list[Span]:
+        return [span for span in self.spans if len(span.widths) == 2]
 
 
 def make_plan(program: Program) -> Plan:
@@ -40,24 +54,32 @@ def make_plan(program: Program) -> Plan:
     for _ in range(_MAX_ATTEMPTS):
         plan = _attempt(program, cuts)
         if cuts.satisfied:
+            _check_sizes(plan)
             return plan
         cuts.grow()
     raise Unsupported("moves elements in a way that needs too many pieces")
 
 
+def _check_sizes(plan: Plan) -> None:
+    if plan.lanes > MAX_LANES:
+        raise Unsupported(f"has a state of more than {MAX_LANES} units")
+    for span in plan.matrices:
+        dtype, (size, columns) = plan.spans[span], span.widths
+        if not _pallas.multiplies(lanes_of(size), lanes_of(columns), dtype):
+            raise Unsupported(f"multiplies by a {dtype} matrix of {size} × {columns}")
+
+
 def _attempt(program: Program, cuts: Cuts) -> Plan:
     spans: dict[Span, Any] = {}
-    products: list[tuple[int, int]] = []
     lanes = [1]
 
     def load(span, dtype):
         spans[span] = dtype
-        shape = tuple(map(lanes_of, span.widths))
-        return lax.full(shape if len(shape) == 2 else (1, *shape), 0, dtype)
+        return lax.full((1, lanes_of(*span.widths)), 0, dtype)
 
-    def product(vectors, matrix):
-        products.append(matrix.shape)
-        return lax.full((vectors.shape[0], matrix.shape[1]), 0, np.float32)
+    def product(vectors, span, dtype):
+        spans[span] = dtype
+        return lax.full((vectors.shape[0], lanes_of(span.widths[1])), 0, np.float32)
 
     def step():
         writer = Writer(cuts, load, 1, product)
@@ -68,7 +90,7 @@ def _attempt(program: Program, cuts: Cuts) -> Plan:
     closed = jax.make_jaxpr(step)()
     if len(closed.jaxpr.eqns) > MAX_OPERATIONS:
         raise Unsupported("needs too many operations")
-    return Plan(cuts, spans, max(lanes), products)
+    return Plan(cuts, spans, max(lanes))
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct, cuts: Cuts) -> Tiled:

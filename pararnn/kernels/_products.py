@@ -10,7 +10,7 @@ from jax import lax
 from ..jaxprs._moves import positions
 from ._elementwise import is_narrow
 from ._layout import Writer, laid, masked, rearranged, stretched, tilewise
-from ._tiles import Span, Stored, Tile, Tiled, Value, empty_tiles, vector_shape
+from ._tiles import Span, Stored, Tile, Tiled, Value, empty_tiles, lanes_of, vector_shape
 
 
 class _Side(NamedTuple):
@@ -131,9 +131,8 @@ class _Blocks:
             for i, n in enumerate(positions.shape)
         )
         span = Span(self.weight.source, int(positions[0, 0]), steps, positions.shape)
-        block = self.writer.load(span, self.weight.dtype)
-        vector = stretched(tile.array, (tile.array.shape[0], block.shape[0]))
-        return self.writer.product(masked(vector, tile.width), block)
+        vector = stretched(tile.array, (tile.array.shape[0], lanes_of(tile.width)))
+        return self.writer.product(masked(vector, tile.width), span, self.weight.dtype)
 
 
 # --- by elements --------------------------------------------------------------------------------

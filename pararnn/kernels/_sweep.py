@@ -90,6 +90,7 @@ def fused_sweep(
     geometry = Geometry(num_chunks, length, num_steps, stride, first, keep, reverse)
     kernel = Kernel(program, plan, geometry, interpret)
     operands = [*jtu.tree_leaves(starts), *jtu.tree_leaves(xs), *program.constants()]
+    operands.append(np.ones(1, np.int32))
     flat = launch(
         kernel,
         [_matrix(x, len(x) if i < kernel.num_indexed else 1) for i, x in enumerate(operands)],

@@ -20,6 +20,7 @@ from ._program import Unsupported
 
 # More tiles than this for one value are more than a thread's registers hold.
 MAX_TILES = 64
+TOO_MANY = f"has a value of more than {MAX_TILES} pieces: too many for registers"
 
 
 def lanes_of(width: int) -> int:
@@ -125,16 +126,22 @@ def default_axis(shape: Sequence[int]) -> int:
 
 
 def object_array(shape: Sequence[int]) -> Any:
-    count = int(np.prod(shape, dtype=int))
-    if count > MAX_TILES:
-        raise Unsupported(
-            f"has a value of more than {MAX_TILES} pieces: too much to keep in registers"
-        )
+    if np.prod(shape, dtype=int) > MAX_TILES:
+        raise Unsupported(TOO_MANY)
     return np.empty(shape, object)
+
+
+def _tiles_shape(shape: Sequence[int], axis: int, cuts: Cuts) -> tuple[int, ...]:
+    shape = vector_shape(shape)
+    lead = [n for i, n in enumerate(shape) if i != axis]
+    return (*lead, len(cuts.segments(shape[axis])))
+
+
+def fits(shape: Sequence[int], axis: int, cuts: Cuts) -> bool:
+    """Whether a value of this shape is of few enough tiles."""
+    return np.prod(_tiles_shape(shape, axis, cuts), dtype=int) <= MAX_TILES
 
 
 def empty_tiles(shape: Sequence[int], axis: int, cuts: Cuts) -> Any:
     """An array for the tiles of a value of this shape."""
-    shape = vector_shape(shape)
-    lead = [n for i, n in enumerate(shape) if i != axis]
-    return object_array((*lead, len(cuts.segments(shape[axis]))))
+    return object_array(_tiles_shape(shape, axis, cuts))
