@@ -104,18 +104,23 @@ class Chunks:
     def _ends(self, starts: Float[Array, "n size"], rows: Rows) -> Float[Array, "n size"]:
         """Where any number of starts lead under inputs of their own."""
         inputs = self._sweep.prepare(self._xs, rows)
+        return self._lead(self._step, starts, inputs, rows)
+
+    def _lead(self, step, starts: Float[Array, "n size"], inputs, rows: Rows) -> Array:
+        """Where any number of starts lead."""
+        if self._sweep.takes_vectors:
+            step = self._on_vectors(step)
+            return self._sweep.run(step, starts, inputs, rows, keep=False)[0]
         states = jax.vmap(self.unravel)(starts)
-        ends, _ = self._sweep.run(self._step, states, inputs, rows, keep=False)
+        ends, _ = self._sweep.run(step, states, inputs, rows, keep=False)
         return jax.vmap(self.ravel)(ends)
 
-    def _run(self, step, carry, *, keep: bool):
-        return self._sweep.run(step, carry, self._inputs, self._rows, keep=keep)
+    def _on_vectors(self, step):
+        return lambda vector, x: self.ravel(step(self.unravel(vector), x))
 
     def ends(self, starts: Float[Array, "chunks size"]) -> Float[Array, "chunks size"]:
         """The ends of all chunks from any starts, that of the first chunk included."""
-        states = jax.vmap(self.unravel)(starts)
-        ends, _ = self._run(self._step, states, keep=False)
-        return jax.vmap(self.ravel)(ends)
+        return self._lead(self._step, starts, self._inputs, self._rows)
 
     def through_first_chunk(self, vectors: Float[Array, "n size"]) -> Float[Array, "n size"]:
         """What any number of states become under the inputs of the first chunk."""
@@ -135,32 +140,36 @@ class Chunks:
 
     def _push(self, propagated, starts):
         """The ends of all chunks, and their Jacobians."""
-        states = jax.vmap(self.unravel)(starts)
         seeds = place_like(jnp.asarray(propagated.seeds(self.size, self.dtype)), starts)
-        tangents = jax.vmap(self.unravel)(seeds)
+        ravel, unravel, step = self.ravel, self.unravel, self._step
+        if self._sweep.takes_vectors:
+            ravel = unravel = lambda vector: vector
+            step = self._on_vectors(step)
+        tangents = jax.vmap(unravel)(seeds)
         tangents = jtu.tree_map(
             lambda t: jnp.broadcast_to(t, (self.num_chunks, *t.shape)), tangents
         )
-        push = _with_tangents(self._step)
-        (ends, tangents), _ = self._run(push, (states, tangents), keep=False)
-        tangents = jax.vmap(jax.vmap(self.ravel))(tangents)
-        return jax.vmap(self.ravel)(ends), propagated.compress(tangents)
+        carry, push = (jax.vmap(unravel)(starts), tangents), _with_tangents(step)
+        (ends, tangents), _ = self._sweep.run(push, carry, self._inputs, self._rows, keep=False)
+        tangents = jax.vmap(jax.vmap(ravel))(tangents)
+        return jax.vmap(ravel)(ends), propagated.compress(tangents)
 
     def trajectory(self, starts: Float[Array, "starts size"]):
         """The ends of all chunks, and the states after every step."""
         starts = jax.vmap(self.unravel)(jnp.concatenate([self.first_start, starts]))
-        ends, states = self._run(self._step, starts, keep=True)
+        ends, states = self._sweep.run(
+            self._step, starts, self._inputs, self._rows, keep=True
+        )
         return jax.vmap(self.ravel)(ends), states
 
     def disturbed_ends(self, starts: Float[Array, "starts size"]) -> Float[Array, "chunks size"]:
         """The ends of all chunks where each step starts from a disturbed state."""
-        states = jax.vmap(self.unravel)(jnp.concatenate([self.first_start, starts]))
+        starts = jnp.concatenate([self.first_start, starts])
         times = jnp.arange(self.length)
         places = times % self.chunk_size * self.num_chunks + times // self.chunk_size
         places = self._sweep.prepare(jnp.flip(places) if self._rows.reverse else places, self._rows)
         inputs = (places, self._inputs)
-        ends, _ = self._sweep.run(self._disturbed_step, states, inputs, self._rows, keep=False)
-        return jax.vmap(self.ravel)(ends)
+        return self._lead(self._disturbed_step, starts, inputs, self._rows)
 
     def _disturbed_step(self, state, inputs):
         place, x = inputs
@@ -205,10 +214,10 @@ class Chunks:
         return starts, ~usable
 
     def _where_finite(self, x: Array, otherwise: Array | int) -> Array:
-        """The chunks that are finite throughout, or of elements that do not influence each other
-        the finite ones: then nothing is to be reduced."""
+        """The chunks that are finite throughout; or where most elements do not influence each other
+        the finite elements, which takes no reduction."""
         propagated = self.linearization.propagated
-        if propagated is not None and propagated.num_seeds(self.size) == 1:
+        if propagated is not None and propagated.num_seeds(self.size) < max(self.size, 2):
             return jnp.where(jnp.isfinite(x), x, otherwise)
         return where_finite(x, otherwise)
 

@@ -7,7 +7,7 @@ all in a row; only where the check contradicts them the loop goes on.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,8 @@ def run_ahead(method: Method, chunks: Chunks, progress: Progress, iterations: in
             progress = _correct(method, chunks, progress)[0]
         else:
             progress = iterate(method, chunks, progress, first=judged == 0)
-    return check(chunks, progress, ahead=not method.quadratic or not iterations)
+    sure = method.quadratic and iterations > 0
+    return check(chunks, progress, ahead="sure" if sure else "doubtful")
 
 
 def iterate(
@@ -215,13 +216,16 @@ def _call_report(report, num_chunks, iteration, correction, at_rest):
     report(int(iteration), float(correction), int(at_rest), num_chunks)
 
 
-def check(chunks: Chunks, progress: Progress, *, ahead: bool = False) -> Checked:
+def check(
+    chunks: Chunks, progress: Progress, *, ahead: Literal["sure", "doubtful"] | None = None
+) -> Checked:
     """The states to return: one more sweep, from the final starts, which also judges them. From
     then on, elements are judged in the scale that each was found to have.
 
-    `ahead` tells to find out without asking whether it is needed how much of a deviation a chunk
-    keeps. Then starts that no iteration has judged may be right, too: if what they are off by is
-    forgotten.
+    How much of a deviation a chunk keeps is found out if it is in doubt whether defects add up.
+    Ahead of any question, it is found out always, if iterations are not expected to prove the
+    convergence, or never. Starts that no iteration has judged are right, too, if what they are off
+    by is forgotten.
     """
     ends, states = chunks.trajectory(progress.starts)
     scale = chunks.fine_scale(progress.starts, ends)
@@ -230,7 +234,9 @@ def check(chunks: Chunks, progress: Progress, *, ahead: bool = False) -> Checked
     norms = norm(defects, scale)
     beyond = norm(chunks.tolerance.beyond_rounding(defects, scale), scale)
     measure = functools.partial(_kept, chunks, progress.starts, ends, norms, scale)
-    if ahead:
+    if ahead == "sure":
+        kept, error = jnp.full((), jnp.inf, norms.dtype), progress.error
+    elif ahead == "doubtful":
         kept = measure()
         right = jnp.all(norms == 0) | is_forgotten(norms, kept)
         error = jnp.where((progress.iteration == 0) & right, 0.0, progress.error)

@@ -7,7 +7,7 @@ whose linear step is an ordinary step. So another way to make them is one class 
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
@@ -54,6 +54,10 @@ class AbstractSweep(abc.ABC):
     Instances are immutable and hashable, such as frozen dataclasses; a solver takes one as its
     `sweep_method`.
     """
+
+    # Whether what is carried is better one vector than the leaves of a state: where taking it apart
+    # costs nothing within a step, but a copy outside.
+    takes_vectors: ClassVar[bool] = False
 
     def prepare(self, xs: PyTree[Array], rows: Rows) -> PyTree[Array]:
         """What `run` reads of the inputs, for any number of runs. By default `xs` as they are."""

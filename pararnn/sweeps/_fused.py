@@ -1,4 +1,5 @@
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -20,6 +21,8 @@ class Fused(AbstractSweep):
 
     - `interpret`: whether to run the kernel without a GPU, slowly, as tests do.
     """
+
+    takes_vectors: ClassVar[bool] = True
 
     interpret: bool = False
 
