@@ -11,7 +11,7 @@ import numpy as np
 
 
 def positions(shape: Sequence[int], start: int = 0) -> np.ndarray:
-    return start + np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    return np.arange(start, start + np.prod(shape, dtype=int)).reshape(shape)
 
 
 def _broadcast(index, params, shape):
@@ -38,6 +38,7 @@ MOVES: dict[str, Move] = {
     "transpose": lambda index, params, shape: index.transpose(params["permutation"]),
     "rev": lambda index, params, shape: np.flip(index, params["dimensions"]),
     "reshape": _reshape,
+    "tile": lambda index, params, shape: np.tile(index, params["reps"]),
     **dict.fromkeys(("squeeze", "expand_dims"), lambda index, params, shape: index.reshape(shape)),
     "broadcast_in_dim": _broadcast,
     "slice": _slice,
@@ -52,7 +53,7 @@ def pieces(index: np.ndarray, params: dict[str, Any]) -> list[np.ndarray]:
 def joined(shapes: Sequence[Sequence[int]], params: dict[str, Any]) -> np.ndarray:
     """Of `concatenate`, which has a `dimension`, and of `stack`, which has a new `axis`."""
     offsets = np.cumsum([0, *(np.prod(shape, dtype=int) for shape in shapes)])
-    parts = [positions(s, o) for s, o in zip(shapes, offsets, strict=False)]
+    parts = [positions(s, int(o)) for s, o in zip(shapes, offsets, strict=False)]
     if "dimension" in params:
         return np.concatenate(parts, params["dimension"])
     return np.stack(parts, params["axis"])

@@ -20,6 +20,8 @@ from ._tiles import Span, Tile, default_axis, lanes_of
 _KEPT_BYTES = 12 * 1024
 # How many elements of a product a thread may hold, where it is not left to the matrix units.
 _HELD = 32
+# How many elements of the carry and the inputs a thread holds at most, if more threads help.
+_CARRIED = 12
 # So many programs fill a large device.
 _ENOUGH_PROGRAMS = 264
 
@@ -209,12 +211,22 @@ def _block(plan: Plan, num_chunks: int) -> tuple[int, int]:
         largest = max(size * columns for size, columns in sizes)
         fitting = (w for w in (1, 2, 4) if _weight_bytes(plan) <= w * _KEPT_BYTES)
         warps = max(next(fitting, 4), largest // (32 * _HELD))
-        return max(1, warps * 32 * _HELD // (2 * largest)), warps
-    # About one element for each thread, unless there are too few programs to fill a device.
-    for warps in (4, 2, 1):
-        rows = max(1, warps * 32 // plan.lanes)
+        rows = max(1, warps * 32 * _HELD // (2 * largest))
+    else:
+        rows, warps = _elementwise_block(max(plan.lanes), num_chunks)
+    # What all tiles of the carry and the inputs take of a thread.
+    row = sum(plan.lanes) + sum(lanes_of(*span.widths) for span in plan.inputs)
+    while rows > 1 and rows * row > warps * 32 * _CARRIED:
+        rows //= 2
+    while warps < 16 and rows * row > warps * 32 * _CARRIED:
+        warps *= 2
+    return min(rows, 1 << (num_chunks - 1).bit_length()), warps
+
+
+def _elementwise_block(lanes: int, num_chunks: int) -> tuple[int, int]:
+    """About one element for each thread, unless there are too few programs to fill a device."""
+    for warps in (4, 2):
+        rows = max(1, warps * 32 // lanes)
         if -(-num_chunks // rows) >= _ENOUGH_PROGRAMS:
-            break
-    warps = max(warps, min(16, plan.lanes // 256))
-    most = 1 << (max(1, num_chunks) - 1).bit_length()
-    return min(rows, most), warps
+            return rows, warps
+    return max(1, 32 // lanes), 1

@@ -46,12 +46,14 @@ def number(fixed: Fixed) -> Tiled:
     """A number that stands in the step."""
     value = fixed.value
     array = lax.full((1, 1), value[()], value.dtype)
-    return filled((), value.dtype, Tile(array, 1))
+    return filled((), value.dtype, Tile(array, 1), Cuts())
 
 
-def filled(shape: Sequence[int], dtype: Any, tile: Tile, cuts: Cuts | None = None) -> Tiled:
+def filled(
+    shape: Sequence[int], dtype: Any, tile: Tile, cuts: Cuts, axis: int | None = None
+) -> Tiled:
     """A value whose elements are all the same."""
-    axis, cuts = default_axis(shape), Cuts() if cuts is None else cuts
+    axis = default_axis(shape) if axis is None else axis
     tiles = empty_tiles(shape, axis, cuts)
     for k, (low, high) in enumerate(cuts.segments(vector_shape(shape)[axis])):
         for lead in np.ndindex(tiles.shape[:-1]):
@@ -110,54 +112,67 @@ def rearranged(
         same = [v for v in values if isinstance(v, Stored) and v.source == first.source]
         if len(same) == len(values):
             flat = np.concatenate([v.positions.reshape(-1) for v in same])
-            return Stored(first.source, flat[index], first.dtype)
-    sources = _sources(writer, values)
+            return Stored(first.source, np.asarray(flat[index]), first.dtype)
+    if axis is None:
+        axis = cheapest_axis(writer, [(values, index)])
     shape = vector_shape(index.shape)
-    axes = [axis] if axis is not None else sorted(range(len(shape)), key=lambda i: (-shape[i], -i))
-    attempts = []
-    for candidate in axes:
-        if len(axes) > 1 and not fits(shape, candidate, writer.cuts):
-            continue
-        tiles, wanted = _picked(writer, sources, index.reshape(shape), candidate)
-        if not wanted:
-            return Tiled(index.shape, first.dtype, candidate, tiles)
-        attempts.append(wanted)
-    if not attempts:
+    tiles, wanted = _picked(writer, _sources(writer, values), index.reshape(shape), axis)
+    if wanted:
+        writer.cuts.want(wanted)
+        return stand_in(writer, index.shape, first.dtype, axis)
+    for place in np.ndindex(tiles.shape):
+        tile = tiles[place]
+        if isinstance(tile.array, Span):
+            tiles[place] = Tile(writer.load(tile.array, first.dtype), tile.width)
+    return Tiled(index.shape, first.dtype, axis, tiles)
+
+
+def cheapest_axis(writer: Writer, moves: Sequence[tuple[Sequence[Value], np.ndarray]]) -> int:
+    """The lane axis for several rearranged values of one shape for which the least must be cut; of
+    equals the longest, as it makes the fewest tiles."""
+    shape = vector_shape(moves[0][1].shape)
+    axes = [i for i in range(len(shape)) if fits(shape, i, writer.cuts)]
+    if not axes:
         raise Unsupported(TOO_MANY)
-    for size, places in min(attempts, key=len):
-        writer.cuts.want(size, places)
-    return stand_in(writer, index.shape, first.dtype)
+    sources = [(_sources(writer, values), index.reshape(shape)) for values, index in moves]
+
+    def cost(axis):
+        wanted = set().union(*(_picked(writer, *source, axis)[1] for source in sources))
+        return len(wanted), -shape[axis], -axis
+
+    return min(axes, key=cost)
 
 
-def stand_in(writer: Writer, shape: Sequence[int], dtype: Any) -> Tiled:
+def stand_in(writer: Writer, shape: Sequence[int], dtype: Any, axis: int | None = None) -> Tiled:
     """Any value, with which to go on to find what else must be cut."""
-    return filled(shape, dtype, Tile(lax.full((1, 1), 0, dtype), 1), writer.cuts)
+    return filled(shape, dtype, Tile(lax.full((1, 1), 0, dtype), 1), writer.cuts, axis)
 
 
 def _picked(writer, sources, index, axis):
-    """The tiles of the result, and what must be cut for them."""
+    """The tiles of the result, not yet loaded, and what must be cut for them: of axes of which
+    size, and where."""
     tiles = empty_tiles(index.shape, axis, writer.cuts)
     index = np.moveaxis(index, axis, -1)
-    wanted: list[tuple[int, list[int]]] = []
+    wanted: set[tuple[int, int]] = set()
     for lead in np.ndindex(tiles.shape[:-1]):
         row = index[lead]
         number, lane = sources.elements.tile[row], sources.elements.lane[row]
         for k, (low, high) in enumerate(writer.cuts.segments(len(row))):
             part = slice(low, high)
-            tile = _segment(writer, sources, number[part], lane[part])
+            tile = _segment(sources, number[part], lane[part])
             if tile is None:
-                wanted.extend(_missing(sources, number[part], lane[part], len(row), low))
+                wanted.update(_missing(sources, number[part], lane[part], len(row), low))
             tiles[(*lead, k)] = tile
     return tiles, wanted
 
 
-def _segment(writer, sources, number, lane) -> Tile | None:
+def _segment(sources, number, lane) -> Tile | None:
     """One tile from the elements that it needs, if they lie side by side."""
     width, source = len(number), number[0]
     if (number != source).any():
         return None
     if source < 0:
-        return _loaded(writer, sources.values[-1 - source], lane)
+        return _in_memory(sources.values[-1 - source], lane)
     tile = sources.tiles[source]
     if tile.uniform:
         return Tile(tile.array, width)
@@ -165,15 +180,15 @@ def _segment(writer, sources, number, lane) -> Tile | None:
     return tile if fits else None
 
 
-def _loaded(writer: Writer, stored: Stored, positions: np.ndarray) -> Tile | None:
-    """A tile from memory, if the elements are evenly spaced."""
+def _in_memory(stored: Stored, positions: np.ndarray) -> Tile | None:
+    """A tile to be loaded, if the elements are evenly spaced."""
     width = len(positions)
     steps = np.unique(np.diff(positions))
     if len(steps) > 1:
         return None
     step = int(steps[0]) if len(steps) else 0
     span = Span(stored.source, int(positions[0]), (step,), (width if step else 1,))
-    return Tile(writer.load(span, stored.dtype), width)
+    return Tile(span, width)
 
 
 def _missing(sources, number, lane, size, low):
@@ -182,12 +197,17 @@ def _missing(sources, number, lane, size, low):
     for stop in range(1, len(number) + 1):
         if stop < len(number) and _runs_on(number, lane, start, stop):
             continue
-        yield size, [low + start, low + stop]
+        yield from _inner(size, low + start, low + stop)
         tile = number[start]
         if tile >= 0 and not sources.tiles[tile].uniform:
             axis_size, origin = sources.places[tile]
-            yield axis_size, [origin + lane[start], origin + lane[stop - 1] + 1]
+            first, last = int(lane[start]), int(lane[stop - 1])
+            yield from _inner(axis_size, origin + first, origin + last + 1)
         start = stop
+
+
+def _inner(size: int, *places: int):
+    return [(size, place) for place in places if 0 < place < size]
 
 
 def _runs_on(number, lane, start, stop) -> bool:
@@ -195,8 +215,8 @@ def _runs_on(number, lane, start, stop) -> bool:
         return False
     step = lane[stop] - lane[stop - 1]
     if stop > start + 1:
-        return step == lane[start + 1] - lane[start]
-    return number[stop] < 0 or step in (0, 1)
+        return bool(step == lane[start + 1] - lane[start])
+    return bool(number[stop] < 0 or step in (0, 1))
 
 
 def laid(writer: Writer, value: Value, shape: Sequence[int], axis: int) -> Tiled:
@@ -208,23 +228,19 @@ def laid(writer: Writer, value: Value, shape: Sequence[int], axis: int) -> Tiled
     if value.shape != shape:
         index = np.broadcast_to(index, shape)
     moved = rearranged(writer, [value], index, axis)
-    if isinstance(moved, Tiled) and moved.axis == axis:
-        return moved
-    tiles = empty_tiles(shape, axis, writer.cuts)  # something must be cut first
-    stand = stand_in(writer, shape, value.dtype).tiles.flat[0]
-    segments = writer.cuts.segments(vector_shape(shape)[axis])
-    for place in np.ndindex(tiles.shape):
-        low, high = segments[place[-1]]
-        tiles[place] = Tile(stand.array, high - low)
-    return Tiled(shape, value.dtype, axis, tiles)
+    assert isinstance(moved, Tiled)
+    return moved
 
 
 def together(writer: Writer, values: Sequence[Value], shape: Sequence[int]) -> list[Tiled]:
     """Values with a common lane axis, that of a value in registers if there is one."""
     shape = tuple(shape)
     fixed = [v for v in values if isinstance(v, Tiled) and v.shape == shape and not v.uniform]
-    axes = [v.axis for v in sorted(fixed, key=lambda v: v.tiles.size)]
-    axis = max(axes, key=axes.count) if axes else default_axis(shape)
+    axes = {v.axis for v in fixed}
+    if len(axes) > 1:
+        axis = cheapest_axis(writer, [([v], positions(shape)) for v in fixed])
+    else:
+        axis = axes.pop() if axes else default_axis(shape)
     return [laid(writer, v, shape, axis) for v in values]
 
 

@@ -3,7 +3,6 @@
 Arrays come as matrices, rows by elements. Sizes in registers are powers of two.
 """
 
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +47,7 @@ def launch(
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
     )
-    return call(*operands)
+    return list(call(*operands))
 
 
 def program_rows(rows: int) -> jax.Array:
@@ -89,7 +88,7 @@ def store(ref: Any, row: jax.Array, span: Span, array: jax.Array, valid: jax.Arr
 
 def sum_dtype(*dtypes: Any) -> Any:
     """The dtype in which products are summed."""
-    return functools.reduce(jnp.promote_types, dtypes, np.dtype(np.float32))
+    return np.dtype(np.float64 if np.float64 in dtypes else np.float32)
 
 
 def by_units(size: int, columns: int, dtype: Any) -> bool:

@@ -27,12 +27,12 @@ class Plan(NamedTuple):
 
     - `cuts`: where axes are cut.
     - `spans`: what the program loads, with the dtypes.
-    - `lanes`: of the widest tile of the carry.
+    - `lanes`: of each tile of the carry.
     """
 
     cuts: Cuts
     spans: dict[Span, Any]
-    lanes: int
+    lanes: list[int]
 
     @property
     def inputs(self) -> list[Span]:
@@ -61,7 +61,7 @@ def make_plan(program: Program) -> Plan:
 
 
 def _check_sizes(plan: Plan) -> None:
-    if plan.lanes > MAX_LANES:
+    if max(plan.lanes, default=0) > MAX_LANES:
         raise Unsupported(f"has a state of more than {MAX_LANES} units")
     for span in plan.matrices:
         dtype, (size, columns) = plan.spans[span], span.widths
@@ -71,7 +71,7 @@ def _check_sizes(plan: Plan) -> None:
 
 def _attempt(program: Program, cuts: Cuts) -> Plan:
     spans: dict[Span, Any] = {}
-    lanes = [1]
+    lanes: list[int] = []
 
     def load(span, dtype):
         spans[span] = dtype
@@ -90,7 +90,7 @@ def _attempt(program: Program, cuts: Cuts) -> Plan:
     closed = jax.make_jaxpr(step)()
     if len(closed.jaxpr.eqns) > MAX_OPERATIONS:
         raise Unsupported("needs too many operations")
-    return Plan(cuts, spans, max(lanes))
+    return Plan(cuts, spans, lanes)
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct, cuts: Cuts) -> Tiled:

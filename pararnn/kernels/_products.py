@@ -9,7 +9,7 @@ from jax import lax
 
 from ..jaxprs._moves import positions
 from ._elementwise import is_narrow
-from ._layout import Writer, laid, masked, rearranged, stretched, tilewise
+from ._layout import Writer, cheapest_axis, laid, masked, rearranged, stretched, tilewise
 from ._tiles import Span, Stored, Tile, Tiled, Value, empty_tiles, lanes_of, vector_shape
 
 
@@ -40,7 +40,8 @@ def dot_general(
     contract, batch = eqn.params["dimension_numbers"]
     left, right = (_Side(ins[i], contract[i], batch[i]) for i in range(2))
     dtype = eqn.outvars[0].aval.dtype
-    for vector, weight, swapped in ((left, right, False), (right, left, True)):
+    sides = ((left, right, False), (right, left, True))
+    for vector, weight, swapped in sides if jnp.issubdtype(dtype, jnp.floating) else ():
         if weight.is_weight and not vector.is_weight and weight.free and vector.contract:
             value = _in_registers(writer, vector)
             if value.axis in vector.contract:
@@ -143,13 +144,15 @@ def _by_elements(writer, left, right, dtype, reduced) -> Tiled:
     shape = [*left.sizes(left.contract), *left.sizes(left.batch)]
     shape += [*left.sizes(left.free), *right.sizes(right.free)]
     num_summed, num_common = len(left.contract), len(left.contract) + len(left.batch)
-    factors = []
+    moves = []
     for side, start in ((left, num_common), (right, num_common + len(left.free))):
         index = positions(side.value.shape).transpose(*side.contract, *side.batch, *side.free)
         stop = start + len(side.free)
         around = [*range(num_common, start), *range(stop, len(shape))]
         index = np.broadcast_to(np.expand_dims(index, around), shape)
-        factors.append(rearranged(writer, [side.value], index))
+        moves.append(([side.value], index))
+    axis = cheapest_axis(writer, [m for m in moves if isinstance(m[0][0], Tiled)] or moves)
+    factors = [rearranged(writer, *move, axis) for move in moves]
     wide = np.dtype(np.float32) if is_narrow(dtype) else dtype
     product = tilewise(writer, lambda x, y: lax.mul(x.astype(wide), y.astype(wide)), factors, shape)
     total = reduced(writer, product, set(range(num_summed)), "reduce_sum")

@@ -214,8 +214,8 @@ def _from_elements(writer, elements, shape, dtype) -> Tiled:
     full = vector_shape(shape)
     axis = min(range(len(full)), key=lambda i: (full[i], -i))
     if full[axis] > len(writer.cuts.segments(full[axis])):
-        writer.cuts.want(full[axis], range(1, full[axis]))
-        return stand_in(writer, shape, dtype)
+        writer.cuts.want((full[axis], place) for place in range(1, full[axis]))
+        return stand_in(writer, shape, dtype, axis)
     return Tiled(shape, dtype, axis, np.moveaxis(elements.reshape(full), axis, -1))
 
 

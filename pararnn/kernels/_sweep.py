@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -119,7 +118,7 @@ def _traced(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]) -> P
 
 def _check_placement(arrays: PyTree[Any]) -> None:
     """Refuses arrays on a mesh that a kernel, which runs on one device, would have to know of."""
-    arrays = [x for x in jtu.tree_leaves(arrays) if eqx.is_array(x)]
+    arrays = [x for x in jtu.tree_leaves(arrays) if isinstance(x, jax.Array)]
     kinds = set(jax.sharding.get_abstract_mesh().axis_types)
     for x in arrays:
         kinds |= set(jax.typeof(x).sharding.mesh.axis_types)
@@ -129,7 +128,7 @@ def _check_placement(arrays: PyTree[Any]) -> None:
         raise Unsupported("runs on a mesh with explicit axes")
 
 
-def _matrix(x: Array, rows: int) -> Array:
+def _matrix(x: Any, rows: int) -> Array:
     """Rows by elements; booleans, which memory does not have, as bytes."""
     x = jnp.asarray(x).reshape(rows, -1)
     return x.astype(np.uint8) if x.dtype == np.bool_ else x

@@ -11,7 +11,8 @@ the writing starts again until nothing is added.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,16 +93,15 @@ class Cuts:
 
     def __init__(self):
         self._places: dict[int, set[int]] = {}
-        self._wanted: list[tuple[int, int]] = []
+        self._wanted: set[tuple[int, int]] = set()
 
     def segments(self, size: int) -> list[tuple[int, int]]:
         places = sorted({0, size, *self._places.get(size, ())})
         return list(zip(places, places[1:], strict=False))
 
-    def want(self, size: int, places: Sequence[int]) -> None:
-        known = self._places.get(size, set())
-        new = [(size, int(p)) for p in places if 0 < p < size and p not in known]
-        self._wanted.extend(new)
+    def want(self, places: Iterable[tuple[int, int]]) -> None:
+        """Asks for cuts: of axes of which size, and where."""
+        self._wanted.update(places)
 
     @property
     def satisfied(self) -> bool:
@@ -139,7 +139,7 @@ def _tiles_shape(shape: Sequence[int], axis: int, cuts: Cuts) -> tuple[int, ...]
 
 def fits(shape: Sequence[int], axis: int, cuts: Cuts) -> bool:
     """Whether a value of this shape is of few enough tiles."""
-    return np.prod(_tiles_shape(shape, axis, cuts), dtype=int) <= MAX_TILES
+    return math.prod(_tiles_shape(shape, axis, cuts)) <= MAX_TILES
 
 
 def empty_tiles(shape: Sequence[int], axis: int, cuts: Cuts) -> Any:

@@ -1,0 +1,79 @@
+"""Steps that cannot become a kernel, and how one learns why."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import pararnn as prnn
+from pararnn.kernels import fused_sweep, unsupported
+
+SIZE = 8
+STARTS, XS = jnp.zeros((2, SIZE), np.float32), jnp.zeros((6, SIZE), np.float32)
+GEOMETRY = {"num_steps": 3, "stride": 3, "keep": False}
+WIDE = jnp.zeros((200, SIZE), np.float32)
+LARGE = jnp.zeros((200, 200), np.float32)
+
+
+@pytest.mark.parametrize(
+    "step, reason",
+    [
+        (lambda h, x: jnp.sort(h) + x, "uses `sort`"),
+        (lambda h, x: lax.fori_loop(0, 2, lambda i, h: h + x, h), "uses `scan`"),
+        (lambda h, x: lax.while_loop(lambda h: h[0] < 1, lambda h: h + 1, h), "uses `while`"),
+        (lambda h, x: lax.cond(x[0] > 0, jnp.sin, jnp.cos, h), "uses `cond`"),
+        (lambda h, x: h + jnp.argmax(x).astype(np.float32), "uses `argmax`"),
+        (lambda h, x: h[jnp.int32(x[0])] + x, "uses `dynamic_slice` at an index that is computed"),
+        (lambda h, x: jnp.real(lax.complex(h, x)), "computes with complex numbers"),
+        (lambda h, x: WIDE.T @ (LARGE @ (WIDE @ h)), "a float32 matrix of 200 × 200"),
+        (lambda h, x: h + jnp.outer(jnp.tile(h, 9), jnp.tile(x, 9))[0, :8], "more than 64 pieces"),
+        (lambda h, x: h[:4], "makes a carry of other shapes or dtypes than the one it takes"),
+    ],
+)
+def test_reasons(step, reason):
+    why = unsupported(step, STARTS, XS)
+    assert why is not None and why.startswith("the step ") and reason in why
+    with pytest.raises(ValueError, match="`step` cannot become a kernel: it.*" + re.escape(reason)):
+        fused_sweep(step, STARTS, XS, **GEOMETRY)
+
+
+def test_cells_that_are_complex_or_large():
+    key = jax.random.key(0)
+    for cell, reason in [
+        (prnn.LRU(3, 4, key=key), "complex numbers"),
+        (prnn.M2RNN(3, 2, 64, 16, key=key), "more than 64 pieces"),
+        (prnn.DiagonalGRU(3, 5000, key=key), "more than 4096 units"),
+        (prnn.GRU(3, 256, key=key), "matrix of 256 × 256"),
+    ]:
+        us = jax.eval_shape(cell.project, jax.ShapeDtypeStruct((6, 3), np.float64))
+        state = jax.eval_shape(cell.init_state)
+        starts = jax.tree.map(lambda s: jax.ShapeDtypeStruct((2, *s.shape), s.dtype), state)
+        assert reason in unsupported(cell.step, starts, us)
+
+
+def test_arrays_on_a_mesh():
+    mesh = jax.make_mesh((1,), ("time",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("time")
+    reasons = []
+
+    @jax.shard_map(mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    def sharded(starts, xs):
+        reasons.append(unsupported(lambda h, x: h + x, starts, xs))
+        return starts
+
+    jax.eval_shape(sharded, STARTS, XS)
+    assert reasons == ["the step runs inside `jax.shard_map`"]
+    mesh = jax.make_mesh((1,), ("time",), axis_types=(jax.sharding.AxisType.Explicit,))
+    xs = jax.device_put(XS, jax.sharding.NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        reason = unsupported(lambda h, x: h + x, STARTS, xs)
+    assert reason == "the step runs on a mesh with explicit axes"
+
+
+def test_states_are_kept_of_chunks_side_by_side():
+    for geometry in ({"stride": 2}, {"stride": 3, "first": -1}):
+        with pytest.raises(ValueError, match="`keep` needs chunks side by side"):
+            fused_sweep(lambda h, x: h + x, STARTS, XS, num_steps=3, keep=True, **geometry)
