@@ -14,7 +14,7 @@ _NATIVE = (
     "abs neg ceil floor exp exp2 expm1 log log1p sqrt pow cbrt rsqrt sin cos tan asin acos atan "
     "atan2 sinh cosh tanh asinh acosh atanh add sub mul div rem eq ne gt ge lt le and or xor "
     "shift_left shift_right_arithmetic shift_right_logical not select_n convert_element_type "
-    "population_count nextafter"
+    "population_count nextafter log2 one_minus_square"
 ).split()
 
 

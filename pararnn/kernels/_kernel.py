@@ -218,7 +218,8 @@ def _block(plan: Plan, num_chunks: int) -> tuple[int, int]:
     row = sum(plan.lanes) + sum(lanes_of(*span.widths) for span in plan.inputs)
     while rows > 1 and rows * row > warps * 32 * _CARRIED:
         rows //= 2
-    while warps < 16 and rows * row > warps * 32 * _CARRIED:
+    # Threads of which tiles have no elements left do not help.
+    while 32 * warps < min(512, rows * max(plan.lanes)) and rows * row > warps * 32 * _CARRIED:
         warps *= 2
     return min(rows, 1 << (num_chunks - 1).bit_length()), warps
 

@@ -152,7 +152,7 @@ def _by_elements(writer, left, right, dtype, reduced) -> Tiled:
         index = np.broadcast_to(np.expand_dims(index, around), shape)
         moves.append(([side.value], index))
     axis = cheapest_axis(writer, [m for m in moves if isinstance(m[0][0], Tiled)] or moves)
-    factors = [rearranged(writer, *move, axis) for move in moves]
+    factors = [rearranged(writer, values, index, axis) for values, index in moves]
     wide = np.dtype(np.float32) if is_narrow(dtype) else dtype
     product = tilewise(writer, lambda x, y: lax.mul(x.astype(wide), y.astype(wide)), factors, shape)
     total = reduced(writer, product, set(range(num_summed)), "reduce_sum")
