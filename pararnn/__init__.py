@@ -6,8 +6,10 @@ from . import adjoints as adjoints
 from . import cells as cells
 from . import diagnostics as diagnostics
 from . import jaxprs as jaxprs
+from . import kernels as kernels
 from . import scans as scans
 from . import solvers as solvers
+from . import sweeps as sweeps
 from ._algebra import AbstractAlgebra as AbstractAlgebra
 from ._packing import segment_starts as segment_starts
 from ._recurrence import Recurrence as Recurrence

@@ -157,9 +157,7 @@ class Chunks:
     def trajectory(self, starts: Float[Array, "starts size"]):
         """The ends of all chunks, and the states after every step."""
         starts = jax.vmap(self.unravel)(jnp.concatenate([self.first_start, starts]))
-        ends, states = self._sweep.run(
-            self._step, starts, self._inputs, self._rows, keep=True
-        )
+        ends, states = self._sweep.run(self._step, starts, self._inputs, self._rows, keep=True)
         return jax.vmap(self.ravel)(ends), states
 
     def disturbed_ends(self, starts: Float[Array, "starts size"]) -> Float[Array, "chunks size"]:

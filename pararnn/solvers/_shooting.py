@@ -26,7 +26,7 @@ from .._solution import Stats
 from ..scans import AbstractScan, LinearMethod
 from ..scans._named import as_scan, default_linear_method
 from ..structures import AbstractStructure
-from ..sweeps import AbstractSweep, SweepMethod
+from ..sweeps import AbstractSweep, Scanned, SweepMethod
 from ..sweeps._named import as_sweep, default_sweep_method, uses_kernel
 from ._affine import shoot_once
 from ._base import AbstractSolver, Outcome, Report, Rest, check_tangents, completed
@@ -50,6 +50,8 @@ _MIN_ITERS = 3
 # On an accelerator, how many steps early the chunks of a dense recurrence start. What is halved in
 # every step is forgotten then, to 2e-10.
 _OVERLAP = 32
+# Up to how many tangents a sweep of the rest is made as those before it.
+_FEW_SEEDS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,11 +208,12 @@ class AbstractIterativeSolver(AbstractSolver):
         checked = run_ahead(method, chunks, progress, ahead)
 
         def rest(states):
-            sweep = as_sweep("sweep_method", solver.sweep_method).small()
+            sweep = as_sweep("sweep_method", solver.sweep_method)
+            # Many tangents become no kernel, and to write their steps out takes long to compile.
+            dense = recurrence.structure.num_seeds(recurrence.size) > _FEW_SEEDS
+            sweep = Scanned() if dense else sweep.small()
             chunks = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence)
-            last = go_on(
-                self._method(chunks, report), chunks, checked._replace(states=states)
-            )
+            last = go_on(self._method(chunks, report), chunks, checked._replace(states=states))
             return outcome(chunks, last, last=True)
 
         return outcome(chunks, checked, last=False), rest

@@ -8,7 +8,6 @@ from jaxtyping import Array, PyTree
 from ._base import AbstractSweep, Rows
 from ._scanned import Scanned, from_chunks
 
-
 # Kernels of more steps need more registers than there are.
 MOST_UNROLLED = 32
 

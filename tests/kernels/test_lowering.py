@@ -1,4 +1,4 @@
-"""All that kernels are written with is known to the GPU's compiler, as far as JAX lowers it here."""
+"""What kernels are written with is known to the GPU's compiler, as far as JAX lowers it here."""
 
 import jax
 import jax.numpy as jnp

@@ -137,7 +137,7 @@ def test_the_switch(monkeypatch):
         prnn.Newton().resolved(recurrence, "cuda")
 
 
-def test_refusals():
+def test_refusals(as_users_run_it):
     with pytest.raises(ValueError, match="`sweep_method` must be .*got 'loop'"):
         prnn.Newton(sweep_method="loop")
     with pytest.raises(ValueError, match="forget the parentheses"):
