@@ -376,6 +376,47 @@ def test_a_scan_must_be_one(as_users_run_it):
         prnn.linear_recurrence(prnn.Dense(), jnp.ones((2, 1, 1)), jnp.ones((2, 1)), method=3)
 
 
+# --- a sweep ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class OneByOne(prnn.sweeps.AbstractSweep):
+    """One chunk after another, each by a scan of its own."""
+
+    calls: ClassVar[list[int]] = []
+
+    def run(self, step, starts, inputs, rows, *, keep):
+        self.calls.append(rows.num_steps)
+        index = rows.at(jnp.arange(rows.num_steps))
+        ends, kept = [], []
+        for c in range(rows.num_chunks):
+            start, xs = jtu.tree_map(lambda s, c=c: s[c], starts), index[:, c]
+            xs = jtu.tree_map(lambda x, i=xs: x[i], inputs)
+            end, states = jax.lax.scan(lambda h, x: (step(h, x),) * 2, start, xs)
+            ends.append(end)
+            kept.append(states)
+        ends = jtu.tree_map(lambda *e: jnp.stack(e), *ends)
+        if not keep:
+            return ends, None
+        states = jtu.tree_map(lambda *s: jnp.concatenate(s)[: rows.length], *kept)
+        return ends, jtu.tree_map(lambda s: s[::-1], states) if rows.reverse else states
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        prnn.Newton(chunk_size=8, sweep_method=OneByOne()),
+        prnn.Jacobi(chunk_size=8, sweep_method=OneByOne(), overlap=3),
+        prnn.Sequential(sweep_method=OneByOne()),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_a_sweep(solver):
+    OneByOne.calls.clear()
+    agrees(elman, WEIGHT, solver=solver, adjoint=prnn.adjoints.LinearSolveAdjoint(solver))
+    assert OneByOne.calls
+
+
 # --- an adjoint -------------------------------------------------------------------------------
 
 
