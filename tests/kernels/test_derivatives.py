@@ -1,0 +1,61 @@
+"""Every cell solved and differentiated with kernels, in all modes, against the scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from systems import normal
+
+import pararnn as prnn
+
+KEY = jax.random.key(0)
+CELLS = {
+    "Elman": (prnn.Elman, {"num_heads": 2}),
+    "GRU": (prnn.GRU, {}),
+    "DiagonalGRU": (prnn.DiagonalGRU, {}),
+    "LSTM": (prnn.LSTM, {"num_heads": 2}),
+    "DiagonalLSTM": (prnn.DiagonalLSTM, {}),
+    "SLSTM": (prnn.SLSTM, {}),
+    "MinMax": (prnn.MinMax, {}),
+    "LRU": (prnn.LRU, {}),
+    "PiecewiseLinearRNN": (prnn.PiecewiseLinearRNN, {}),
+}
+LENGTH = 11
+FUSED = prnn.sweeps.Fused(interpret=True)
+SOLVER = prnn.Newton(chunk_size=4, sweep_method=FUSED, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_all_modes(name):
+    make, options = CELLS[name]
+    cell = make(4, 4, key=KEY, **options)
+    us, init = cell.project(normal(1, (LENGTH, 4))), cell.init_state()
+    inputs = us, init
+    directions = jax.tree.map(jnp.cos, inputs)
+
+    def ours(us, init):
+        options = {"structure": cell.structure, "adjoint": SOLVER, "throw": False}
+        return prnn.solve(cell.step, us, init, solver=SOLVER, **options).states
+
+    def scan(us, init):
+        return jax.lax.scan(lambda h, u: (cell.step(h, u),) * 2, init, us)[1]
+
+    def modes(states):
+        def loss(us, init):
+            leaves = jax.tree.leaves(states(us, init))
+            return sum(jnp.sum(jnp.sin(x.real) + jnp.cos(x.imag)) for x in leaves)
+
+        @jax.jit
+        def run(inputs, directions):
+            gradient = jax.grad(loss, argnums=(0, 1))
+            return (
+                jax.jvp(states, inputs, directions),
+                gradient(*inputs),
+                jax.jvp(gradient, inputs, directions)[1],
+            )
+
+        return run(inputs, directions)
+
+    got, expected = modes(ours), modes(scan)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
