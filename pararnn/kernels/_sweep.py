@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._devices import varying_axes
-from .._misc import struct
+from .._misc import is_complex, struct
+from ._complex import as_numbers, as_parts, of_parts
 from ._kernel import Geometry, Kernel
 from ._pallas import launch
 from ._plan import make_plan
@@ -27,7 +28,7 @@ def unsupported(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]) 
     """
 
     def plan():
-        make_plan(_traced(step, starts, xs))
+        make_plan(_traced(*_real(step, starts, xs)))
 
     try:
         jax.eval_shape(plan)
@@ -78,6 +79,7 @@ def fused_sweep(
             "`keep` needs chunks side by side: a `stride` of `num_steps` and a `first` of 0; got "
             f"`num_steps` {num_steps}, `stride` {stride} and `first` {first}."
         )
+    step, starts, xs = _real(step, starts, xs)
     try:
         program = _traced(step, starts, xs)
         plan = make_plan(program)
@@ -98,7 +100,14 @@ def fused_sweep(
         warps=kernel.warps,
         interpret=interpret,
     )
-    return _unflattened(program, starts, flat, keep, length)
+    return as_numbers(_unflattened(program, starts, flat, keep, length))
+
+
+def _real(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]):
+    """The same sweep in real numbers."""
+    if not any(map(is_complex, jtu.tree_leaves((starts, xs)))):
+        return step, starts, xs
+    return of_parts(step), as_parts(starts), as_parts(xs)
 
 
 def _size(tree: PyTree[Any]) -> int:

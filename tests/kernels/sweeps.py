@@ -41,10 +41,11 @@ def agree(fused, plain, units=64):
     assert jtu.tree_structure(fused) == jtu.tree_structure(plain)
     for a, b in zip(jtu.tree_leaves(fused), jtu.tree_leaves(plain), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        if not jnp.issubdtype(a.dtype, jnp.floating):
+        if not jnp.issubdtype(a.dtype, jnp.inexact):
             np.testing.assert_array_equal(a, b)
             continue
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        wide = np.complex128 if np.iscomplexobj(a) else np.float64
+        a, b = np.asarray(a, wide), np.asarray(b, wide)
         assert np.isfinite(b).all()
         scale = max(1.0, np.abs(b).max(initial=0))
         eps = float(jnp.finfo(jtu.tree_leaves(plain)[0].dtype).eps)
@@ -56,7 +57,10 @@ def starts_like(init, chunks, seed=7):
     rng = np.random.default_rng(seed)
 
     def one(x):
-        noise = jnp.asarray(0.3 * rng.standard_normal((chunks, *x.shape)), x.dtype)
+        noise = rng.standard_normal((chunks, *x.shape))
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            noise = noise + 1j * rng.standard_normal(noise.shape)
+        noise = jnp.asarray(0.3 * noise, x.dtype)
         return jnp.expand_dims(x, 0) + noise
 
     return jtu.tree_map(one, init)

@@ -1,4 +1,4 @@
-"""What kernels are written with is known to the GPU's compiler, as far as JAX lowers it here."""
+"""All functions of kernels are known to the GPU compiler, as far as JAX lowers them here."""
 
 import jax
 import jax.numpy as jnp

@@ -162,6 +162,13 @@ def integers(n, x):
     return lax.rem(bits * 31 + x, jnp.full_like(x, 1009)) + lax.population_count(x)
 
 
+@step_of(jnp.zeros(SIZE, np.complex64), normal(LENGTH, SIZE))
+def complex_state(h, x):
+    rotated = jnp.exp(lax.complex(0 * x, x)) * (lax.complex(W, W.T) @ jnp.conj(h))
+    parts = jnp.split(0.2 * rotated + jnp.square(h).sum() * x.astype(h.dtype), 2)
+    return jnp.where(x > 0, jnp.concatenate(parts[::-1]), jnp.flip(h)) - jnp.tanh(h.real).astype(h.dtype)
+
+
 @pytest.mark.parametrize("name", STEPS_OF)
 def test_steps(name):
     step, init, xs = STEPS_OF[name]

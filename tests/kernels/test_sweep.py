@@ -32,6 +32,7 @@ CELLS = {
     "LSTM 48": (prnn.LSTM, (48,), {}),
     "LSTM 4 heads": (prnn.LSTM, (48,), {"num_heads": 4}),
     "SLSTM 3": (prnn.SLSTM, (3,), {}),
+    "LRU 48": (prnn.LRU, (48,), {}),
     "M2RNN": (prnn.M2RNN, (3, 2, 4), {}),
     "DeltaNet": (prnn.DeltaNet, (2, 4, 4), {}),
 }
@@ -126,7 +127,7 @@ def pull(step, state, x, cotangent):
 
 @pytest.mark.parametrize("through", [push, pull])
 @pytest.mark.parametrize(
-    "name", ["DiagonalLSTM 3", "GRU 48", "LSTM 4 heads", "SLSTM 3", "M2RNN", "MinMax 48"]
+    "name", ["DiagonalLSTM 3", "GRU 48", "LSTM 4 heads", "SLSTM 3", "M2RNN", "MinMax 48", "LRU 48"]
 )
 def test_the_linear_steps_of_derivatives(name, through):
     step, us, starts = problem(name)

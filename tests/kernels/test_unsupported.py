@@ -40,10 +40,9 @@ def test_reasons(step, reason):
         fused_sweep(step, STARTS, XS, **GEOMETRY)
 
 
-def test_cells_that_are_complex_or_large():
+def test_cells_that_are_large():
     key = jax.random.key(0)
     for cell, reason in [
-        (prnn.LRU(3, 4, key=key), "complex numbers"),
         (prnn.M2RNN(3, 2, 64, 16, key=key), "more than 64 pieces"),
         (prnn.DiagonalGRU(3, 5000, key=key), "more than 4096 units"),
         (prnn.GRU(3, 256, key=key), "matrix of 256 × 256"),
