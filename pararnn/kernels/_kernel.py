@@ -1,5 +1,6 @@
 """The kernel: its block of chunks, its loop over time, which rows it reads and writes."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from ._program import Program
 from ._tiles import Span, Tile, default_axis, lanes_of
 
 # Weights up to this size for each warp stay in registers from step to step; larger ones are loaded
-# in each.
-_KEPT_BYTES = 12 * 1024
+# in each. The matrix units take each number in two parts.
+_KEPT_BYTES, _KEPT_BY_UNITS = 12 * 1024, 8 * 1024
 # How many elements of a product a thread may hold, where it is not left to the matrix units.
 _HELD = 32
 # How many elements of the carry and the inputs a thread holds at most, if more threads help.
@@ -47,7 +48,8 @@ class Kernel:
         self.programs = -(-geometry.num_chunks // self.rows)
         self.num_indexed = len(program.carry) + len(program.inputs)
         self.inputs = plan.inputs
-        self.all_kept = _weight_bytes(plan) <= _KEPT_BYTES * self.warps
+        most = _KEPT_BY_UNITS if _uses_units(plan) else _KEPT_BYTES
+        self.all_kept = _weight_bytes(plan) <= most * self.warps
         self.kept = [*plan.vectors, *(plan.matrices if self.all_kept else ())]
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
@@ -197,18 +199,27 @@ def _held(dtype: Any) -> Any:
 
 
 def _weight_bytes(plan: Plan) -> int:
-    sizes = (np.prod([*map(lanes_of, s.widths)]) * plan.spans[s].itemsize for s in plan.matrices)
-    return int(sum(sizes))
+    return sum(_block_size(span) * plan.spans[span].itemsize for span in plan.matrices)
+
+
+def _block_size(span: Span) -> int:
+    return math.prod(map(lanes_of, span.widths))
+
+
+def _uses_units(plan: Plan) -> bool:
+    """Whether any product is left to the matrix units."""
+    return any(
+        _pallas.by_units(lanes_of(span.widths[0]), lanes_of(span.widths[1]), plan.spans[span])
+        for span in plan.matrices
+    )
 
 
 def _block(plan: Plan, num_chunks: int) -> tuple[int, int]:
     """How many chunks a program has, and how many warps."""
-    sizes = [(lanes_of(s.widths[0]), lanes_of(s.widths[1])) for s in plan.matrices]
-    dtypes = [plan.spans[s] for s in plan.matrices]
-    if any(_pallas.by_units(*size, dtype) for size, dtype in zip(sizes, dtypes, strict=True)):
+    if _uses_units(plan):
         return _pallas.ROWS, 8
-    if sizes:
-        largest = max(size * columns for size, columns in sizes)
+    if plan.matrices:
+        largest = max(_block_size(span) for span in plan.matrices)
         fitting = (w for w in (1, 2, 4) if _weight_bytes(plan) <= w * _KEPT_BYTES)
         warps = max(next(fitting, 4), largest // (32 * _HELD))
         rows = max(1, warps * 32 * _HELD // (2 * largest))
