@@ -54,23 +54,44 @@ def count(function: Callable[..., Any], *args: Any) -> Counts:
 
     - `function`, `args`: pytrees of arrays and anything else, which is static.
     """
+    jaxpr, trips = _observed(function, args)
+    return _count(jaxpr, 1.0, iter(trips))
+
+
+def loop_turns(function: Callable[..., Any], *args: Any) -> list[tuple[str, int]]:
+    """How often each `while` loop turns in all while `function(*args)` runs.
+
+    **Arguments:**
+
+    - `function`, `args`: as for `count`.
+
+    **Returns:**
+
+    Pairs of a path and the number of turns. The path has the names of the scopes
+    (`jax.named_scope`) and of the transformations around the loop, and `while` for each loop or
+    scan that it is in and for itself.
+    """
+    jaxpr, trips = _observed(function, args)
+    return list(zip(_loop_paths(jaxpr, ""), trips, strict=True))
+
+
+def _observed(function: Callable[..., Any], args: Any) -> tuple[Any, list[int]]:
+    """The function's jaxpr, and how often its `while` loops turn."""
     arrays, static = eqx.partition(args, eqx.is_array)
 
     def on_arrays(arrays):
         return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
 
     closed = jax.make_jaxpr(on_arrays)(arrays)
-    leaves = jtu.tree_leaves(arrays)
-    trips: list[int] = []
-    if _num_loops(closed.jaxpr):
-        # Constants are arguments, so that they are not compiled in.
-        observed = jax.jit(lambda consts, xs: _run(closed.jaxpr, consts, xs)[1])
-        trips = [int(n) for n in observed(closed.consts, leaves)]
-    return _count(closed.jaxpr, 1.0, iter(trips))
+    if not _num_loops(closed.jaxpr):
+        return closed.jaxpr, []
+    # Constants are arguments, so that they are not compiled in.
+    observed = jax.jit(lambda consts, xs: _run(closed.jaxpr, consts, xs)[1])
+    return closed.jaxpr, [int(n) for n in observed(closed.consts, jtu.tree_leaves(arrays))]
 
 
 # --- the walk -----------------------------------------------------------------------------------
-# `_run` and `_count` meet the `while` loops in the same order.
+# `_run`, `_count` and `_loop_paths` meet the `while` loops in the same order.
 
 
 def _entered(eqn: Any) -> list[Any]:
@@ -86,6 +107,17 @@ def _num_loops(jaxpr: Any) -> int:
     eqns = open_jaxpr(jaxpr)[0].eqns
     own = sum(eqn.primitive.name == "while" for eqn in eqns)
     return own + sum(_num_loops(inner) for eqn in eqns for inner in _entered(eqn))
+
+
+def _loop_paths(jaxpr: Any, outer: str) -> Iterator[str]:
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        path = f"{outer}/{eqn.source_info.name_stack}".rstrip("/")
+        if eqn.primitive.name in ("scan", "while"):
+            path += "/while"
+        if eqn.primitive.name == "while":
+            yield path
+        for inner in _entered(eqn):
+            yield from _loop_paths(inner, path)
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
-from pararnn.jaxprs._counting import count
+from pararnn.jaxprs._counting import count, loop_turns
 
 A = jnp.ones((3, 4), jnp.float32)
 B = jnp.ones((4, 5), jnp.float32)
@@ -147,3 +147,52 @@ def test_a_newton_solve_counts_its_sweeps():
     flops = count(run, xs).flops
     assert iterations >= 2
     assert iterations * sweep <= flops <= 1.5 * (iterations + 1 + 3) * sweep
+
+
+# --- turns of loops ---------------------------------------------------------------------------
+
+
+def test_turns_are_told_with_their_place():
+    def up_to(bound, h):
+        return jax.lax.while_loop(lambda h: h < bound, lambda h: h + 1, h)
+
+    def inner(h, bound):
+        with jax.named_scope("inner"):
+            return up_to(bound, h), None
+
+    def f(h):
+        with jax.named_scope("outer"):
+            h, _ = jax.lax.scan(inner, h, jnp.asarray([2, 3, 7]))
+        return jax.jit(lambda h: up_to(9, h))(h)
+
+    assert loop_turns(f, jnp.asarray(0)) == [("/outer/while/inner/while", 7), ("/while", 2)]
+    assert loop_turns(jnp.sin, 1.0) == []
+
+
+def test_turns_of_a_newton_solve_and_of_its_derivative():
+    """They are what the solve reports; the derivative, being linear, does not iterate."""
+    cell = prnn.DiagonalGRU(3, 3, key=jax.random.key(0))
+    us = cell.project(jax.random.normal(jax.random.key(1), (40, 3)))
+    solver = prnn.Newton(chunk_size=4, linear_method="sequential")
+
+    def solve(us, solver):
+        return prnn.solve(
+            cell.step, us, cell.init_state(), solver=solver, adjoint=solver, throw=False
+        )
+
+    def loss(us):
+        return jnp.sum(solve(us, solver).states ** 2)
+
+    stats = solve(us, solver).stats
+    turns = loop_turns(jax.grad(loss), us)
+    forward = [(path, n) for path, n in turns if "transpose" not in path]
+    ends = {path.split("pararnn_")[-1]: n for path, n in forward}
+    assert ends["iterations/while"] == stats.iterations > 1
+    assert ends["attempts/while"] == stats.sequential_steps // 4 - stats.iterations
+    assert ends["finish/while"] == 0
+    assert not any("iterations" in path for path, _ in turns if "transpose" in path)
+    # One that is not exact iterates there, too.
+    jacobi = prnn.Jacobi(chunk_size=4, linear_method="sequential")
+    turns = loop_turns(jax.grad(lambda us: jnp.sum(solve(us, jacobi).states ** 2)), us)
+    backward = [n for path, n in turns if "transpose" in path and "iterations" in path]
+    assert len(backward) == 1 and backward[0] > 1
