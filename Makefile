@@ -1,4 +1,5 @@
-# Everything runs in a virtual environment of its own, `.venv`, made by the first target that needs it.
+# Everything runs in a virtual environment of its own, `.venv` (for one target `.venv-gpu`), made by
+# the first target that needs it.
 # Other interpreter: `make demo PYTHON=python3.12`. Options for a program: `make test ARGS="-k newton"`.
 
 PYTHON ?= python3
@@ -7,12 +8,14 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/.installed
+# With XLA's plug-in for CUDA, which disturbs JAX wherever there is no GPU.
+GPU_VENV := .venv-gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## train a character-level language model (options in ARGS)
 	@$(RUN) examples.char_lm $(ARGS)
@@ -33,13 +36,18 @@ format: $(INSTALLED) ## sort the imports, mend what Ruff can mend, format the co
 bench: $(INSTALLED) ## run the speed benchmark (another one, or options: in ARGS)
 	@$(RUN) benchmarks $(or $(ARGS),speed)
 
-clean: ## remove the environment, caches and build products (not out/)
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+gpu-check: $(GPU_VENV)/.installed ## count what a GPU would run, without one (options in ARGS)
+	@$(GPU_VENV)/bin/python -m benchmarks gpu $(ARGS)
+
+clean: ## remove the environments, caches and build products (not out/)
+	rm -rf $(VENV) $(GPU_VENV) .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last. Without it the environment is new or was left half-made by an
 # interrupted call, so it is made afresh; with it, only pyproject.toml has changed since.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): EXTRA := dev
+$(GPU_VENV)/.installed: EXTRA := gpu-check
+$(INSTALLED) $(GPU_VENV)/.installed: pyproject.toml
 	@if [ ! -f $@ ]; then \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    found=$$($(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null); \
@@ -47,8 +55,8 @@ $(INSTALLED): pyproject.toml
 	    echo "Name another one: make PYTHON=python3.12 ..." >&2; \
 	    exit 1; \
 	  }; \
-	  $(PYTHON) -m venv --clear $(VENV); \
+	  $(PYTHON) -m venv --clear $(@D); \
 	fi
-	@echo "Installing pararnn and its tools in $(VENV) (the first time takes about 1-2 minutes) ..."
-	@$(RUN) pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "Installing pararnn and its tools in $(@D) (the first time takes about 1-2 minutes) ..."
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
 	@touch $@

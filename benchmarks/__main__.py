@@ -7,6 +7,7 @@ NAMES = {
     "speed": "time, compile time and memory of the solvers against `lax.scan`, to a JSON file",
     "report": "renew the tables of the README files, and the plots, from the JSON files",
     "counts": "operations, bytes, iterations and memory of a solve, counted without a clock",
+    "gpu": "what a GPU would run, counted without one: launches, bytes, predicted time",
     "agreement": "errors of values and gradients against `lax.scan`; memory, in Jacobians",
     "cells": "every cell: structure, iterations before and after training, agreement",
     "convergence": "iterations of each method on systems from forgetful to chaotic",

@@ -60,10 +60,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def earlier(path: pathlib.Path, instead: str) -> dict[str, Any]:
-    """The results in a file of this machine; of another one, exits and says what to do `instead`,
-    as results of two machines must not be mixed."""
-    found, here = json.loads(path.read_text()), environment()
+def earlier(path: pathlib.Path, instead: str, here: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The results in a file of this machine, or of what else they belong to (`here`); of another
+    one, exits and says what to do `instead`, as results of two machines must not be mixed."""
+    found, here = json.loads(path.read_text()), here or environment()
     other = {k for k in here if k != "date" and here[k] != found["environment"].get(k)}
     if other:
         raise SystemExit(

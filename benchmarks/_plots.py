@@ -15,7 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 KINDS = {"forward": "forward", "gradient": "forward + gradient"}
 
-Series = dict[str, list[tuple[float, float]]]
+Series = dict[str, list[tuple[Any, float]]]
 Ratios = dict[str, list[tuple[float, float, float]]]
 
 
@@ -163,6 +163,28 @@ def memory(panels: dict[str, Series], title: str, path: pathlib.Path) -> None:
         _log_axis(axes)
         axes.set_ylabel("temporary memory / MB")
         axes.set_title(cell, fontsize=10)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def predictions(panels: dict[str, Series], title: str, path: pathlib.Path) -> None:
+    """`panels[kind]` has predicted milliseconds by solver, the scan's first, and problem."""
+    figure, grid = _figure(1, len(panels), 6.6, 3.6)
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    for axes, (kind, series) in zip(grid[0], panels.items(), strict=True):
+        problems = list(dict.fromkeys(at for points in series.values() for at, _ in points))
+        for name, points in series.items():
+            i = names.index(name)
+            # Beside each other, where they have about the same time.
+            places = [problems.index(at) + 0.1 * (i - (len(names) - 1) / 2) for at, _ in points]
+            style = _style(i) | {"ls": "none"}
+            axes.plot(places, [y for _, y in points], ms=7, label=name, **style)
+        axes.set_xticks(range(len(problems)), problems, fontsize=7)
+        _log_axis(axes)
+        axes.set_ylabel("predicted time / ms")
+        axes.grid(lw=0.3, axis="y")
+        axes.set_title(kind, fontsize=10)
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=10)
     _save(figure, path)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pararnn.diagnostics import Spread
 
-from . import _plots, _summaries
+from . import _gpu_tables, _plots, _summaries
 from ._measure import markdown
 from .speed import GAINS
 
@@ -28,6 +28,7 @@ FILES = {
         "convergence",
         "random-systems",
         "state-tracking",
+        "gpu",
     ),
 }
 # Where forward and gradient together are to be 1.5 times as fast as the scan's, on a CPU.
@@ -210,7 +211,7 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
         if platform == "cpu":
             blocks["batches"] = batches_table(content)
     blocks |= {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
-    return blocks | _summaries.tables(folder)
+    return blocks | _summaries.tables(folder) | {"gpu": _gpu_tables.block(folder)}
 
 
 def rewritten(text: str, blocks: dict[str, str]) -> str:
@@ -315,6 +316,11 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
             _plots.heat(panels, title, path(f"speedup-{platform}"))
         if GAINS in content["cases"]:
             _plots.iterations(content["cases"][GAINS], path(f"iterations-{platform}"))
+    counted = _gpu_tables.load(folder)
+    if counted is not None:
+        chip = counted["environment"]["chip"]
+        title = f"Predicted from counts, not measured: one sequence, float32, {chip}"
+        _plots.predictions(_gpu_tables.panels(counted), title, path("predicted-gpu"))
     return written
 
 

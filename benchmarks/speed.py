@@ -8,6 +8,7 @@ file after each case: a call that was stopped goes on where it was.
 """
 
 import argparse
+import datetime
 import itertools
 import json
 import os
@@ -37,16 +38,18 @@ def copy_bandwidth(megabytes: int) -> dict[str, Any]:
 
 
 class Results:
-    """A JSON file of one machine: its description, and one record per case."""
+    """A JSON file of one machine, or of what else its results belong to (`about`): a description,
+    and one record per case."""
 
-    def __init__(self, path: pathlib.Path, fresh: bool):
+    def __init__(self, path: pathlib.Path, fresh: bool, about: dict[str, Any] | None = None):
         self.path = path
-        self.content: dict[str, Any] = {"environment": environment(), "copy": None, "cases": {}}
+        about = environment() if about is None else about
+        self.content: dict[str, Any] = {"environment": about, "copy": None, "cases": {}}
         if path.exists() and not fresh:
-            self.content = earlier(path, "add --fresh to begin anew")
+            self.content = earlier(path, "add --fresh to begin anew", about)
 
     def add(self, key: str, record: dict[str, Any]) -> None:
-        self.content["cases"][key] = {"date": environment()["date"], **record}
+        self.content["cases"][key] = {"date": datetime.date.today().isoformat(), **record}
         self.save()
 
     def save(self) -> None:
