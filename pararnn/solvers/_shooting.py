@@ -45,12 +45,13 @@ from ._iteration import (
 from ._linearization import Linearization
 
 # On an accelerator, how many iterations are made before asking whether they are enough: most
-# systems that are worth to be solved in parallel need no more.
-_MIN_ITERS = 3
+# systems that are worth to be solved in parallel need no more. And how many of those that push many
+# tangents, of which one too many costs more than the question.
+_MIN_ITERS, _MIN_LARGE_ITERS = 3, 2
 # On an accelerator, how many steps early the chunks of a dense recurrence start. What is halved in
 # every step is forgotten then, to 2e-10.
 _OVERLAP = 32
-# Up to how many tangents a sweep of the rest is made as those before it.
+# So many tangents are few: they become a kernel.
 _FEW_SEEDS = 4
 
 
@@ -88,7 +89,8 @@ class AbstractIterativeSolver(AbstractSolver):
         `min(32, chunk_size)` on an accelerator if the structure is dense.
     - `min_iters`: how many iterations to make before asking whether more are needed. On an
         accelerator each such question waits for the device. `None` is 0 on a CPU, where all
-        iterations are asked, and where chunks overlap; elsewhere 3.
+        iterations are asked, and where chunks overlap; elsewhere 3, or 2 if a sweep pushes more
+        than 4 tangents.
 
     Raises `TypeError` or `ValueError`, naming the argument, for values out of range.
     """
@@ -169,10 +171,12 @@ class AbstractIterativeSolver(AbstractSolver):
         if chunk_size is None:
             chunk_size = self.default_chunk_size(structure, length, size)
         chunk_size = min(chunk_size, length)
-        forgetful = not on_cpu and structure.num_seeds(size) == size > 1
+        seeds = structure.num_seeds(size)
+        forgetful = not on_cpu and seeds == size > 1
         overlap = _OVERLAP if forgetful and self.accelerator_chunk_size is not None else 0
         overlap = min(overlap if self.overlap is None else self.overlap, chunk_size)
-        min_iters = 0 if on_cpu or overlap else _MIN_ITERS
+        min_iters = _MIN_ITERS if seeds <= _FEW_SEEDS else _MIN_LARGE_ITERS
+        min_iters = 0 if on_cpu or overlap else min_iters
         return dataclasses.replace(
             self,
             chunk_size=chunk_size,
