@@ -18,7 +18,7 @@ from ._base import AbstractScan, compose_affine
 _MOST_ENTRIES = 3
 # Elementwise steps fuse into one kernel, which more of them make larger but no slower; products of
 # larger matrices do not fuse, and fewer of them in a row are fewer kernels.
-_ELEMENTWISE_RADIX, _RADIX = 16, 4
+_ELEMENTWISE_RADIX, _RADIX = 16, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Radix(AbstractScan):
     **Arguments:**
 
     - `radix`: how many elements a block has. `None` is 16 for elementwise operations and for
-        blocks of up to 3 x 3, and 4 for others.
+        blocks of up to 3 x 3, and 3 for others.
     """
 
     accurate_to: ClassVar[float] = 16_384
