@@ -16,9 +16,10 @@ from ._plan import Plan, flat_carry, from_segments
 from ._program import Program
 from ._tiles import Span, Tile, default_axis, lanes_of
 
-# Weights up to this size for each warp stay in registers from step to step; larger ones are loaded
-# in each. The matrix units take each number in two parts.
-_KEPT_BYTES, _KEPT_BY_UNITS = 12 * 1024, 8 * 1024
+# Weights up to this size stay in registers from step to step, if the matrix units (eight warps) take
+# them or not; larger ones are loaded in each step. By what was compiled without spilling.
+_KEPT_BY_UNITS, _KEPT_BYTES = 96 * 1024, 16 * 1024
+_BYTES_OF_A_WARP = 12 * 1024
 # How many elements of a product a thread may hold, where it is not left to the matrix units.
 _HELD = 32
 # How many elements of the carry and the inputs a thread holds at most, if more threads help.
@@ -48,8 +49,7 @@ class Kernel:
         self.programs = -(-geometry.num_chunks // self.rows)
         self.num_indexed = len(program.carry) + len(program.inputs)
         self.inputs = plan.inputs
-        most = _KEPT_BY_UNITS if _uses_units(plan) else _KEPT_BYTES
-        self.all_kept = _weight_bytes(plan) <= most * self.warps
+        self.all_kept = _fit(plan)
         self.kept = [*plan.vectors, *(plan.matrices if self.all_kept else ())]
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
@@ -202,6 +202,11 @@ def _weight_bytes(plan: Plan) -> int:
     return sum(_block_size(span) * plan.spans[span].itemsize for span in plan.matrices)
 
 
+def _fit(plan: Plan) -> bool:
+    """Whether all weights stay in registers."""
+    return _weight_bytes(plan) <= (_KEPT_BY_UNITS if _uses_units(plan) else _KEPT_BYTES)
+
+
 def _block_size(span: Span) -> int:
     return math.prod(map(lanes_of, span.widths))
 
@@ -220,8 +225,8 @@ def _block(plan: Plan, num_chunks: int) -> tuple[int, int]:
         return _pallas.ROWS, 8
     if plan.matrices:
         largest = max(_block_size(span) for span in plan.matrices)
-        fitting = (w for w in (1, 2, 4) if _weight_bytes(plan) <= w * _KEPT_BYTES)
-        warps = max(next(fitting, 4), largest // (32 * _HELD))
+        warps = -(-_weight_bytes(plan) // _BYTES_OF_A_WARP) if _fit(plan) else 4
+        warps = max(warps, largest // (32 * _HELD))
         rows = max(1, warps * 32 * _HELD // (2 * largest))
     else:
         rows, warps = _elementwise_block(max(plan.lanes), num_chunks)
