@@ -16,8 +16,8 @@ from ._plan import Plan, flat_carry, from_segments
 from ._program import Program
 from ._tiles import Span, Tile, default_axis, lanes_of
 
-# Weights up to this size stay in registers from step to step, if the matrix units (eight warps) take
-# them or not; larger ones are loaded in each step. By what was compiled without spilling.
+# Weights up to this size stay in registers from step to step, where the matrix units (of eight
+# warps) take them or do not; larger ones are loaded in each. By what compiles without spilling.
 _KEPT_BY_UNITS, _KEPT_BYTES = 96 * 1024, 16 * 1024
 _BYTES_OF_A_WARP = 12 * 1024
 # How many elements of a product a thread may hold, where it is not left to the matrix units.
