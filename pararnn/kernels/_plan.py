@@ -15,7 +15,7 @@ from ._rules import stored, write
 from ._tiles import Cuts, Span, Tile, Tiled, Value, default_axis, empty_tiles, lanes_of
 
 # A step of more operations on tiles takes long to compile.
-MAX_OPERATIONS = 4000
+MAX_OPERATIONS = 1000
 # A thread of the largest program would hold more of a value than this leaves room for.
 MAX_LANES = 4096
 # Each attempt adds cuts that follow from those before.

@@ -1,5 +1,6 @@
 """Steps that cannot become a kernel, and how one learns why."""
 
+import functools
 import re
 
 import jax
@@ -30,6 +31,7 @@ LARGE = jnp.zeros((200, 200), np.float32)
         (lambda h, x: jnp.real(lax.complex(h, x)), "computes with complex numbers"),
         (lambda h, x: WIDE.T @ (LARGE @ (WIDE @ h)), "a float32 matrix of 200 × 200"),
         (lambda h, x: h + jnp.outer(jnp.tile(h, 9), jnp.tile(x, 9))[0, :8], "more than 64 pieces"),
+        (lambda h, x: functools.reduce(jnp.multiply, [x] * 1100, h), "needs too many operations"),
         (lambda h, x: h[:4], "makes a carry of other shapes or dtypes than the one it takes"),
     ],
 )
