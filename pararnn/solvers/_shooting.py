@@ -215,7 +215,7 @@ class AbstractIterativeSolver(AbstractSolver):
             sweep = as_sweep("sweep_method", solver.sweep_method)
             # Many tangents become no kernel, and to write their steps out takes long to compile.
             dense = recurrence.structure.num_seeds(recurrence.size) > _FEW_SEEDS
-            sweep = Scanned() if dense else sweep.small()
+            sweep = Scanned(in_place=True) if dense else sweep.small()
             chunks = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence)
             last = go_on(self._method(chunks, report), chunks, checked._replace(states=states))
             return outcome(chunks, last, last=True)

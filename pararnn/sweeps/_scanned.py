@@ -12,9 +12,19 @@ from ._base import AbstractSweep, Rows
 @dataclasses.dataclass(frozen=True)
 class Scanned(AbstractSweep):
     """One step of all chunks after another, by `jax.lax.scan`: compiles quickly, and is the fastest
-    on a CPU. On an accelerator every turn is launched by the host."""
+    on a CPU. On an accelerator every turn is launched by the host.
+
+    **Arguments:**
+
+    - `in_place`: whether each step looks for its inputs where they are. Otherwise a copy of all of
+        them is made, in the order of the steps, which serves any number of sweeps.
+    """
+
+    in_place: bool = False
 
     def prepare(self, xs, rows):
+        if self.in_place:
+            return xs
         if rows.covers:
             return jtu.tree_map(lambda x: _to_chunks(x, rows), xs)
         index = rows.at(jnp.arange(rows.num_steps))
@@ -25,14 +35,19 @@ class Scanned(AbstractSweep):
         batched = jax.vmap(step, in_axes=(0, None if rows.stride == 0 else 0))
 
         def body(carry, x):
+            if self.in_place:
+                index = rows.at(x)
+                index = index[0] if rows.stride == 0 else index
+                x = jtu.tree_map(lambda x: jnp.take(x, index, axis=0, mode="clip"), inputs)
             carry = batched(carry, x)
             return carry, carry if keep else None
 
+        inputs_in_order = jnp.arange(rows.num_steps) if self.in_place else inputs
         if rows.num_steps == 1:  # needs no loop
-            carry, kept = body(starts, jtu.tree_map(lambda x: x[0], inputs))
+            carry, kept = body(starts, jtu.tree_map(lambda x: x[0], inputs_in_order))
             kept = jtu.tree_map(lambda k: jnp.expand_dims(k, 0), kept)
         else:
-            carry, kept = jax.lax.scan(body, starts, inputs)
+            carry, kept = jax.lax.scan(body, starts, inputs_in_order)
         kept = from_chunks(jtu.tree_map(lambda k: jnp.swapaxes(k, 0, 1), kept), rows)
         return carry, kept
 

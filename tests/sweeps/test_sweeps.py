@@ -12,7 +12,12 @@ from pararnn.sweeps import Fused, Rows, Scanned, Unrolled
 LENGTH = 11
 WEIGHT = normal(0, (2, 2), np.float64, 0.5)
 XS = normal(1, (LENGTH, 2)), normal(2, (LENGTH,))
-SWEEPS = {"scan": Scanned(), "unrolled": Unrolled(), "kernel": Fused(interpret=True)}
+SWEEPS = {
+    "scan": Scanned(),
+    "in place": Scanned(in_place=True),
+    "unrolled": Unrolled(),
+    "kernel": Fused(interpret=True),
+}
 ROWS = {
     "whole": Rows(LENGTH, 3, 4, 4),
     "one step": Rows(LENGTH, LENGTH, 1, 1),
