@@ -3,6 +3,7 @@
 Arrays come as matrices, rows by elements. Sizes in registers are powers of two.
 """
 
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,16 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from ._layout import stretched
 from ._tiles import Span, lanes_of
+
+try:
+    pl: Any = importlib.import_module("jax.experimental.pallas")
+    plt: Any = importlib.import_module("jax.experimental.pallas.triton")
+except ImportError:  # deprecated in JAX 0.11, to be removed: there are no kernels then
+    pl = plt = None
 
 # Rows of a product by the matrix units, and the smallest matrix for which they pay.
 ROWS = 16
 _SMALLEST, _LARGEST = 32, 128
 _DEPRECATION = "The Pallas Triton backend is deprecated"
+
+
+def missing() -> str | None:
+    """Why there are no kernels at all, or `None`."""
+    return "needs Pallas' Triton backend, which this release of JAX lacks" if plt is None else None
 
 
 def launch(

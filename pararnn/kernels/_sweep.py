@@ -1,5 +1,6 @@
 """Many steps of many chunks in one kernel, generated from the user's step."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ from .._devices import varying_axes
 from .._misc import is_complex, struct
 from ._complex import as_numbers, as_parts, of_parts
 from ._kernel import Geometry, Kernel
-from ._pallas import launch
+from ._pallas import launch, missing
 from ._plan import make_plan
 from ._program import Program, Unsupported, trace
+
+_MOST_ELEMENTS = 2**31 - 1
 
 
 def unsupported(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]) -> str | None:
@@ -115,7 +118,10 @@ def _size(tree: PyTree[Any]) -> int:
 
 
 def _traced(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]) -> Program:
+    if (reason := missing()) is not None:
+        raise Unsupported(reason)
     _check_placement((starts, xs))
+    _check_sizes(starts, xs)
 
     def one(tree):
         return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), struct(tree))
@@ -123,6 +129,15 @@ def _traced(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]) -> P
     program = trace(step, one(starts), one(xs))
     _check_placement(program.constants())
     return program
+
+
+def _check_sizes(starts: PyTree[Any], xs: PyTree[Any]) -> None:
+    """Refuses arrays in which places do not fit into 32 bits, as a kernel counts them; those of
+    all states are one."""
+    length = _size(xs)
+    sizes = [max(len(h), length) * math.prod(h.shape[1:]) for h in jtu.tree_leaves(starts)]
+    if max([*sizes, *(x.size for x in jtu.tree_leaves(xs))]) > _MOST_ELEMENTS:
+        raise Unsupported("has arrays of more than 2^31 - 1 elements")
 
 
 def _check_placement(arrays: PyTree[Any]) -> None:

@@ -78,3 +78,20 @@ def test_states_are_kept_of_chunks_side_by_side():
     for geometry in ({"stride": 2}, {"stride": 3, "first": -1}):
         with pytest.raises(ValueError, match="`keep` needs chunks side by side"):
             fused_sweep(lambda h, x: h + x, STARTS, XS, num_steps=3, keep=True, **geometry)
+
+
+def test_places_that_take_more_than_32_bits():
+    xs = jax.ShapeDtypeStruct((2**20, 2048), np.float32)
+    starts = jax.ShapeDtypeStruct((4, 2048), np.float32)
+    assert "2^31" in unsupported(lambda h, x: 0.5 * h + x, starts, xs)
+    narrow = jax.ShapeDtypeStruct((2**20, 1), np.float32)
+    assert "2^31" in unsupported(lambda h, x: 0.5 * h + x, starts, narrow)
+
+
+def test_a_release_of_jax_without_the_backend(monkeypatch):
+    monkeypatch.setattr("pararnn.kernels._pallas.plt", None)
+    why = unsupported(lambda h, x: 0.5 * h + x, STARTS, XS)
+    assert why is not None and "this release of JAX lacks" in why
+    solver = prnn.Newton(chunk_size=3, sweep_method="kernel")
+    solution = prnn.solve(lambda h, x: 0.5 * h + x, XS, STARTS[0], solver=solver)
+    assert solution.result == prnn.RESULTS.successful
