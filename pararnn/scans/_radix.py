@@ -30,8 +30,8 @@ class Radix(AbstractScan):
 
     **Arguments:**
 
-    - `radix`: how many elements a block has. `None` is 16 for elementwise operations and for
-        blocks of up to 3 x 3, and 3 for others.
+    - `radix`: how many elements a block has. `None` is 16 for vectors and for matrices of blocks up
+        to 3 x 3, and 3 for larger matrices.
     """
 
     accurate_to: ClassVar[float] = 16_384
@@ -48,7 +48,9 @@ class Radix(AbstractScan):
         if num_steps(elements) < 2:
             return elements
         elements = flip_time(elements) if reverse else elements
-        prefixes = _prefixes(jax.vmap(combine), elements, self.radix or _RADIX)
+        vectors = all(x.ndim <= 2 for x in jtu.tree_leaves(elements))
+        radix = self.radix or (_ELEMENTWISE_RADIX if vectors else _RADIX)
+        prefixes = _prefixes(jax.vmap(combine), elements, radix)
         return flip_time(prefixes) if reverse else prefixes
 
     def affine(self, structure, matrices, offsets, *, reverse=False):

@@ -138,15 +138,16 @@ def go_on(method: Method, chunks: Chunks, checked: Checked) -> Checked:
 
 
 def run_ahead(method: Method, chunks: Chunks, progress: Progress, iterations: int) -> Checked:
-    """So many iterations, none of which is asked whether it is the last, and the check. Without
-    iterations, the starts are taken for right until the check contradicts them."""
+    """So many iterations, none of which is asked whether it is the last, and the check. Fewer than
+    two tell nothing of an error: then the starts are taken for right until the check contradicts
+    them."""
     for i in range(iterations):
         judged = i - max(0, iterations - _JUDGED)
         if judged < 0:
             progress = _correct(method, chunks, progress)[0]
         else:
             progress = iterate(method, chunks, progress, first=judged == 0)
-    sure = method.quadratic and iterations > 0
+    sure = method.quadratic and iterations >= _JUDGED
     return check(chunks, progress, ahead="sure" if sure else "doubtful")
 
 
@@ -224,8 +225,8 @@ def check(
 
     How much of a deviation a chunk keeps is found out if it is in doubt whether defects add up.
     Ahead of any question, it is found out always, if iterations are not expected to prove the
-    convergence, or never. Starts that no iteration has judged are right, too, if what they are off
-    by is forgotten.
+    convergence, or never. Starts whose error no iteration has told are right, too, if what they are
+    off by is forgotten.
     """
     ends, states = chunks.trajectory(progress.starts)
     scale = chunks.fine_scale(progress.starts, ends)
@@ -239,7 +240,8 @@ def check(
     elif ahead == "doubtful":
         kept = measure()
         right = jnp.all(norms == 0) | is_forgotten(norms, kept)
-        error = jnp.where((progress.iteration == 0) & right, 0.0, progress.error)
+        unjudged = progress.iteration < _JUDGED
+        error = jnp.where(unjudged & right, 0.0, progress.error)
     else:
         doubtful = ~trusted & (chunks.scan.cumulative_sum(norms)[-1] > 1)
         kept, error = _if_doubtful(doubtful, measure, defects, norms), progress.error
