@@ -2,7 +2,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ _Combine = Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]]
 def _prefixes(combine: _Combine, elements: PyTree[Array], radix: int) -> PyTree[Array]:
     """All compositions from the first element on; `combine` takes any number of pairs at once."""
     length = num_steps(elements)
-    blocks = _blocks(elements, radix)
+    blocks = _blocks(elements, radix, "edge")
     if num_steps(blocks) == 1:
         return _joined(_chain(combine, _at(blocks, 0), blocks), length)
     summaries = _total(combine, blocks)
@@ -96,7 +96,8 @@ def _solve(compose: _Combine, apply: Callable[..., Any], elements: Any, radix: i
     """All $h_t = A_t h_{t-1} + b_t$ with $h_{-1} = 0$. Blocks are passed over again with the state
     that arrives, which needs no products of matrices."""
     length = num_steps(elements)
-    blocks = _blocks(elements, radix)
+    # Zeros fuse into what reads them.
+    blocks = _blocks(elements, radix, "constant")
 
     def step(h, element):
         matrix, offset = element
@@ -109,16 +110,18 @@ def _solve(compose: _Combine, apply: Callable[..., Any], elements: Any, radix: i
     return _joined(_chain(step, step(starts, _at(blocks, 0)), blocks), length)
 
 
-def _blocks(elements: PyTree[Array], radix: int) -> PyTree[Array]:
-    """`(length, ...) -> (blocks, radix, ...)`; the last element is repeated to fill the last."""
+def _blocks(
+    elements: PyTree[Array], radix: int, fill: Literal["edge", "constant"]
+) -> PyTree[Array]:
+    """`(length, ...) -> (blocks, radix, ...)`. The last block is filled with the last element, or
+    with zeros."""
     length = num_steps(elements)
     radix = min(radix, length)
     count = math.ceil(length / radix)
     surplus = count * radix - length
 
     def one(x):
-        if surplus:
-            x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (surplus, *x.shape[1:]))])
+        x = jnp.pad(x, [(0, surplus)] + [(0, 0)] * (x.ndim - 1), mode=fill)
         return x.reshape(count, radix, *x.shape[1:])
 
     return jtu.tree_map(one, elements)
