@@ -3,12 +3,13 @@
 import math
 from typing import NamedTuple
 
-from ._platform import chosen_platform
+from ._platform import chosen_platform, kernels_enabled
 from ._recurrence import Recurrence
 from ._traits import listed
 from .adjoints import AbstractAdjoint, ClippedAdjoint, OnePassAdjoint
 from .adjoints._wrapped import as_adjoint, default_adjoint
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
+from .sweeps._named import why_no_kernel
 
 # Beyond this many state elements a dense Newton correction costs more than the sweeps that it
 # saves.
@@ -118,6 +119,9 @@ def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolve
     if solver.overlap:
         reason += f", which start {solver.overlap} steps early: if the state is forgotten by then"
         reason += ", no tangents are needed"
+    if kernels_enabled(platform):
+        why = why_no_kernel(recurrence.step, recurrence.init, recurrence.xs)
+        reason += ", in one kernel" if why is None else f". There is no kernel: {why}"
     return solver, reason + "."
 
 

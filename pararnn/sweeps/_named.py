@@ -31,10 +31,13 @@ def default_sweep_method(num_steps: int, platform: str | None = None) -> SweepMe
 def uses_kernel(step: Step, init: PyTree[Any], xs: PyTree[Any], platform: str | None) -> bool:
     """Whether steps of a recurrence become a kernel where nothing is asked for: if kernels are
     switched on, and this one can be generated."""
-    if not kernels_enabled(platform):
-        return False
+    return kernels_enabled(platform) and why_no_kernel(step, init, xs) is None
+
+
+def why_no_kernel(step: Step, init: PyTree[Any], xs: PyTree[Any]) -> str | None:
+    """Why the steps of a recurrence cannot become a kernel, or `None` if they can."""
     start = jtu.tree_map(lambda h: jax.ShapeDtypeStruct((1, *h.shape), h.dtype), init)
-    return unsupported(step, start, xs) is None
+    return unsupported(step, start, xs)
 
 
 def as_sweep(name: str, method: Any) -> AbstractSweep:

@@ -137,6 +137,10 @@ def test_the_switch(monkeypatch):
     assert prnn.Newton().resolved(recurrence, "cpu").sweep_method == "scan"
     assert prnn.Sequential().resolved(recurrence, "cuda").sweep_method == "kernel"
     assert prnn.Sequential().resolved(recurrence, "tpu").sweep_method is None
+    _, reason = prnn.select_solver(diagonal.step, long, jnp.zeros(2), platform="cuda")
+    assert reason.endswith("16 chunks of 64 steps, in one kernel.")
+    _, reason = prnn.select_solver(odd.step, long, jnp.zeros(2), platform="cuda")
+    assert "There is no kernel: the step uses `sort`." in reason
     monkeypatch.setenv("PARARNN_KERNELS", "yes")
     with pytest.raises(ValueError, match="PARARNN_KERNELS must be 0 or 1; got 'yes'"):
         prnn.Newton().resolved(recurrence, "cuda")
