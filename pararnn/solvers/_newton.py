@@ -28,8 +28,8 @@ class Newton(AbstractIterativeSolver):
     diagonal cell, the number of state elements for a dense one.
 
     `chunk_size=None` is 1 for diagonal and block-diagonal structures, and about the square root of
-    the length for dense ones, so that no more than `sqrt(L)` Jacobians are stored; on an
-    accelerator it is 32.
+    the length for dense ones, so that no more than `sqrt(L)` Jacobians are stored. On an
+    accelerator it is 32, or 64 in kernels; 32 divided by the number of tangents if these are 2 to 4.
 
     See [`pararnn.solvers.AbstractIterativeSolver`][] for the arguments.
     """

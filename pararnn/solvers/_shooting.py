@@ -165,13 +165,16 @@ class AbstractIterativeSolver(AbstractSolver):
         chunk_size, sweep = self.chunk_size, self.sweep_method
         if sweep is None and uses_kernel(recurrence.step, recurrence.init, recurrence.xs, platform):
             sweep = "kernel"
+        seeds = structure.num_seeds(size)
         if chunk_size is None and not on_cpu and self.accelerator_chunk_size is not None:
-            # Kernels keep what they carry in registers for any number of steps.
-            chunk_size = self.accelerator_chunk_size * (2 if sweep == "kernel" else 1)
+            chunk_size = self.accelerator_chunk_size
+            if sweep == "kernel":  # a loop, whose program does not grow with its turns
+                chunk_size *= 2
+            elif seeds < min(size, _FEW_SEEDS + 1):  # written out, each takes long to compile
+                chunk_size //= seeds
         if chunk_size is None:
             chunk_size = self.default_chunk_size(structure, length, size)
         chunk_size = min(chunk_size, length)
-        seeds = structure.num_seeds(size)
         forgetful = not on_cpu and seeds == size > 1
         overlap = _OVERLAP if forgetful and self.accelerator_chunk_size is not None else 0
         overlap = min(overlap if self.overlap is None else self.overlap, chunk_size)
