@@ -29,7 +29,8 @@ class Newton(AbstractIterativeSolver):
 
     `chunk_size=None` is 1 for diagonal and block-diagonal structures, and about the square root of
     the length for dense ones, so that no more than `sqrt(L)` Jacobians are stored. On an
-    accelerator it is 32, or 64 in kernels; 32 divided by the number of tangents if these are 2 to 4.
+    accelerator it is 64 in kernels; otherwise 32, divided by the number of tangents if that is at
+    most 4.
 
     See [`pararnn.solvers.AbstractIterativeSolver`][] for the arguments.
     """
