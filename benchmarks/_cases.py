@@ -94,7 +94,7 @@ def measure(case: Case, *, repetitions: int, limit: float, title: str | None) ->
             lambda cell, xs: states_of(cell, cell.project(xs) if case.project else xs)
         )
 
-    runs = {"lax.scan": make(_scan)}
+    runs = {"lax.scan": make(scanned)}
     for name in case.solvers:
         runs[name] = over_batch(_equinox) if name == EQUINOX else make(_solve(parse_solver(name)))
     rows = compare(
@@ -118,25 +118,28 @@ def _bytes(tree):
     return sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
 
 
-def _scan(cell, us):
+def scanned(cell, us):
+    """All states by the plain scan, and no statistics."""
     return scan_states(cell.step, us, cell.init_state()), None
 
 
-def _solve(solver):
-    def states_of(cell, us):
-        solution = prnn.solve(
-            cell.step,
-            us,
-            cell.init_state(),
-            solver=solver,
-            adjoint=solver,
-            structure=cell.structure,
-            algebra=cell.algebra,
-            throw=False,
-        )
-        return solution.states, solution.stats
+def solved(cell, us, solver, adjoint):
+    """All states by a solve, and its statistics."""
+    solution = prnn.solve(
+        cell.step,
+        us,
+        cell.init_state(),
+        solver=solver,
+        adjoint=adjoint,
+        structure=cell.structure,
+        algebra=cell.algebra,
+        throw=False,
+    )
+    return solution.states, solution.stats
 
-    return states_of
+
+def _solve(solver):
+    return lambda cell, us: solved(cell, us, solver, solver)
 
 
 def _equinox(cell, xs):

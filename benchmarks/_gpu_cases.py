@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 import pararnn as prnn
-from pararnn.diagnostics import scan_states, select_adjoint, select_solver
+from pararnn.diagnostics import select_adjoint, select_solver
 
-from ._cases import parse_solver
+from ._cases import parse_solver, scanned, solved
 
 SCAN, CHOICE, KERNELS = "lax.scan", "choice", "+kernels"
 _SWITCH = "PARARNN_KERNELS"
@@ -156,20 +156,7 @@ def statistics(problem: Problem, chosen: tuple[Any, Any] | None) -> dict[str, An
 
 
 def _solution(cell: prnn.AbstractCell, inputs: Any, chosen: tuple[Any, Any] | None) -> Any:
-    if chosen is None:
-        return scan_states(cell.step, inputs, cell.init_state()), None
-    solver, adjoint = chosen
-    solution = prnn.solve(
-        cell.step,
-        inputs,
-        cell.init_state(),
-        solver=solver,
-        adjoint=adjoint,
-        structure=cell.structure,
-        algebra=cell.algebra,
-        throw=False,
-    )
-    return solution.states, solution.stats
+    return scanned(cell, inputs) if chosen is None else solved(cell, inputs, *chosen)
 
 
 # --- the questions, the most interesting first -------------------------------------------------

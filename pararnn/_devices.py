@@ -9,7 +9,7 @@ steps of a recurrence too: a step is traced for the arrays that it will meet.
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -20,6 +20,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._misc import num_steps, time_slice
+
+_T = TypeVar("_T")
 
 
 def _arrays(tree: PyTree[Any]) -> list[Array]:
@@ -65,6 +67,19 @@ def place_like(tree: PyTree[Any], like: PyTree[Any]) -> PyTree[Any]:
     """The same values, of a type that varies along all axes along which any array of `like` does.
     For the constants that a loop starts from: what a loop carries keeps its type."""
     return place(tree, varying_axes(like))
+
+
+def once_where(pending: Bool[Array, ""], value: _T, turn: Callable[[_T], _T], scope: str) -> _T:
+    """The `value`, or where it is `pending` what `turn` makes of it. A loop of one turn or none,
+    named `scope`: under `vmap`, a `cond` would run both branches, and copy for each sequence what
+    they close over."""
+
+    def body(carry):
+        return jnp.zeros_like(carry[0]), turn(carry[1])
+
+    with jax.named_scope(scope):
+        carry = place_like((pending, value), (pending, value))
+        return jax.lax.while_loop(lambda carry: carry[0], body, carry)[1]
 
 
 def spread(tree: PyTree[Array], index: Array) -> PyTree[Array]:

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._devices import raiser
+from ._devices import once_where, raiser
 from ._misc import bool_where, struct
 from ._norms import all_finite
 from ._recurrence import Recurrence
 from ._solution import RESULTS, Stats
 from .solvers import AbstractSolver, Report
-from .solvers._base import Outcome, completed
+from .solvers._base import REST, Outcome
 
 _Judged = tuple[PyTree[Array], RESULTS, Stats]
 
@@ -44,7 +44,8 @@ class Solve:
             return self._thrown(judged)
         # To raise is a part of the rest, so that what succeeds is asked only once whether it has.
         failed = judged[1] != RESULTS.successful
-        return completed(judged, failed, lambda states: self._thrown(_judged(rest(states))))
+        turn = lambda last: self._thrown(_judged(rest(last[0])))  # noqa: E731
+        return once_where(failed, judged, turn, REST)
 
     def _thrown(self, judged: _Judged) -> _Judged:
         # Here and not on what `solve` returns, so that derivatives read checked states, too.

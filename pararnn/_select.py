@@ -119,9 +119,11 @@ def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolve
     if solver.overlap:
         reason += f", which start {solver.overlap} steps early: if the state is forgotten by then"
         reason += ", no tangents are needed"
-    if kernels_enabled(platform):
+    if solver.sweep_method == "kernel":
+        reason += ", in one kernel"
+    elif kernels_enabled(platform):
         why = why_no_kernel(recurrence.step, recurrence.init, recurrence.xs)
-        reason += ", in one kernel" if why is None else f". There is no kernel: {why}"
+        reason += f". There is no kernel: {why}"
     return solver, reason + "."
 
 

@@ -3,16 +3,19 @@
 from typing import Any
 
 
-def check_positive_int(name: str, value: Any) -> None:
+def _check_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be a Python int or None; got {value!r}.")
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    _check_int(name, value)
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1; got {value}.")
 
 
 def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be a Python int or None; got {value!r}.")
+    _check_int(name, value)
     if value < 0:
         raise ValueError(f"`{name}` must not be negative; got {value}.")
 

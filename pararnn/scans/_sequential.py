@@ -39,16 +39,11 @@ class Sequential(AbstractScan):
     def affine(self, structure, matrices, offsets, *, reverse=False):
         if offsets.shape[0] == 0:
             return offsets
+
+        def step(h, element):  # without products of matrices
+            matrix, offset = element
+            h = structure.apply(matrix, h) + offset
+            return h, h
+
         start = jnp.zeros_like(offsets[0])
-        return affine_from(start, structure, matrices, offsets, reverse=reverse)
-
-
-def affine_from(start, structure, matrices, offsets, *, reverse=False):
-    """All $h_t = A_t h_{t-1} + b_t$ with $h_{-1}$ = `start`, without products of matrices."""
-
-    def step(h, element):
-        matrix, offset = element
-        h = structure.apply(matrix, h) + offset
-        return h, h
-
-    return jax.lax.scan(step, start, (matrices, offsets), reverse=reverse)[1]
+        return jax.lax.scan(step, start, (matrices, offsets), reverse=reverse)[1]

@@ -2,13 +2,11 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from .._devices import place_like
+from .._devices import once_where
 from .._recurrence import Recurrence
 from .._solution import Stats
 
@@ -17,7 +15,9 @@ Report = Callable[[int, float, int, int], Any]
 # `(states, converged, stats)`, and what makes a better one of its states.
 Outcome = tuple[PyTree[Array], Bool[Array, ""], Stats]
 Rest = Callable[[PyTree[Array]], Outcome]
-_T = TypeVar("_T", bound=tuple)
+# The name of the loop that does the rest. It carries the states: it would copy what it closes over
+# and replaces.
+REST = "pararnn_rest"
 
 
 class AbstractSolver(abc.ABC):
@@ -78,17 +78,12 @@ class AbstractSolver(abc.ABC):
         return self
 
 
-def completed(outcome: _T, pending: Bool[Array, ""], rest: Callable[[PyTree[Array]], _T]) -> _T:
-    """The `outcome`, or where it is `pending` what `rest` makes of its states. A loop of one turn
-    or none: under `vmap`, a `cond` would run both branches. The states are carried, as the loop
-    would copy what it closes over and replaces."""
-
-    def turn(carry):
-        return jnp.zeros_like(carry[0]), rest(carry[1][0])
-
-    with jax.named_scope("pararnn_rest"):
-        carry = place_like((pending, outcome), outcome)
-        return jax.lax.while_loop(lambda carry: carry[0], turn, carry)[1]
+def completed(attempted: tuple[Outcome, Rest | None]) -> Outcome:
+    """The outcome of an `attempt`, with the rest where it has not converged."""
+    outcome, rest = attempted
+    if rest is None:
+        return outcome
+    return once_where(~outcome[1], outcome, lambda last: rest(last[0]), REST)
 
 
 def check_tangents(solver: AbstractSolver, recurrence: Recurrence) -> None:

@@ -58,8 +58,7 @@ class AssociativeScan(AbstractSolver):
             )
 
     def solve(self, recurrence, guess, report=None):
-        outcome, rest = self.attempt(recurrence, guess, report)
-        return outcome if rest is None else completed(outcome, ~outcome[1], rest)
+        return completed(self.attempt(recurrence, guess, report))
 
     def attempt(self, recurrence, guess, report=None):
         check_tangents(self, recurrence)

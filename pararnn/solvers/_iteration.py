@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._devices import place_like
+from .._devices import once_where, place_like
 from ._base import Report
 from ._chunks import Chunks, Point
 from ._convergence import History, Measured, Vouched, contradicted, is_forgotten, judge
@@ -244,7 +244,9 @@ def check(
         error = jnp.where(unjudged & right, 0.0, progress.error)
     else:
         doubtful = ~trusted & (chunks.scan.cumulative_sum(norms)[-1] > 1)
-        kept, error = _if_doubtful(doubtful, measure, defects, norms), progress.error
+        unknown = place_like(jnp.full((), jnp.inf, norms.dtype), defects)
+        kept = once_where(doubtful, unknown, lambda _: measure(), "pararnn_kept")
+        error = progress.error
     bad = (error > 1) | contradicted(norms, beyond, kept, trusted, chunks.scan)
     # Across each boundary too, a returned state must be the step of the one before it, even where
     # the step expands differences.
@@ -269,15 +271,3 @@ def _kept(chunks: Chunks, starts, ends, norms, scale) -> Float[Array, ""]:
     tried = starts + factor.astype(defects.dtype) * defects
     pushed = chunks.ends(jnp.concatenate([chunks.first_start, tried]))[1:] - ends[1:]
     return jnp.sum(chunks.tolerance.norm(pushed, scale)) / (factor * jnp.sum(norms))
-
-
-def _if_doubtful(doubtful, measure, defects, norms) -> Float[Array, ""]:
-    """What is measured, or infinity if there is no doubt. A loop of one turn or none: under `vmap`,
-    a `cond` would copy the weights for each sequence."""
-
-    def turn(carry):
-        return jnp.zeros_like(carry[0]), measure()
-
-    unknown = place_like((doubtful, jnp.full((), jnp.inf, norms.dtype)), defects)
-    with jax.named_scope("pararnn_kept"):
-        return jax.lax.while_loop(lambda carry: carry[0], turn, unknown)[1]

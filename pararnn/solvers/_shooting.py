@@ -192,8 +192,7 @@ class AbstractIterativeSolver(AbstractSolver):
     def solve(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
     ) -> Outcome:
-        outcome, rest = self.attempt(recurrence, guess, report)
-        return outcome if rest is None else completed(outcome, ~outcome[1], rest)
+        return completed(self.attempt(recurrence, guess, report))
 
     def attempt(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
