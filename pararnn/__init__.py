@@ -62,6 +62,7 @@ from .solvers import Picard as Picard
 from .solvers import QuasiNewton as QuasiNewton
 from .solvers import Sequential as Sequential
 from .solvers import Speculative as Speculative
+from .solvers import TimeSharded as TimeSharded
 from .structures import AbstractStructure as AbstractStructure
 from .structures import BlockDiagonal as BlockDiagonal
 from .structures import Dense as Dense

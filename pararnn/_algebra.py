@@ -1,9 +1,13 @@
 """Recurrences whose steps compose exactly: closed families of maps from state to state."""
 
 import abc
+import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
+
+from ._misc import bool_where
 
 
 class AbstractAlgebra(abc.ABC):
@@ -29,3 +33,56 @@ class AbstractAlgebra(abc.ABC):
     @abc.abstractmethod
     def apply(self, element: Any, state: PyTree[Array]) -> PyTree[Array]:
         """The map at `state`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WithResets(AbstractAlgebra):
+    """The same family, of steps that start from `reset_state` where a flag is set.
+
+    Its `us` are pairs of the flag and what the `algebra` is given.
+    """
+
+    algebra: AbstractAlgebra
+    reset_state: PyTree[Array]
+
+    def element(self, u):
+        flag, u = u
+        ordinary = self.algebra.element(u)
+        restarted = self.algebra.constant(self.algebra.apply(ordinary, self.reset_state))
+        return bool_where(flag, restarted, ordinary)
+
+    def constant(self, state):
+        return self.algebra.constant(state)
+
+    def compose(self, later, earlier):
+        return self.algebra.compose(later, earlier)
+
+    def apply(self, element, state):
+        return self.algebra.apply(element, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithIdentity(AbstractAlgebra):
+    """The same family and the map that changes nothing, which a step is where a flag is not set.
+
+    Its `us` are pairs of the flag and what the `algebra` is given.
+    """
+
+    algebra: AbstractAlgebra
+
+    def element(self, u):
+        flag, u = u
+        return flag, self.algebra.element(u)
+
+    def constant(self, state):
+        return jnp.asarray(True), self.algebra.constant(state)
+
+    def compose(self, later, earlier):
+        (later_flag, later), (earlier_flag, earlier) = later, earlier
+        both = self.algebra.compose(later, earlier)
+        element = bool_where(later_flag, bool_where(earlier_flag, both, later), earlier)
+        return later_flag | earlier_flag, element
+
+    def apply(self, element, state):
+        flag, element = element
+        return bool_where(flag, self.algebra.apply(element, state), state)

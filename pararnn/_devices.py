@@ -131,18 +131,6 @@ def _print_message(messages, index):
     print(messages[int(index)], flush=True)
 
 
-def check_time_axis(xs: PyTree[Array]) -> None:
-    """Raises if the steps of a sequence lie on several devices, as far as the types tell."""
-    for path, x in jtu.tree_leaves_with_path(xs):
-        axis = jax.typeof(x).sharding.spec[0]
-        if axis is not None:
-            raise ValueError(
-                f"`xs{jtu.keystr(path)}` is sharded along its leading axis, which is time, over "
-                f"the mesh axis {axis!r}; got {jax.typeof(x)}. Shard a batch of sequences instead, "
-                "and use `jax.vmap`."
-            )
-
-
 def typed_struct(tree: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes and dtypes, and what else the types of the arrays say."""
     return typed_result(lambda tree: tree, tree)

@@ -88,13 +88,6 @@ def previous_states(init: PyTree[Array], states: PyTree[Array]) -> PyTree[Array]
     )
 
 
-def next_states(end: PyTree[Array], states: PyTree[Array]) -> PyTree[Array]:
-    """`(states[1], …, states[L-1], end)`: the state after each, if time runs backwards."""
-    return jtu.tree_map(
-        lambda h, h_end: jnp.concatenate([h[1:], jnp.expand_dims(h_end, 0)]), states, end
-    )
-
-
 def or_zeros(tangents: PyTree[Array | None], values: PyTree[Array]) -> PyTree[Array]:
     """The derivatives that go with `values`, zero where they are left out as `None`.
 

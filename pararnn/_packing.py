@@ -9,7 +9,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._devices import spread
+from ._line import Line
 from ._misc import bool_where
+from .scans import Sequential
+from .scans._named import across
 
 
 def segment_starts(segment_ids: Int[Array | np.ndarray, " L"]) -> Bool[Array, " L"]:
@@ -96,6 +99,32 @@ class Packing(eqx.Module):
         """As `pieces`, and all places behind the unmasked steps."""
         behind = jnp.arange(self.order.shape[0]) >= self.count
         return behind if pieces is None else behind | pieces
+
+
+def without_moving(
+    line: Line, mask: Bool[Array, " L"], xs: PyTree[Array], reset: Bool[Array, " L"] | None
+) -> tuple[PyTree[Array], Bool[Array, " L"] | None]:
+    """`(xs, reset)` for a recurrence whose masked steps stay where they are and change nothing,
+    where the steps lie on several devices: plausible inputs in their places, and each reset at the
+    next unmasked step."""
+    some, place = jnp.any(mask), jnp.argmax(mask)
+    here = jtu.tree_map(lambda x: x[place], xs)
+    has_some, firsts = line.gathered((some, here))
+    device = jnp.argmax(has_some)
+
+    def one(x, first):
+        plausible = jnp.where(jnp.any(has_some), first[device], jnp.zeros_like(first[0]))
+        wide = jnp.reshape(mask, (-1, *(1,) * (x.ndim - 1)))
+        return jnp.where(wide, x, jnp.expand_dims(plausible, 0))
+
+    xs = jtu.tree_map(one, xs, firsts)
+    if reset is None:
+        return xs, None
+    scan = across(Sequential(), line)
+    passed = scan.cumulative_sum(reset.astype(np.int32))
+    # How many resets had passed at the unmasked step before each.
+    last = scan.cumulative_max(jnp.where(mask, passed, 0))
+    return xs, mask & (passed > line.earlier(last, jnp.zeros_like(last[0])))
 
 
 def windows_of_pieces(

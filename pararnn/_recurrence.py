@@ -7,10 +7,12 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, PyTree
 
-from ._algebra import AbstractAlgebra
+from ._algebra import AbstractAlgebra, WithIdentity, WithResets
 from ._devices import typed_slice
-from ._misc import bool_where, num_steps, previous_states, raveler
+from ._line import Line
+from ._misc import bool_where, num_steps, raveler
 from ._traits import lacks_derivative, lacks_transpose, shared_axes
+from .scans import AbstractScan
 from .structures import AbstractStructure, detect_structure, is_affine
 
 
@@ -41,6 +43,9 @@ class Recurrence(eqx.Module):
     - `algebra`: the family of maps that the steps belong to, if it is known, or `None`.
     - `reverse`: whether time runs from the last input to the first: $h_t = \mathrm{step}(h_{t+1},
         x_t)$ with $h_L = \mathrm{init}$. Only a solver that declares `runs_backwards` meets it.
+    - `parts`: where the steps lie. If on several devices, `xs` and all states are those of this
+        device, and `init` is the state before the very first step. Only a solver that declares
+        `runs_across` meets that.
     """
 
     step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
@@ -48,6 +53,7 @@ class Recurrence(eqx.Module):
     init: PyTree[Any]
     algebra: AbstractAlgebra | None = eqx.field(static=True)
     reverse: bool = eqx.field(static=True)
+    parts: Line = eqx.field(static=True)
     _found: _Found = eqx.field(static=True)
 
     def __init__(
@@ -61,6 +67,8 @@ class Recurrence(eqx.Module):
         structure: AbstractStructure | None = None,
         algebra: AbstractAlgebra | None = None,
         reverse: bool = False,
+        parts: Line = Line(),  # noqa: B008
+        mask: Bool[Array, " L"] | None = None,
     ):
         """**Arguments:**
 
@@ -69,17 +77,26 @@ class Recurrence(eqx.Module):
         - `structure`, `algebra`: what is known of the step. The structure is detected otherwise,
             when it is first asked for.
         - `reverse`: whether time runs from the last input to the first.
+        - `parts`: where the steps lie; the order of the devices is that of the rows of `xs`.
+        - `mask`: which steps are made; the others leave the state as it is.
         """
         if resets is not None:
             step, xs = _ResettingStep(step, reset_state), (resets, xs)
+        if mask is not None:
+            step, xs = _MaskedStep(step), (mask, xs)
         self.step, self.xs, self.init = step, xs, init
-        self.algebra, self.reverse = algebra, reverse
+        self.algebra, self.reverse, self.parts = algebra, reverse, parts
         self._found = _Found(structure)
 
     @property
     def length(self) -> int:
-        """The number of steps."""
+        """The number of steps, of this device."""
         return num_steps(self.xs)
+
+    @property
+    def line(self) -> Line:
+        """Where the steps lie, in the order of time."""
+        return self.parts.backwards() if self.reverse else self.parts
 
     def at(self, times: slice) -> slice:
         """The rows of the inputs and the states at times that are counted in the direction of the
@@ -99,24 +116,18 @@ class Recurrence(eqx.Module):
 
     def previous(self, states: PyTree[Array]) -> PyTree[Array]:
         """The states that the steps start from, `(init, states[0], …, states[L-2])`."""
-        return previous_states(self.init, states)
+        return self.parts.earlier(states, self.init)
 
     def images(self, states: PyTree[Array]) -> PyTree[Array]:
         """What all steps make of the states that they start from, side by side."""
         return jax.vmap(self.step)(self.previous(states), self.xs)
 
-    def elements(self, algebra: AbstractAlgebra) -> Any:
-        """The elements of an algebra that contains the steps, along the leading axis."""
-        step = self.step
-        if not isinstance(step, _ResettingStep):
-            return jax.vmap(algebra.element)(self.xs)
-
-        def element(flag, x):
-            ordinary = algebra.element(x)
-            restarted = algebra.constant(algebra.apply(ordinary, step.reset_state))
-            return bool_where(flag, restarted, ordinary)
-
-        return jax.vmap(element)(*self.xs)
+    def composed(self, algebra: AbstractAlgebra, scan: AbstractScan) -> PyTree[Array]:
+        """The states by composition of the steps, which the `algebra` contains."""
+        algebra = _lifted(algebra, self.step)
+        elements = jax.vmap(algebra.element)(self.xs)
+        composed = scan.prefixes(lambda earlier, later: algebra.compose(later, earlier), elements)
+        return jax.vmap(algebra.apply, in_axes=(0, None))(composed, self.init)
 
     # --- what is found by tracing the step once -----------------------------------------------
 
@@ -156,6 +167,25 @@ class Recurrence(eqx.Module):
 
     def _example(self) -> tuple[Any, Any, Any]:
         return self.step, self.init, typed_slice(self.xs)
+
+
+def _lifted(algebra: AbstractAlgebra, step: Callable[..., Any]) -> AbstractAlgebra:
+    """The algebra of a step with resets and a mask, from that of the step without."""
+    if isinstance(step, _MaskedStep):
+        return WithIdentity(_lifted(algebra, step.step))
+    if isinstance(step, _ResettingStep):
+        return WithResets(algebra, step.reset_state)
+    return algebra
+
+
+class _MaskedStep(eqx.Module):
+    """A step that is made only where a flag is set."""
+
+    step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
+
+    def __call__(self, state: PyTree[Array], flag_and_x: tuple[Any, Any]) -> PyTree[Array]:
+        flag, x = flag_and_x
+        return bool_where(flag, self.step(state, x), state)
 
 
 class _ResettingStep(eqx.Module):

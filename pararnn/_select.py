@@ -1,14 +1,18 @@
 """Choosing what runs from what is known before running anything; refusing what cannot be right."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxtyping import PyTree
+
+from ._mesh import TimeAxis, find_time_axis, time_axis_of
 from ._platform import chosen_platform, kernels_enabled
 from ._recurrence import Recurrence
 from ._traits import listed
-from .adjoints import AbstractAdjoint, ClippedAdjoint, OnePassAdjoint
+from .adjoints import AbstractAdjoint, ClippedAdjoint, LinearSolveAdjoint, OnePassAdjoint
 from .adjoints._wrapped import as_adjoint, default_adjoint
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
+from .solvers._time_sharded import default_across
 from .sweeps._named import why_no_kernel
 
 # Beyond this many state elements a dense Newton correction costs more than the sweeps that it
@@ -16,6 +20,41 @@ from .sweeps._named import why_no_kernel
 _MAX_DENSE_SIZE = 128
 # Shorter sequences are over before a parallel solve has begun.
 _MIN_LENGTH = 64
+
+
+def within(policy: Any) -> Any:
+    """A solver, or an adjoint, for what lies on one device or several."""
+    return policy.within() if isinstance(policy, AbstractSolver) else policy
+
+
+def time_axis(
+    solver: AbstractSolver | None,
+    adjoint: AbstractSolver | AbstractAdjoint | None,
+    arrays: tuple[PyTree[Any], PyTree[Any]],
+) -> TimeAxis | None:
+    """Where time is cut: as `solver` or `adjoint` say, or, if there is no solver, as the inputs lie
+    already.
+
+    Raises a `ValueError` if they contradict each other.
+
+    **Arguments:**
+
+    - `solver`, `adjoint`: what was asked for.
+    - `arrays`: the inputs of the recurrence, and the state before the first step.
+    """
+    named = [policy.axis for policy in (solver, adjoint) if policy is not None]
+    axes = {axis for axis in named if axis is not None}
+    if len(axes) > 1:
+        raise ValueError(f"`solver` and `adjoint` cut time along different axes: {axes}.")
+    lies = time_axis_of(arrays[0])
+    if not axes and lies is not None and solver is not None:
+        raise ValueError(
+            "`xs` is sharded along its leading axis, which is time, over the mesh axis "
+            f"{lies!r}. Use `solver=pararnn.TimeSharded({lies!r}, {type(solver).__name__}(…))`; or "
+            "shard a batch of sequences instead, and use `jax.vmap`."
+        )
+    axis = next(iter(axes), lies)
+    return None if axis is None else find_time_axis(axis, arrays)
 
 
 class Choice(NamedTuple):
@@ -51,6 +90,7 @@ def choose(
     """
     platform = chosen_platform(platform)
     _check_shared_axes(recurrence, solver=solver, adjoint=adjoint)
+    _check_across(recurrence, solver=solver)
     reason = "It was asked for."
     if solver is None:
         solver, reason = _select_solver(recurrence, platform)
@@ -64,6 +104,11 @@ def choose(
 
 
 def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | AbstractAdjoint | None):
+    if recurrence.line.is_cut and recurrence.shared_axes:
+        raise ValueError(
+            f"`step` exchanges values along {listed(recurrence.shared_axes)}: the sequences of a "
+            "batch must go through their steps together, which cannot lie on several devices."
+        )
     for name, value in policies.items():
         if value is None or value.stepwise or not recurrence.shared_axes:
             continue
@@ -75,8 +120,22 @@ def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | Abst
         )
 
 
+def _check_across(recurrence: Recurrence, **policies: AbstractSolver | None):
+    for name, value in policies.items():
+        if recurrence.line.is_cut and value is not None and not value.runs_across:
+            raise ValueError(
+                f"`{name}={type(value).__name__}(…)` does not say that it solves a recurrence "
+                "whose steps lie on several devices (`runs_across`)."
+            )
+
+
 def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolver, str]:
     length, size = recurrence.length, recurrence.size
+    if recurrence.line.is_cut and platform == "cpu":
+        return default_across(recurrence, platform), (
+            "On CPU devices, the part of each starts 128 steps early: if the state is forgotten by "
+            "then, all devices together do the work of one pass of `lax.scan`."
+        )
     if platform == "cpu":
         return Sequential(), (
             "On a CPU, one pass of `lax.scan` is near the machine's limit; parallel sweeps do the "
@@ -147,12 +206,14 @@ def _select_adjoint(
         )
     else:
         chosen = as_adjoint(adjoint)
+    if recurrence.line.is_cut and chosen.stepwise and not recurrence.has_all_tangents:
+        chosen = LinearSolveAdjoint(default_across(recurrence, platform))
     backward = chosen.backward_solver
     if backward is None or recurrence.has_all_tangents:
         return chosen, reason
     # There is no map from tangents to tangents to solve with and to transpose; but what flows back
     # can be solved for.
     reason = "The step has no derivative in forward mode: only what flows back can be solved for."
-    if adjoint is None:
+    if adjoint is None and not recurrence.line.is_cut:
         return OnePassAdjoint(), reason
     return ClippedAdjoint(math.inf, backward), reason

@@ -24,14 +24,16 @@ from ._checks import (
     check_xs,
     to_arrays,
 )
-from ._devices import check_time_axis, convert_step, mesh_context, place, typed_slice, varying_axes
+from ._devices import convert_step, mesh_context, place, typed_slice, varying_axes
 from ._jit import is_traced, run_jitted
+from ._line import AxisName, Line
+from ._mesh import TimeAxis, over_devices
 from ._misc import num_steps, raveler, struct
 from ._norms import all_finite
 from ._outcome import Solve, call_site, errors_of_steps, fail_unless_successful
-from ._packing import Packing
+from ._packing import Packing, without_moving
 from ._recurrence import Recurrence, precise
-from ._select import choose
+from ._select import choose, time_axis, within
 from ._solution import RESULTS, Solution, Stats
 from ._traits import check_unmasked
 from .adjoints import AbstractAdjoint
@@ -121,7 +123,6 @@ def solve(
     check_algebra(algebra)
     xs, init = to_arrays("xs", xs), to_arrays("init", init)
     check_xs(xs)
-    check_time_axis(xs)
     check_init(init)
     length = num_steps(xs)
     if reset is not None:
@@ -142,7 +143,8 @@ def solve(
         raise TypeError(f"`verbose` must be True, False or a function; got {verbose!r}.")
     report = (_print_progress if verbose else None) if isinstance(verbose, bool) else verbose
     known = {"structure": structure, "algebra": algebra}
-    policy = _Policy(solver, adjoint, report, batch_size((step, xs, init)))
+    time = time_axis(solver, adjoint, (xs, init)) if length else None
+    policy = _Policy(within(solver), within(adjoint), report, batch_size((step, xs, init)), time)
     args = (xs, init, reset, reset_state, mask, guess, known, policy)
     with mesh_context((step, args)):
         return _run(step, args, throw)
@@ -165,16 +167,39 @@ def _run(step, args, throw) -> Solution:
 
 
 class _Policy(NamedTuple):
-    """How to solve, as far as it was said."""
+    """How to solve, as far as it was said; and where time is cut, if it is."""
 
     solver: AbstractSolver | None
     adjoint: AbstractSolver | AbstractAdjoint | None
     report: Report | None
     batch: int
+    time: TimeAxis | None
+
+    @property
+    def axis(self) -> AxisName | None:
+        return None if self.time is None else self.time.axis
 
 
 def _solve(step, xs, init, reset, reset_state, mask, guess, known, policy, throw) -> Solution:
-    length = num_steps(xs)
+    if policy.time is None or policy.time.mesh is None:
+        return _solve_here(step, xs, init, reset, reset_state, mask, guess, known, policy, throw)
+
+    def solve_part(cut, whole, real):
+        (xs, reset, mask, guess), (init, reset_state) = cut, whole
+        mask = real if mask is None else mask if real is None else mask & real
+        solution = _solve_here(
+            step, xs, init, reset, reset_state, mask, guess, known, policy, throw
+        )
+        return solution.states, (solution.final, solution.result, solution.stats)
+
+    cut, whole = (xs, reset, mask, guess), (init, reset_state)
+    states, rest = over_devices(policy.time, solve_part, cut, whole)
+    return Solution(states, *rest)
+
+
+def _solve_here(step, xs, init, reset, reset_state, mask, guess, known, policy, throw) -> Solution:
+    """The part of a solve that lies on this device, or all of it."""
+    length, line = num_steps(xs), Line(policy.axis)
     # Hoists whatever `step` closes over, so that derivative rules see it as an argument.
     data = xs, init, guess, reset, reset_state, mask
     step = precise(ExplainedStep(step))
@@ -184,18 +209,31 @@ def _solve(step, xs, init, reset, reset_state, mask, guess, known, policy, throw
     if length == 0:
         states = jtu.tree_map(lambda h: jnp.zeros((0, *h.shape), h.dtype), init)
         return Solution(states, init, RESULTS.successful, _no_stats())
-    packing = None if mask is None else Packing(mask)
-    if packing is not None:
+    packing = None
+    if mask is not None:
         check_unmasked(converted, init, typed_slice(xs))
+    if mask is not None and line.is_cut:
+        xs, reset = without_moving(line, mask, xs, reset)
+    elif mask is not None:
+        packing, mask = Packing(mask), None
         xs, guess = packing.compact((xs, guess))
         reset = packing.resets(None if reset is None else packing.pieces(reset))
-    recurrence = Recurrence(converted, xs, init, resets=reset, reset_state=reset_state, **known)
+    recurrence = Recurrence(
+        converted,
+        xs,
+        init,
+        resets=reset,
+        reset_state=reset_state,
+        mask=mask,
+        parts=line,
+        **known,
+    )
     choice = choose(recurrence, policy.solver, policy.adjoint, batch=policy.batch)
     forward = Solve(choice.solver, policy.report, throw)
     states, result, stats = choice.adjoint.solve(forward, recurrence, guess)
     if packing is None:
-        final = jtu.tree_map(lambda h: h[-1], states)
-        return Solution(states, final, result, stats)
+        final = line.of_last(jtu.tree_map(lambda h: h[-1], states))
+        return Solution(states, final, *line.agreed((result, stats)))
     return _unpacked(packing, Solution(states, init, result, stats), init, throw)
 
 

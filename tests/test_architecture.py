@@ -13,10 +13,12 @@ PACKAGE = pathlib.Path(pararnn.__file__).parent
 ROOMS = [
     "jaxprs",
     "_misc",
+    "_devices",
+    "_line",
+    "_mesh",
     "_norms",
     "_platform",
     "_settings",
-    "_devices",
     "_batch",
     "kernels",
     "_traits",

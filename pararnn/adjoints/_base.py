@@ -21,6 +21,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._line import AxisName
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver
 
@@ -34,6 +35,11 @@ class AbstractAdjoint(abc.ABC):
 
     # Whether it makes one step after another and does nothing else, as for a solver.
     stepwise: ClassVar[bool] = False
+
+    @property
+    def axis(self) -> AxisName | None:
+        """Along which axis of a mesh its solver cuts time, `None` if it does not say."""
+        return None
 
     @abc.abstractmethod
     def solve(

@@ -13,7 +13,6 @@ from .._misc import flip_time, is_complex, or_zeros
 from .._outcome import Solve
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver, Sequential
-from ._backwards import backward_inputs
 from ._base import AbstractAdjoint, Forward
 from ._wrapped import default_adjoint
 
@@ -41,6 +40,10 @@ class ClippedAdjoint(AbstractAdjoint):
     limit: float
     solver: AbstractSolver = Sequential()
 
+    @property
+    def axis(self):
+        return self.solver.axis
+
     def __post_init__(self):
         if isinstance(self.limit, bool) or not isinstance(self.limit, (int, float)):
             raise TypeError(f"`limit` must be a Python float; got {self.limit!r}.")
@@ -62,17 +65,20 @@ class ClippedAdjoint(AbstractAdjoint):
 
 
 class _ClippedPull(eqx.Module):
-    """One step backwards: an ordinary step of a recurrence whose state is the cotangent."""
+    """One step backwards: an ordinary step of a recurrence whose state is what has flowed through
+    the step already, so that all steps meet inputs of their own time."""
 
     step: Callable[[Any, Any], Any]
     limit: float
 
-    def __call__(self, cotangent: PyTree[Array], inputs: tuple[Any, Any, Any]) -> PyTree[Array]:
+    def __call__(self, pulled: PyTree[Array], inputs: tuple[Any, Any, Any]) -> PyTree[Array]:
         state, x, g = inputs
-        (pulled,) = jax.vjp(lambda s: self.step(s, x), state)[1](cotangent)
-        total = jtu.tree_map(jnp.add, pulled, g)
+        total = self.clipped(jtu.tree_map(jnp.add, pulled, g))
+        return jax.vjp(lambda s: self.step(s, x), state)[1](total)[0]
+
+    def clipped(self, cotangents: PyTree[Array]) -> PyTree[Array]:
         # Without a limit the step is affine in the cotangent, and is to be seen to be.
-        return total if self.limit == math.inf else jtu.tree_map(self._clip, total)
+        return cotangents if self.limit == math.inf else jtu.tree_map(self._clip, cotangents)
 
     def _clip(self, x: Array) -> Array:
         if is_complex(x):
@@ -98,15 +104,19 @@ def _solve_clipped_fwd(perturbed, recurrence, guess, forward, adjoint):
 def _solve_clipped_bwd(states, cotangents, perturbed, recurrence, guess, forward, adjoint):
     # Those of states that the loss does not read are left out.
     cotangents = or_zeros(cotangents[0], states)
-    backward = Recurrence(
-        _ClippedPull(recurrence.step, adjoint.limit),
-        backward_inputs(recurrence, states, cotangents),
-        jtu.tree_map(jnp.zeros_like, recurrence.init),
-        # Of a step without tangents it is not known; that of its derivative may be.
-        structure=recurrence.structure if recurrence.has_tangents else None,
-    )
+    step = _ClippedPull(recurrence.step, adjoint.limit)
+    # Of a step without tangents the structure is not known; that of its derivative may be.
+    structure = recurrence.structure if recurrence.has_tangents else None
+    inputs = recurrence.previous(states), recurrence.xs, cotangents
+    nothing = jtu.tree_map(jnp.zeros_like, recurrence.init)
     # A derivative has no place to report a failure: it must always be finished.
     forward = Solve(adjoint.solver.finishing())
-    clipped, _, _ = default_adjoint().solve(forward, backward, None)
+    # Turned around, as the derivatives of what this computes need it.
+    backward = Recurrence(
+        step, flip_time(inputs), nothing, structure=structure, parts=recurrence.parts.backwards()
+    )
+    pulled, _, _ = default_adjoint().solve(forward, backward, None)
+    pulled = recurrence.parts.later(flip_time(pulled), nothing)
+    clipped = step.clipped(jtu.tree_map(jnp.add, pulled, cotangents))
     _, pull = eqx.filter_vjp(lambda recurrence: recurrence.images(states), recurrence)
-    return pull(flip_time(clipped))[0]
+    return pull(clipped)[0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._misc import flip_time, next_states, or_zeros, previous_states
+from .._misc import flip_time, or_zeros
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver, Newton
 from ._base import AbstractLinearAdjoint
@@ -29,6 +29,10 @@ class LinearSolveAdjoint(AbstractLinearAdjoint):
 
     solver: AbstractSolver = Newton()
 
+    @property
+    def axis(self):
+        return self.solver.axis
+
     def resolved(self, recurrence, platform=None, batch=1):
         return LinearSolveAdjoint(self.solver.resolved(recurrence, platform))
 
@@ -39,11 +43,13 @@ class LinearSolveAdjoint(AbstractLinearAdjoint):
     def tangents(self, recurrence, states, tangents):
         images = eqx.filter_checkpoint(lambda recurrence: recurrence.images(states))
         _, offsets = eqx.filter_jvp(images, (recurrence,), (tangents,))
-        offsets = _tied(or_zeros(offsets, states), tangents)
+        offsets = or_zeros(offsets, states)
+        if len(jtu.tree_leaves(offsets)) > 1:
+            offsets = tied(offsets, tangents)
         return _linear_solve(self.solver, recurrence, states, offsets)
 
 
-def _tied(offsets: PyTree[Array], tangents: PyTree[Array | None]) -> PyTree[Array]:
+def tied(offsets: PyTree[Array], tangents: PyTree[Array | None]) -> PyTree[Array]:
     """The same numbers, each of which depends on all `tangents` as far as JAX can tell.
 
     `custom_linear_solve` can be transposed only with respect to all leaves of its right-hand side
@@ -51,8 +57,6 @@ def _tied(offsets: PyTree[Array], tangents: PyTree[Array | None]) -> PyTree[Arra
     constant zero. By selection, as the product of zero and infinity is NaN; XLA removes it.
     """
     leaves, treedef = jtu.tree_flatten(offsets)
-    if len(leaves) == 1:
-        return offsets
     total = sum(jnp.sum(t).real.astype(jnp.float32) for t in jtu.tree_leaves(tangents))
     tied = [jnp.where(jnp.zeros_like(b, bool), jnp.asarray(total, b.dtype), b) for b in leaves]
     return jtu.tree_unflatten(treedef, tied)
@@ -66,6 +70,7 @@ def _linear_solve(
     zero = jtu.tree_map(jnp.zeros_like, recurrence.init)
     # A Jacobian that has the structure has its transpose in the structure, too.
     structure = recurrence.structure
+    line = recurrence.parts
 
     def push(state: Any, x: Any, tangent: Any):
         return jax.jvp(lambda s: step(s, x), (state,), (tangent,))[1]
@@ -83,9 +88,10 @@ def _linear_solve(
 
     def through(linear_step, inputs, reverse=False):
         turned = reverse and not solver.runs_backwards
-        inputs = flip_time(inputs) if turned else inputs
+        inputs, parts = (flip_time(inputs), line.backwards()) if turned else (inputs, line)
+        reverse = reverse and not turned
         linear = Recurrence(
-            linear_step, inputs, zero, structure=structure, reverse=reverse and not turned
+            linear_step, inputs, zero, structure=structure, reverse=reverse, parts=parts
         )
         states = solver.solve_affine(linear)
         return flip_time(states) if turned else states
@@ -95,7 +101,7 @@ def _linear_solve(
 
     @jax.checkpoint
     def residual(v):
-        pushed = jax.vmap(push)(recurrence.previous(states), xs, previous_states(zero, v))
+        pushed = jax.vmap(push)(recurrence.previous(states), xs, line.earlier(v, zero))
         return jtu.tree_map(jnp.subtract, v, pushed)
 
     @functools.partial(jax.checkpoint, static_argnums=0)
@@ -105,7 +111,7 @@ def _linear_solve(
     @functools.partial(jax.checkpoint, static_argnums=0)
     def transpose_solve(_, g):
         pulled = through(pull_step, (recurrence.previous(states), xs, g), reverse=True)
-        return jtu.tree_map(jnp.add, g, next_states(zero, pulled))
+        return jtu.tree_map(jnp.add, g, line.later(pulled, zero))
 
     # JAX traces the transposed solve at once, also where it only pushes tangents.
     transposed = transpose_solve if recurrence.has_cotangents else None

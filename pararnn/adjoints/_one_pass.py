@@ -11,6 +11,7 @@ faster: what moves costs more on a CPU than what is computed.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from .._recurrence import Recurrence
 from .._settings import check_positive_int
 from ..jaxprs._dependence import reaches
 from ._base import AbstractLinearAdjoint
+from ._passed_on import Tangents, across_devices
 
 # Bounds on the steps of a block, and the bytes of its states: with more, what is computed from them
 # would not fit a processor's caches.
@@ -71,31 +73,55 @@ class OnePassAdjoint(AbstractLinearAdjoint):
     def tangents(self, recurrence, states, tangents):
         block_size = self.resolved(recurrence).block_size
         assert block_size is not None
-        if block_size == 1:
-            return _step_by_step(recurrence, states, tangents)
-        return _in_blocks(recurrence, states, tangents, min(block_size, recurrence.length))
+        tangents = Tangents(tangents.step, tangents.xs, tangents.init)
+        if recurrence.line.is_cut:
+            one_pass = functools.partial(_one_pass, block_size)
+            return across_devices(one_pass, recurrence, states, tangents)
+        return _one_pass(block_size, recurrence, states, tangents)
+
+
+def _one_pass(
+    block_size: int,
+    recurrence: Recurrence,
+    states: PyTree[Array],
+    tangents: Tangents,
+    added: PyTree[Array] | None = None,
+) -> PyTree[Array]:
+    """The tangents of all states; `added` is added to those of each step."""
+    added = jtu.tree_map(lambda _: None, states) if added is None else added
+    if block_size == 1:
+        return _step_by_step(recurrence, states, tangents, added)
+    block_size = min(block_size, recurrence.length)
+    return _in_blocks(recurrence, states, tangents, added, block_size)
+
+
+def _plus(a: PyTree[Array], b: PyTree[Array | None]) -> PyTree[Array]:
+    return jtu.tree_map(lambda x, y: x if y is None else x + y, a, b)
 
 
 def _step_by_step(
-    recurrence: Recurrence, states: PyTree[Array], tangents: Recurrence
+    recurrence: Recurrence,
+    states: PyTree[Array],
+    tangents: Tangents,
+    added: PyTree[Array | None],
 ) -> PyTree[Array]:
     init, step_tangent = recurrence.init, tangents.step
 
     # Where the first step starts from is put in there: of all ways to shift the states by one step,
     # only padding leaves the axis of a batch where it is, and others would transpose all of them.
     def push(arriving, inputs):
-        is_first, previous, x, x_tangent = inputs
+        is_first, previous, x, x_tangent, added = inputs
         _, leaving = eqx.filter_jvp(
             lambda step, state, x: step(state, x),
             (recurrence.step, bool_where(is_first, init, previous), x),
             (step_tangent, arriving, x_tangent),
         )
-        leaving = or_zeros(leaving, init)
+        leaving = _plus(or_zeros(leaving, init), added)
         return leaving, leaving
 
     is_first = jnp.arange(recurrence.length) == 0
     shifted = jtu.tree_map(_shifted, states)
-    inputs = is_first, shifted, recurrence.xs, tangents.xs
+    inputs = is_first, shifted, recurrence.xs, tangents.xs, added
     push = jax.checkpoint(push, prevent_cse=False)
     return jax.lax.scan(push, or_zeros(tangents.init, init), inputs)[1]
 
@@ -107,13 +133,17 @@ def _shifted(states: Array) -> Array:
 
 
 def _in_blocks(
-    recurrence: Recurrence, states: PyTree[Array], tangents: Recurrence, block: int
+    recurrence: Recurrence,
+    states: PyTree[Array],
+    tangents: Tangents,
+    added: PyTree[Array | None],
+    block: int,
 ) -> PyTree[Array]:
     step, init, length = recurrence.step, recurrence.init, recurrence.length
     pushes = _Pushes.of(recurrence)
 
     def through_block(arriving, inputs):
-        start, states, xs, xs_tangent = inputs
+        start, states, xs, xs_tangent, added = inputs
         previous = previous_states(start, states)
         _, offsets = eqx.filter_jvp(
             lambda step, xs: jax.vmap(step)(previous, xs), (step, xs), (tangents.step, xs_tangent)
@@ -125,12 +155,13 @@ def _in_blocks(
             v = jtu.tree_map(jnp.add, pushes.apply(varying, shared, v), offset)
             return v, v
 
-        return jax.lax.scan(push, arriving, (varying, or_zeros(offsets, states)))
+        offsets = _plus(or_zeros(offsets, states), added)
+        return jax.lax.scan(push, arriving, (varying, offsets))
 
     through_block = jax.checkpoint(through_block, prevent_cse=False)
     arriving = or_zeros(tangents.init, init)
     whole = length - length % block
-    blocks, rest = _split((states, recurrence.xs, tangents.xs), whole)
+    blocks, rest = _split((states, recurrence.xs, tangents.xs, added), whole)
     blocks = jtu.tree_map(lambda x: x.reshape(whole // block, block, *x.shape[1:]), blocks)
     starts = previous_states(init, jtu.tree_map(lambda s: s[:, -1], blocks[0]))
     arriving, first = jax.lax.scan(through_block, arriving, (starts, *blocks))

@@ -11,8 +11,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from .._line import Line
+from .._misc import num_steps
 from ..structures import AbstractStructure
 
 
@@ -28,6 +31,8 @@ class AbstractScan(abc.ABC):
     # ones are corrected once. Infinite where no products of matrices are formed, which then cannot
     # overflow either.
     accurate_to: ClassVar[float] = 1024
+    # Where the elements lie: on one device, but for what is made of a scan for several.
+    line: ClassVar[Line] = Line()
 
     @abc.abstractmethod
     def prefixes(
@@ -50,6 +55,19 @@ class AbstractScan(abc.ABC):
         A pytree like `elements`.
         """
 
+    def total(
+        self,
+        combine: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]],
+        elements: PyTree[Array],
+    ) -> PyTree[Array]:
+        """The last of the `prefixes`, a single element, of at least one: by pairs of neighbours."""
+        while num_steps(elements) > 1:
+            even = num_steps(elements) // 2 * 2
+            earlier, later = (_rows(elements, slice(i, even, 2)) for i in range(2))
+            joined, odd = jax.vmap(combine)(earlier, later), _rows(elements, slice(even, None))
+            elements = jtu.tree_map(lambda x, y: jnp.concatenate([x, y]), joined, odd)
+        return jtu.tree_map(lambda x: x[0], elements)
+
     def affine(
         self,
         structure: AbstractStructure,
@@ -65,6 +83,21 @@ class AbstractScan(abc.ABC):
 
         return self.prefixes(combine, (matrices, offsets), reverse=reverse)[1]
 
+    def arriving(
+        self,
+        structure: AbstractStructure,
+        matrices: Float[Array, "length *matrix"],
+        offsets: Float[Array, "length size"],
+    ) -> Float[Array, "length size"]:
+        """The state before each step of `affine`, $h_{t-1}$."""
+        states = self.affine(structure, matrices, offsets)
+        return self.line.earlier(states, jnp.zeros_like(offsets[0]))
+
+    @property
+    def local(self) -> "AbstractScan":
+        """The scan of those elements that lie on one device."""
+        return self
+
     def cumulative_max(self, x: Float[Array, "length *rest"]) -> Float[Array, "length *rest"]:
         """The largest number so far, along the leading axis."""
         return jax.lax.cummax(x)
@@ -72,6 +105,10 @@ class AbstractScan(abc.ABC):
     def cumulative_sum(self, x: Float[Array, "length *rest"]) -> Float[Array, "length *rest"]:
         """The sum so far, along the leading axis."""
         return jnp.cumsum(x, axis=0)
+
+
+def _rows(tree: PyTree[Array], rows: slice) -> PyTree[Array]:
+    return jtu.tree_map(lambda x: x[rows], tree)
 
 
 def compose_affine(

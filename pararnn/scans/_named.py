@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
+from .._line import Line
 from .._platform import chosen_platform
+from ._across import Across
 from ._associative import Associative
 from ._base import AbstractScan
 from ._radix import Radix
@@ -37,6 +39,11 @@ def as_scan(name: str, method: Any) -> AbstractScan:
         f'`{name}` must be "sequential", "associative", "radix", a scan (an instance of '
         f"pararnn.scans.AbstractScan), or None; got {_shown(method)}."
     )
+
+
+def across(scan: AbstractScan, line: Line) -> AbstractScan:
+    """The scan for elements that lie as `line` says, of which `scan` does those of one device."""
+    return Across(scan, line) if line.is_cut else scan
 
 
 def _shown(method: Any) -> str:

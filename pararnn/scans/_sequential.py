@@ -36,6 +36,13 @@ class Sequential(AbstractScan):
 
         return jtu.tree_map(join, first, out)
 
+    def total(self, combine, elements):
+        first = jtu.tree_map(lambda x: x[0], elements)
+        others = jtu.tree_map(lambda x: x[1:], elements)
+        if num_steps(others) == 0:
+            return first
+        return jax.lax.scan(lambda t, e: (combine(t, e), None), first, others)[0]
+
     def affine(self, structure, matrices, offsets, *, reverse=False):
         if offsets.shape[0] == 0:
             return offsets

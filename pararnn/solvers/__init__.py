@@ -16,3 +16,4 @@ from ._newton import QuasiNewton as QuasiNewton
 from ._sequential import Sequential as Sequential
 from ._shooting import AbstractIterativeSolver as AbstractIterativeSolver
 from ._speculative import Speculative as Speculative
+from ._time_sharded import TimeSharded as TimeSharded

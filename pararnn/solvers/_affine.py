@@ -4,28 +4,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from .._devices import place_like
 from .._norms import all_finite
-from ._chunks import Chunks, finish_sequentially
-from ._convergence import first_index
+from ._chunks import Chunks
+from ._finish import finish_sequentially
 
 
 def shoot_once(chunks: Chunks) -> PyTree[Array]:
     """The solution of a recurrence that is affine in the state and starts from zero, by one exact
     correction."""
     recurrence, scan = chunks.recurrence, chunks.scan
-    starts = jnp.zeros((chunks.num_chunks - 1, chunks.size), chunks.dtype)
+    starts = jnp.zeros((chunks.num_chunks, chunks.size), chunks.dtype)
+    starts = place_like(starts, chunks.first_start)
     point = chunks.sweep(starts)
     if chunks.chunk_size > 1:
         starts, replaced = chunks.correct(point)
         _, states = chunks.trajectory(starts)
-        first_step = chunks.chunk_size * (1 + first_index(replaced))
-        return finish_sequentially(recurrence, states, first_step, chunks.chunk_size)
+        return finish_sequentially(recurrence, states, replaced, chunks.chunk_size)[0]
     kept = chunks.linearization.kept
     assert kept is not None and point.jacobians is not None  # an exact method has both
     solution = scan.affine(kept, point.jacobians, point.ends)
     if chunks.length >= scan.accurate_to:
         # The rounding of products grows with their length: once more, for what is missing.
-        starts, _ = chunks.correct(chunks.sweep(solution[:-1]))
+        starts, _ = chunks.correct(chunks.sweep(chunks.arriving(solution)))
         _, states = chunks.trajectory(starts)
     else:
         solution = jnp.flip(solution, 0) if recurrence.reverse else solution
@@ -34,5 +35,5 @@ def shoot_once(chunks: Chunks) -> PyTree[Array]:
         return states
     # A product of matrices may overflow where the products with the vector do not.
     finite = all_finite(states, keep_axes=1)
-    first_step = first_index(~(jnp.flip(finite) if recurrence.reverse else finite))
-    return finish_sequentially(recurrence, states, first_step, chunks.chunk_size)
+    bad = ~(jnp.flip(finite) if recurrence.reverse else finite)
+    return finish_sequentially(recurrence, states, bad, chunks.chunk_size)[0]

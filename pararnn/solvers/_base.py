@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Bool, PyTree
 
 from .._devices import once_where
+from .._line import AxisName
 from .._recurrence import Recurrence
 from .._solution import Stats
 
@@ -33,6 +34,10 @@ class AbstractSolver(abc.ABC):
     stepwise: ClassVar[bool] = False
     # Whether `solve_affine` heeds `recurrence.reverse`; the inputs of others are turned around.
     runs_backwards: ClassVar[bool] = False
+    # Whether it solves a recurrence whose steps lie on several devices.
+    runs_across: ClassVar[bool] = False
+    # Along which axis of a mesh it asks for that.
+    axis: ClassVar[AxisName | None] = None
 
     @abc.abstractmethod
     def solve(
@@ -66,6 +71,10 @@ class AbstractSolver(abc.ABC):
         """All states of a recurrence of at least one step that is affine in the state and starts
         from zero: that of a derivative, which has no place to report a failure. Must always end
         with the solution; `pararnn.Sequential().solve_affine(recurrence)` is one way."""
+
+    def within(self) -> "AbstractSolver | None":
+        """What it solves with, `None` if that is to be chosen. By default itself."""
+        return self
 
     def finishing(self) -> "AbstractSolver":
         """This solver, such that it always ends with the solution, for what cannot report a

@@ -1,18 +1,18 @@
 """A recurrence cut into chunks: sweeps over them, corrections of their starts, and the finish."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from .._devices import place_like, spread
-from .._misc import bool_where, raveler
+from .._devices import place_like
+from .._misc import raveler
 from .._norms import alignment
 from .._recurrence import Recurrence
 from ..scans import AbstractScan
+from ..scans._named import across
 from ..sweeps import AbstractSweep, Rows
 from ._linearization import Linearization
 from ._tolerance import Tolerance
@@ -22,21 +22,26 @@ _SAME_WAY = 0.5
 
 
 class Point(NamedTuple):
-    """The starts of all chunks but the first, and what a sweep found from there: the ends of all
-    chunks, and their Jacobians as far as the method wants them."""
+    """The starts of all chunks, and what a sweep found from there: the ends, what arrives at each
+    chunk from the one before, and the chunks' Jacobians as far as the method wants them."""
 
-    starts: Float[Array, "starts size"]
+    starts: Float[Array, "chunks size"]
     ends: Float[Array, "chunks size"]
+    arriving: Float[Array, "chunks size"]
     jacobians: Float[Array, "chunks *matrix"] | None
 
     @property
-    def defects(self) -> Float[Array, "starts size"]:
-        """By how much each start is not the end of the chunk before."""
-        return self.ends[:-1] - self.starts
+    def defects(self) -> Float[Array, "chunks size"]:
+        """By how much each start is not what arrives there. That of the first chunk of all is known
+        and has none."""
+        return self.arriving - self.starts
 
 
 class Chunks:
     """A recurrence cut into chunks, with the operations on the vectors of chunk starts and ends.
+
+    Where the steps lie on several devices, so do the chunks: all arrays are of those of this
+    device, and each has at least one.
 
     **Arguments:**
 
@@ -46,6 +51,9 @@ class Chunks:
     - `scan`: how the linear recurrence over the chunks is solved.
     - `sweep`: how the steps of the chunks are made.
     - `rtol`, `atol`: as for a solver.
+    - `window`: if not 0, how many of the last steps of a chunk are tried to find out how exact its
+        end can be, and what it keeps of a deviation: less work, and a stricter judgement. At most a
+        chunk.
     """
 
     def __init__(
@@ -57,13 +65,15 @@ class Chunks:
         sweep: AbstractSweep,
         rtol: float | None,
         atol: float,
+        window: int = 0,
     ):
-        self.recurrence, self.linearization, self.scan = recurrence, linearization, scan
+        self.recurrence, self.linearization, self.window = recurrence, linearization, window
+        self.line, self.scan = recurrence.line, across(scan, recurrence.line)
         self.length = recurrence.length
         self.chunk_size = min(chunk_size, self.length)
         self.num_chunks = -(-self.length // self.chunk_size)
         self.ravel, self.unravel, self.size, self.dtype = raveler(recurrence.init)
-        self.tolerance = Tolerance(recurrence.init, recurrence.structure, scan, rtol, atol)
+        self.tolerance = Tolerance(recurrence.init, recurrence.structure, self.scan, rtol, atol)
         self._step, self._xs = recurrence.step, recurrence.xs
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
         self._sweep = sweep
@@ -77,29 +87,49 @@ class Chunks:
         rows = self.recurrence.at(slice(first, stop, self.chunk_size))
         return jtu.tree_map(lambda x: x[rows], tree)
 
-    def guess(self, guess: PyTree[Array] | None, overlap: int = 0) -> Float[Array, "starts size"]:
-        """The starts of all chunks but the first: a user's guess, or `step(init, x)` at the step
-        before. With an `overlap`, of at most a chunk, the states that so many steps lead to from
-        guesses before them."""
-        count, first = self.num_chunks - 1, self.chunk_size - 1 - overlap
-        missing = first < 0  # a whole chunk earlier, the first of them starts where chunk 0 does
-        first, count = (self.chunk_size - 1, count - 1) if missing else (first, count)
+    def arriving(self, ends: Float[Array, "chunks size"]) -> Float[Array, "chunks size"]:
+        """What arrives at each chunk: the end of the one before, or where all begins."""
+        return self.line.earlier(ends, self.first_start[0])
+
+    @property
+    def is_first(self) -> Bool[Array, " chunks"]:
+        """Which chunk is the first of all."""
+        return self.line.positions(self.num_chunks) == 0
+
+    @property
+    def _num_followed(self) -> int:
+        """How many chunks are followed by another, and so have all their steps."""
+        return self.num_chunks if self.line.is_cut else self.num_chunks - 1
+
+    def _arriving(self, ends: Float[Array, "followed size"]) -> Float[Array, "chunks size"]:
+        """As `arriving`, if what nothing follows has been left out."""
+        missing = self.num_chunks - len(ends)
+        return self.arriving(jnp.pad(ends, [(0, missing), (0, 0)]))
+
+    def guess(self, guess: PyTree[Array] | None, overlap: int = 0) -> Float[Array, "chunks size"]:
+        """The starts of all chunks: a user's guess, or `step(init, x)` at the step before. With an
+        `overlap`, of at most a chunk, the states that so many steps lead to from guesses before
+        them."""
+        count, before = self._num_followed, self.chunk_size - 1 - overlap
+        whole = before < 0  # from the guessed starts themselves
+        first = self.chunk_size - 1 if whole else before
         if guess is None:
             inputs = self._slice(self._xs, first, count)
             guesses = jax.vmap(self._step, in_axes=(None, 0))(self.recurrence.init, inputs)
         else:
             guesses = self._slice(guess, first, count)
         guesses = jax.vmap(self.ravel)(guesses)
-        if missing:
-            guesses = jnp.concatenate([self.first_start[: self.num_chunks - 1], guesses])
+        guesses = self._arriving(guesses)[:count] if whole else guesses
         guesses = jnp.where(jnp.isfinite(guesses), guesses, 0)
-        if not overlap or self.num_chunks == 1:
-            return guesses
-        rows = self._rows._replace(
-            num_chunks=self.num_chunks - 1, num_steps=overlap, first=self.chunk_size - overlap
-        )
-        ends = self._ends(guesses, rows)
-        return jnp.where(jnp.isfinite(ends), ends, 0)
+        if overlap and count:
+            ends = self._ends(guesses, self._last_rows(overlap))
+            guesses = jnp.where(jnp.isfinite(ends), ends, 0)
+        return self._arriving(guesses)
+
+    def _last_rows(self, count: int) -> Rows:
+        """The last steps of all chunks that are followed by another."""
+        first = self.chunk_size - count
+        return self._rows._replace(num_chunks=self._num_followed, num_steps=count, first=first)
 
     def _ends(self, starts: Float[Array, "n size"], rows: Rows) -> Float[Array, "n size"]:
         """Where any number of starts lead under inputs of their own."""
@@ -124,19 +154,22 @@ class Chunks:
 
     def through_first_chunk(self, vectors: Float[Array, "n size"]) -> Float[Array, "n size"]:
         """What any number of states become under the inputs of the first chunk."""
-        return self._ends(vectors, self._rows._replace(num_chunks=len(vectors), stride=0))
+        rows = self._rows._replace(length=self.chunk_size, num_chunks=len(vectors), stride=0)
+        first = self.recurrence.at(slice(0, self.chunk_size, 1))
+        xs = self.line.of_first(jtu.tree_map(lambda x: x[first], self._xs))
+        return self._lead(self._step, vectors, self._sweep.prepare(xs, rows), rows)
 
-    def sweep(self, starts: Float[Array, "starts size"]) -> Point:
+    def sweep(self, starts: Float[Array, "chunks size"]) -> Point:
         """Runs all chunks, with their tangents."""
         propagated, kept = self.linearization
-        all_starts = jnp.concatenate([self.first_start, starts])
         if propagated is None:
-            ends = self.ends(all_starts)
-            return Point(starts, ends, None if kept is None else jnp.ones_like(ends))
-        ends, jacobians = self._push(propagated, all_starts)
+            ends = self.ends(starts)
+            jacobians = None if kept is None else jnp.ones_like(ends)
+            return Point(starts, ends, self.arriving(ends), jacobians)
+        ends, jacobians = self._push(propagated, starts)
         if kept is not None and kept != propagated:
             jacobians = kept.restrict(propagated, jacobians)
-        return Point(starts, ends, jacobians)
+        return Point(starts, ends, self.arriving(ends), jacobians)
 
     def _push(self, propagated, starts):
         """The ends of all chunks, and their Jacobians."""
@@ -154,61 +187,79 @@ class Chunks:
         tangents = jax.vmap(jax.vmap(ravel))(tangents)
         return jax.vmap(ravel)(ends), propagated.compress(tangents)
 
-    def trajectory(self, starts: Float[Array, "starts size"]):
+    def trajectory(self, starts: Float[Array, "chunks size"]):
         """The ends of all chunks, and the states after every step."""
-        starts = jax.vmap(self.unravel)(jnp.concatenate([self.first_start, starts]))
+        starts = jax.vmap(self.unravel)(starts)
         ends, states = self._sweep.run(self._step, starts, self._inputs, self._rows, keep=True)
         return jax.vmap(self.ravel)(ends), states
 
-    def disturbed_ends(self, starts: Float[Array, "starts size"]) -> Float[Array, "chunks size"]:
-        """The ends of all chunks where each step starts from a disturbed state."""
-        starts = jnp.concatenate([self.first_start, starts])
+    def _disturbed_ends(self, starts: Float[Array, "n size"], rows: Rows) -> Array:
+        """Where chunks lead if each step starts from a disturbed state."""
         times = jnp.arange(self.length)
         places = times % self.chunk_size * self.num_chunks + times // self.chunk_size
-        places = self._sweep.prepare(jnp.flip(places) if self._rows.reverse else places, self._rows)
-        inputs = (places, self._inputs)
-        return self._lead(self._disturbed_step, starts, inputs, self._rows)
+        places = jnp.flip(places) if rows.reverse else places
+        places = self._sweep.prepare(places, rows)
+        inputs = self._inputs if rows == self._rows else self._sweep.prepare(self._xs, rows)
+        return self._lead(self._disturbed_step, starts, (places, inputs), rows)
 
     def _disturbed_step(self, state, inputs):
         place, x = inputs
         return self._step(self.tolerance.disturb(state, place), x)
 
-    def fine_scale(self, starts, ends) -> Float[Array, "starts size"]:
-        """The scale of each element of the starts, from a sweep that has led to `ends`."""
-        return self.tolerance.fine(starts, ends[:-1], self.disturbed_ends(starts)[:-1])
+    def fine_scale(self, starts, arriving, states) -> Float[Array, "chunks size"]:
+        """The scale of each element of the starts, from the sweep that has led to `states`."""
+        if self.window:
+            begin = self._in_window(starts, states)
+            disturbed = self._disturbed_ends(begin, self._last_rows(self.window))
+        else:
+            disturbed = self._disturbed_ends(starts, self._rows)
+        return self.tolerance.fine(starts, arriving, self._arriving(disturbed))
 
-    def mismatches(self, states: PyTree[Array]) -> Float[Array, " starts"]:
-        """By how much the first state of each chunk but the first differs from the step of the
-        state before it, in units of the tolerance."""
-        count = self.num_chunks - 1
-        before = self._slice(states, self.chunk_size - 1, count)
-        got, inputs = self._slice((states, self._xs), self.chunk_size, count)
+    def _in_window(self, starts, states) -> Float[Array, "followed size"]:
+        """The states from which the window of each chunk that is followed by another begins."""
+        if self.window == self.chunk_size:
+            return starts[: self._num_followed]
+        first = self.chunk_size - self.window - 1
+        return jax.vmap(self.ravel)(self._slice(states, first, self._num_followed))
+
+    def deviated_ends(self, starts, states, deviations) -> Float[Array, "n size"]:
+        """Where chunks end that start, or whose windows begin, with a deviation. If there are
+        windows, only of the chunks that are followed by another."""
+        if not self.window:
+            return self.ends(starts + deviations)
+        begin = self._in_window(starts, states)
+        return self._ends(begin + deviations[: len(begin)], self._last_rows(self.window))
+
+    def mismatches(self, arriving, states: PyTree[Array]) -> Float[Array, " chunks"]:
+        """By how much the first state of each chunk differs from the step of the state before it,
+        in units of the tolerance."""
+        before = jax.vmap(self.unravel)(arriving)
+        got, inputs = self._slice((states, self._xs), 0, self.num_chunks)
         images = jax.vmap(self._step)(before, inputs)
-        places = jnp.arange(self.num_chunks - 1)
-        disturbed = jax.vmap(self._disturbed_step)(before, (places, inputs))
+        disturbed = jax.vmap(self._disturbed_step)(before, (jnp.arange(self.num_chunks), inputs))
         got, images, disturbed = (jax.vmap(self.ravel)(x) for x in (got, images, disturbed))
         return self.tolerance.norm(images - got, self.tolerance.fine(got, images, disturbed))
 
-    def correct(self, point: Point) -> tuple[Float[Array, "starts size"], Bool[Array, " starts"]]:
-        """The new starts, and which of them had to be replaced: where the linear recurrence
-        overflows, the Jacobi update stands in, and where that overflows too, the old start."""
-        new = point.ends[:-1]
+    def correct(self, point: Point) -> tuple[Float[Array, "chunks size"], Bool[Array, " chunks"]]:
+        """The new starts; and which of them had to be replaced, or lead to one that had to be:
+        where the linear recurrence overflows, the Jacobi update stands in, and where that overflows
+        too, the old start."""
         kept = self.linearization.kept
         if kept is None or point.jacobians is None:
-            return where_finite(new, point.starts), ~jnp.isfinite(new).all(-1)
-        matrices = self._where_finite(point.jacobians[:-1], 0)
+            return self.usable(point, point.arriving)
+        matrices = self._where_finite(point.jacobians, 0)
         defects = self._where_finite(point.defects, 0)
-        delta = self.scan.affine(kept, matrices, defects)
-        incoming = jnp.concatenate([jnp.zeros_like(delta[:1]), delta])[: len(delta)]
-        return self.usable(point, new + kept.apply(matrices, incoming))
+        # What a correction becomes at the end of its chunk is carried, not the correction itself:
+        # then each device needs the matrices of its own chunks only.
+        moved = self.scan.arriving(kept, matrices, kept.apply(matrices, defects))
+        return self.usable(point, point.arriving + moved)
 
-    def usable(self, point: Point, corrected: Float[Array, "starts size"]):
+    def usable(self, point: Point, corrected: Float[Array, "chunks size"]):
         """As `correct`, for starts that are corrected already, finite or not."""
-        new = point.ends[:-1]
         usable = jnp.isfinite(corrected).all(-1)
         if point.jacobians is not None:
-            usable &= _finite(point.jacobians[:-1]).reshape(-1)
-        starts = self._where_finite(self._where_finite(corrected, new), point.starts)
+            usable &= _finite(point.jacobians).reshape(-1)
+        starts = self._where_finite(self._where_finite(corrected, point.arriving), point.starts)
         return starts, ~usable
 
     def _where_finite(self, x: Array, otherwise: Array | int) -> Array:
@@ -225,7 +276,7 @@ class Chunks:
         If so, more of them will add up; rounding has no direction.
         """
         unravel = jax.vmap(self.unravel)
-        return alignment(unravel(change), unravel(previous)) > _SAME_WAY
+        return alignment(unravel(change), unravel(previous), self.line) > _SAME_WAY
 
 
 def _with_tangents(step):
@@ -246,39 +297,3 @@ def _finite(x: Array) -> Bool[Array, "chunks ..."]:
 
 def where_finite(x: Array, otherwise: Array | int) -> Array:
     return jnp.where(_finite(x), x, otherwise)
-
-
-def finish_sequentially(
-    recurrence: Recurrence, states: PyTree[Array], first_step: Int[Array, ""], chunk_size: int
-) -> PyTree[Array]:
-    """Recomputes `states[first_step:]` one step after another.
-
-    A loop with a dynamic number of turns, none if all has converged, because `vmap` would run both
-    branches of a `cond`. A batched loop also selects over its whole carry at each turn, `states`
-    included, so a turn makes about `sqrt(L)` steps.
-    """
-    step, xs, length = recurrence.step, recurrence.xs, recurrence.length
-    reverse = recurrence.reverse
-    block = chunk_size * max(1, math.isqrt(length) // chunk_size)
-
-    def one(state, x):
-        state = step(state, x)
-        return state, state
-
-    def rows(times):
-        return jnp.where(times < length, length - 1 - times, length) if reverse else times
-
-    def turn(carry):
-        start, state, states = carry
-        index = rows(start + jnp.arange(block))
-        inputs = jtu.tree_map(lambda x: jnp.take(x, index, axis=0, mode="clip"), xs)
-        state, new = jax.lax.scan(one, state, inputs)
-        states = jtu.tree_map(lambda s, n: s.at[index].set(n, mode="drop"), states, new)
-        return start + block, state, states
-
-    before = jtu.tree_map(lambda s: s[rows(first_step - 1)], states)
-    state = bool_where(first_step == 0, recurrence.init, before)
-    xs = spread(xs, first_step)
-    carry = (place_like(first_step, states), state, states)
-    with jax.named_scope("pararnn_finish"):
-        return jax.lax.while_loop(lambda carry: carry[0] < length, turn, carry)[2]

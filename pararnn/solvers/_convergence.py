@@ -1,8 +1,8 @@
 r"""When an iteration may stop: what its corrections and defects tell of the error that remains.
 
 All numbers here are in units of the tolerance (`_tolerance.py`): a start is right if its error is
-at most 1. `changes` below are those of each start in one correction, the first chunk's left out;
-the arrays go over the chunks, in the order of time.
+at most 1. `changes` below are those of each start in one correction;
+the arrays go over the chunks, in the order of time, those of this device if there are several.
 
 Not even Newton's method is trusted to converge quadratically: the structure may be declared
 wrongly, and a custom derivative may not be one. So an error is estimated from what was observed,
@@ -75,7 +75,7 @@ class History(NamedTuple):
 
     correction: Float[Array, ""]
     total: Float[Array, ""]
-    front: Int[Array, ""]
+    front: Float[Array, ""]
     level: Float[Array, ""]
     stalled: Int[Array, ""]
     proven: Bool[Array, ""]
@@ -83,9 +83,9 @@ class History(NamedTuple):
 
     @classmethod
     def none(cls) -> "History":
-        infinite = jnp.asarray(jnp.inf, jnp.float32)
-        zero, no = jnp.asarray(0), jnp.asarray(False)
-        return cls(infinite, infinite, zero, infinite, zero, no, no)
+        infinite, zero = (jnp.asarray(x, jnp.float32) for x in (jnp.inf, 0))
+        no = jnp.asarray(False)
+        return cls(infinite, infinite, zero, infinite, jnp.asarray(0), no, no)
 
     def restarted(self, restart: Bool[Array, ""]) -> "History":
         """With patience, and proofs, from the beginning. The corrections before still tell the
@@ -118,29 +118,39 @@ def judge(
     meant to be exact.
     """
     changes, beyond, pinned = measured.changes, measured.beyond, measured.pinned
-    correction, total = jnp.max(changes), jnp.sum(changes)
+    line, scan = scan.line, scan.local
+    # Whatever is to be known of other devices, in one exchange.
+    front, chunks = first_moved(changes, pinned), len(changes)
+    front = jnp.where(front < chunks, line.index, line.count - 1) * chunks + front
+    level_sum, level_count = level_sums(changes, pinned)
+    maxima = [jnp.max(changes), measured.defect, -front.astype(jnp.float32)]
+    sums = [jnp.sum(changes), jnp.sum(beyond), level_sum, level_count]
+    whole, before = line.across(maxima, sums)
+    correction, defect, front = whole.maxima[0], whole.maxima[1], -whole.maxima[2]
+    total, total_beyond, level_sum, level_count = whole.sums
     # A chunk is as wrong as what arrives from the chunks before it, which adds up where the
     # linearization does not carry it along.
     if quadratic:
         rate = correction / history.correction
-        arriving = scan.cumulative_max(changes)
+        arriving = jnp.maximum(scan.cumulative_max(changes), before.maxima[0])
     else:
         rate = jnp.maximum(correction / history.correction, total / history.total)
-        arriving = scan.cumulative_sum(beyond)
+        arriving = scan.cumulative_sum(beyond) + before.sums[1]
     known = ~first & vouched.complete & tells_a_rate(rate, correction)
     error = jnp.where(known, remaining_error(arriving, rate), jnp.inf)
     at_rest = total == 0
     proven, trusted = history.proven, jnp.zeros_like(history.trusted)
     if quadratic:
-        proven |= proves_linearization(history.correction, measured.defect)
-        noise = vouched.accepted & is_amplified_rounding(measured)
+        proven |= proves_linearization(history.correction, defect)
+        everywhere = measured._replace(changes=correction, defect=defect)
+        noise = vouched.accepted & is_amplified_rounding(everywhere)
         settled = ~first & ((noise & proven) | is_negligible(total))
         error = jnp.where(at_rest | settled | pinned, 0.0, error)
-        trusted = jnp.all(error <= 1)
+        trusted = ~line.any(~jnp.all(error <= 1))
         # Whether rounding adds up, the check of the returned states finds.
-        at_rest |= ~first & vouched.accepted & is_rounding(beyond)
+        at_rest |= ~first & vouched.accepted & is_rounding(total_beyond)
     error = jnp.where(at_rest | pinned, 0.0, error)
-    front, level = first_moved(changes, pinned), mean_level(changes, pinned)
+    level = level_sum / jnp.maximum(level_count, 1)
     nearer = vouched.descended | comes_nearer(front, level, history)
     return error, History(
         correction=correction,
@@ -171,7 +181,7 @@ def is_negligible(total: Float[Array, ""]) -> Bool[Array, ""]:
     return total <= 1
 
 
-def is_rounding(beyond: Float[Array, " starts"]) -> Bool[Array, ""]:
+def is_rounding(beyond: Float[Array, "..."]) -> Bool[Array, ""]:
     """Whether the changes are nothing but the rounding of a few operations."""
     return jnp.all(beyond == 0)
 
@@ -210,15 +220,16 @@ def first_moved(changes: Float[Array, " starts"], pinned: Bool[Array, " starts"]
     return first_index((changes > 1) & ~pinned)
 
 
-def mean_level(changes: Float[Array, " starts"], pinned: Bool[Array, " starts"]) -> Array:
-    """The mean logarithm of the changes, of the starts that are not exact by induction."""
+def level_sums(
+    changes: Float[Array, " starts"], pinned: Bool[Array, " starts"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The sum of the logarithms of the changes, of the starts that are not exact by induction; and
+    the number of these."""
     logs = jnp.where(pinned, 0.0, jnp.log(jnp.clip(changes, 1.0, _HOPELESS)))
-    return jnp.sum(logs) / jnp.maximum(jnp.sum(~pinned, dtype=logs.dtype), 1)
+    return jnp.sum(logs), jnp.sum(~pinned, dtype=logs.dtype)
 
 
-def comes_nearer(
-    front: Int[Array, ""], level: Float[Array, ""], history: History
-) -> Bool[Array, ""]:
+def comes_nearer(front: Array, level: Float[Array, ""], history: History) -> Bool[Array, ""]:
     """Whether the corrections shrink, or more starts came to rest than the one that is guaranteed
     to."""
     return (level < history.level - _LOWER) | (front > history.front + 1)
@@ -227,7 +238,7 @@ def comes_nearer(
 # --- is what is returned right? ---------------------------------------------------------------
 
 
-def is_forgotten(norms: Float[Array, " starts"], kept: Float[Array, ""]) -> Bool[Array, ""]:
+def is_forgotten(norms: Float[Array, "..."], kept: Float[Array, ""]) -> Bool[Array, ""]:
     """Whether defects of these sizes do not add up to more than the tolerance, of which `kept` is
     left after a chunk: a geometric series. A system that does not forget carries every defect on, a
     drift of a few units in the last place too."""
@@ -252,7 +263,6 @@ def contradicted(
     - `kept`: how much of a deviation is left after a chunk.
     - `trusted`: whether the corrections proved the convergence: then defects do not add up.
     """
-    added_up = jnp.where(
-        is_forgotten(norms, kept), scan.cumulative_sum(beyond), scan.cumulative_sum(norms)
-    )
+    largest = scan.line.largest(jnp.max(norms))
+    added_up = scan.cumulative_sum(jnp.where(is_forgotten(largest, kept), beyond, norms))
     return (norms > 1) | ((added_up > 1) & ~trusted)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
+from .._line import Line
 from .._misc import bool_where
 from .._settings import check_tolerance
 from ..scans import AbstractScan
@@ -76,11 +77,12 @@ class LevenbergMarquardt(AbstractIterativeSolver):
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
         return max(1, math.isqrt(length)) if structure.num_seeds(size) > 1 else 1
 
-    def init(self, chunks: Chunks, starts: Float[Array, "starts size"]) -> Any:
+    def init(self, chunks: Chunks, starts: Float[Array, "chunks size"]) -> Any:
         if self.damping is not None:
             return None
         shapes = jax.eval_shape(chunks.sweep, starts)
         empty = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        empty = empty._replace(starts=starts, arriving=starts)
         infinite = jnp.asarray(jnp.inf, starts.dtype)
         return _Search(jnp.asarray(_FIRST_DAMPING, starts.dtype), empty, infinite)
 
@@ -88,7 +90,7 @@ class LevenbergMarquardt(AbstractIterativeSolver):
         if self.damping is not None:
             damping = jnp.asarray(self.damping, point.starts.dtype)
             return Correction(point, _damped_starts(chunks, point, damping), state)
-        merit = _merit(point)
+        merit = _merit(point, chunks.line)
         accepted = merit < state.merit
         point, merit = bool_where(accepted, (point, merit), (state.best, state.merit))
         factor = jnp.where(accepted, _DOWN, _UP).astype(state.damping.dtype)
@@ -107,17 +109,17 @@ class _Search(NamedTuple):
     merit: Float[Array, ""]
 
 
-def _merit(point: Point) -> Float[Array, ""]:
+def _merit(point: Point, line: Line) -> Float[Array, ""]:
     """The sum of squared defects; infinite if any is not finite."""
-    merit = jnp.sum(jnp.square(point.defects))
+    merit = line.total(jnp.sum(jnp.square(point.defects)))
     return jnp.where(jnp.isfinite(merit), merit, jnp.inf)
 
 
 def _damped_starts(chunks: Chunks, point: Point, damping: Float[Array, ""]) -> Array:
     kept = chunks.linearization.kept
     assert kept is not None and point.jacobians is not None  # `linearization` above has both
-    matrices = where_finite(point.jacobians[:-1], 0)
-    defects = where_finite(point.defects, 0)
+    jacobians, defects = where_finite(point.jacobians, 0), where_finite(point.defects, 0)
+    matrices = chunks.line.earlier(jacobians, jnp.zeros_like(jacobians[0]))
     delta = damped_correction(kept, matrices, defects, damping, chunks.scan)
     return chunks.usable(point, point.starts + delta)[0]
 
@@ -140,10 +142,11 @@ def damped_correction(
     scan: AbstractScan,
 ) -> Float[Array, "n size"]:
     """The minimiser $δ_1, …, δ_n$ for $μ$ = `damping`; `matrices[i]` maps $δ_i$ to $δ_{i+1}$, and
-    `matrices[0]` is without effect, because $δ_0 = 0$."""
+    the first of all is without effect, because $δ_0 = 0$."""
     identity = structure.identity(matrices)
     gain = damping / (1 + damping)
-    first = jnp.expand_dims(jnp.arange(defects.shape[0]) == 0, tuple(range(1, matrices.ndim)))
+    first = scan.line.positions(defects.shape[0]) == 0
+    first = jnp.expand_dims(first, tuple(range(1, matrices.ndim)))
     a = jnp.where(first, 0, matrices)
     transposed = structure.transpose(a)
     elements = _Filter(
@@ -162,9 +165,8 @@ def damped_correction(
 
     # Smoother: δ_i = m_i + G_i (δ_{i+1} - A_i m_i - r_{i+1}), with G_i = P_i A_iᵀ (A_i P_i A_iᵀ +
     # I)⁻¹.
-    following = jtu.tree_map(lambda x: jnp.roll(x, -1, axis=0), (matrices, defects))
-    a, r = following
-    a = jnp.where(jnp.flip(first, 0), 0, a)  # nothing follows the last
+    # Nothing follows the last.
+    a, r = (scan.line.later(x, jnp.zeros_like(x[0])) for x in (matrices, defects))
     cross = structure.compose(covariances, structure.transpose(a))
     predicted = structure.compose(a, cross) + identity
     gains = structure.compose(cross, structure.inverse(predicted))

@@ -3,14 +3,13 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 from jaxtyping import Array, PyTree
 
 from .._algebra import AbstractAlgebra
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
 from ..scans import AbstractScan, LinearMethod
-from ..scans._named import as_scan, default_linear_method
+from ..scans._named import across, as_scan, default_linear_method
 from ._base import AbstractSolver, check_tangents, completed
 from ._newton import Newton
 from ._shooting import AbstractIterativeSolver
@@ -40,6 +39,7 @@ class AssociativeScan(AbstractSolver):
     """
 
     runs_backwards: ClassVar[bool] = True
+    runs_across: ClassVar[bool] = True
 
     algebra: AbstractAlgebra | None = None
     linear_method: LinearMethod | AbstractScan | None = None
@@ -96,8 +96,5 @@ class AssociativeScan(AbstractSolver):
 
     def _composed(self, algebra: AbstractAlgebra, recurrence: Recurrence) -> PyTree[Array]:
         """The states by composition, from the first step on."""
-        scan = as_scan("linear_method", self.linear_method)
-        composed = scan.prefixes(
-            lambda earlier, later: algebra.compose(later, earlier), recurrence.elements(algebra)
-        )
-        return jax.vmap(algebra.apply, in_axes=(0, None))(composed, recurrence.init)
+        scan = across(as_scan("linear_method", self.linear_method), recurrence.line)
+        return recurrence.composed(algebra, scan)

@@ -36,7 +36,7 @@ class Correction(NamedTuple):
     """
 
     point: Point
-    starts: Float[Array, "starts size"]
+    starts: Float[Array, "chunks size"]
     state: Any
     vouched: Vouched = Vouched()
 
@@ -58,16 +58,17 @@ class Method(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The carry of the iteration. What goes over starts leaves out chunk 0, whose start is
-    known."""
+    """The carry of the iteration. What goes over chunks is of those of this device, if there are
+    several; all else is the same on all of them."""
 
     iteration: Int[Array, ""]
     attempts: Int[Array, ""]  # how often the returned states were computed and judged
-    starts: Float[Array, "starts size"]
-    known: Int[Array, ""]  # how many starts are exact by induction
-    change: Float[Array, "starts size"]  # of the starts in the last iteration
-    error: Float[Array, " starts"]  # estimated, in units of the tolerance
-    scale: Float[Array, "starts size"]  # of each element, once the returned states were judged
+    starts: Float[Array, "chunks size"]
+    known: Int[Array, ""]  # how many starts, but the first, are exact by induction
+    change: Float[Array, "chunks size"]  # of the starts in the last iteration
+    error: Float[Array, " chunks"]  # estimated, in units of the tolerance
+    pending: Bool[Array, ""]  # whether any is too large
+    scale: Float[Array, "chunks size"]  # of each element, once the returned states were judged
     history: History
     state: Any  # of the method
 
@@ -77,11 +78,11 @@ class Progress(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """The states that the starts lead to, and which chunks but the first do not start right."""
+    """The states that the starts lead to, and which chunks do not start right."""
 
     progress: Progress
     states: PyTree[Array]
-    bad: Bool[Array, " starts"]
+    bad: Bool[Array, " chunks"]
 
 
 def begin(method: Method, chunks: Chunks, starts: Array) -> Progress:
@@ -91,8 +92,9 @@ def begin(method: Method, chunks: Chunks, starts: Array) -> Progress:
         starts=starts,
         known=jnp.asarray(0),
         change=jnp.zeros_like(starts),
-        error=jnp.full(chunks.num_chunks - 1, jnp.inf, jnp.float32),
-        scale=jnp.zeros_like(chunks.tolerance.coarse(starts)),
+        error=jnp.full(chunks.num_chunks, jnp.inf, jnp.float32),
+        pending=jnp.asarray(True),
+        scale=jnp.zeros(starts.shape, chunks.tolerance.wide),
         history=History.none(),
         state=method.init(starts),
     )
@@ -104,14 +106,14 @@ def run_single(chunks: Chunks, progress: Progress) -> Checked:
     _, states = chunks.trajectory(progress.starts)
     history = progress.history._replace(correction=jnp.zeros((), jnp.float32))
     progress = progress._replace(history=history, attempts=jnp.asarray(1))
-    return Checked(progress, states, jnp.ones(0, bool))
+    return Checked(progress, states, jnp.zeros(1, bool))
 
 
 def unchecked(chunks: Chunks, progress: Progress) -> Checked:
     """What `go_on` starts from where nothing was done yet."""
     init = chunks.recurrence.init
     empty = jtu.tree_map(lambda h: jnp.zeros((chunks.length, *h.shape), h.dtype), init)
-    bad = jnp.ones(chunks.num_chunks - 1, bool)
+    bad = ~chunks.is_first
     return place_like(Checked(progress, empty, bad), progress.starts)
 
 
@@ -121,7 +123,7 @@ def go_on(method: Method, chunks: Chunks, checked: Checked) -> Checked:
 
     def unfinished(progress: Progress) -> Bool[Array, ""]:
         within = (progress.sweeps < method.max_iters) & progress.history.is_patient
-        return within & jnp.any(progress.error > 1)
+        return within & progress.pending
 
     def attempt(checked):
         step = functools.partial(iterate, method, chunks)
@@ -182,9 +184,10 @@ def iterate(
         quadratic=method.quadratic,
         scan=chunks.scan,
     )
-    progress = progress._replace(error=error, history=history)
+    pending = chunks.line.any(jnp.any(error > 1))
+    progress = progress._replace(error=error, pending=pending, history=history)
     if method.report is not None:
-        _report(method.report, progress, measured)
+        _report(method.report, chunks, progress, measured)
     return progress
 
 
@@ -194,8 +197,8 @@ def _correct(method: Method, chunks: Chunks, progress: Progress):
     point = chunks.sweep(progress.starts)
     point, starts, state, vouched = method.correct(point, progress.state)
     known = jnp.where(vouched.accepted, progress.known + 1, progress.known)
-    pinned = jnp.arange(chunks.num_chunks - 1) < known
-    starts = jnp.where(jnp.expand_dims(pinned, -1), point.ends[:-1], starts)
+    pinned = chunks.line.positions(chunks.num_chunks) <= known
+    starts = jnp.where(jnp.expand_dims(pinned, -1), point.arriving, starts)
     progress = progress._replace(
         iteration=progress.iteration + 1,
         starts=starts,
@@ -206,11 +209,15 @@ def _correct(method: Method, chunks: Chunks, progress: Progress):
     return progress, point, vouched, pinned
 
 
-def _report(report: Report, progress: Progress, measured: Measured) -> None:
-    at_rest = 1 + jnp.sum((measured.changes <= 1) | measured.pinned)
-    chunks = 1 + len(measured.changes)
-    call = functools.partial(_call_report, report, chunks)
-    jax.debug.callback(call, progress.iteration, progress.history.correction, at_rest)
+def _report(report: Report, chunks: Chunks, progress: Progress, measured: Measured) -> None:
+    line = chunks.line
+    at_rest = line.total(jnp.sum((measured.changes <= 1) | measured.pinned))
+    call = functools.partial(_call_report, report, line.count * chunks.num_chunks)
+    args = progress.iteration, progress.history.correction, at_rest
+    if not line.is_cut:
+        jax.debug.callback(call, *args)
+    else:  # once for all devices
+        jax.lax.cond(line.is_first, lambda: jax.debug.callback(call, *args), lambda: None)
 
 
 def _call_report(report, num_chunks, iteration, correction, at_rest):
@@ -228,46 +235,57 @@ def check(
     convergence, or never. Starts whose error no iteration has told are right, too, if what they are
     off by is forgotten.
     """
-    ends, states = chunks.trajectory(progress.starts)
-    scale = chunks.fine_scale(progress.starts, ends)
+    starts, line = progress.starts, chunks.line
+    ends, states = chunks.trajectory(starts)
+    arriving = chunks.arriving(ends)
+    scale = chunks.fine_scale(starts, arriving, states)
     norm, trusted = chunks.tolerance.norm, progress.history.trusted
-    defects = ends[:-1] - progress.starts
+    defects = arriving - starts
     norms = norm(defects, scale)
     beyond = norm(chunks.tolerance.beyond_rounding(defects, scale), scale)
-    measure = functools.partial(_kept, chunks, progress.starts, ends, norms, scale)
+    largest, total = line.largest(jnp.max(norms)), line.total(jnp.sum(norms))
+    measure = functools.partial(_kept, chunks, starts, ends, states, defects, norms, scale)
     if ahead == "sure":
         kept, error = jnp.full((), jnp.inf, norms.dtype), progress.error
     elif ahead == "doubtful":
         kept = measure()
-        right = jnp.all(norms == 0) | is_forgotten(norms, kept)
+        right = (total == 0) | is_forgotten(largest, kept)
         unjudged = progress.iteration < _JUDGED
         error = jnp.where(unjudged & right, 0.0, progress.error)
     else:
-        doubtful = ~trusted & (chunks.scan.cumulative_sum(norms)[-1] > 1)
+        doubtful = ~trusted & (total > 1)
         unknown = place_like(jnp.full((), jnp.inf, norms.dtype), defects)
         kept = once_where(doubtful, unknown, lambda _: measure(), "pararnn_kept")
         error = progress.error
     bad = (error > 1) | contradicted(norms, beyond, kept, trusted, chunks.scan)
     # Across each boundary too, a returned state must be the step of the one before it, even where
     # the step expands differences.
-    bad |= chunks.mismatches(states) > 1
+    bad |= chunks.mismatches(arriving, states) > 1
+    bad &= ~chunks.is_first
+    history = progress.history
+    # Without an iteration, what one would change.
+    correction = jnp.where(progress.iteration == 0, largest, history.correction)
     progress = progress._replace(
         attempts=progress.attempts + 1,
         error=jnp.where(bad, jnp.inf, error),
+        pending=line.any(jnp.any(bad)),
         scale=scale,
-        history=progress.history.restarted(progress.attempts == 0),
+        history=history._replace(correction=correction).restarted(progress.attempts == 0),
     )
     return Checked(progress, states, bad)
 
 
-def _kept(chunks: Chunks, starts, ends, norms, scale) -> Float[Array, ""]:
-    """How much of a deviation is left after a chunk.
+def _kept(chunks: Chunks, starts, ends, states, defects, norms, scale) -> Float[Array, ""]:
+    """How much of a deviation is left after a chunk, or after its last steps, if only these are to
+    be tried; infinite if there is none to try.
 
     It is tried, as a derivative may be none: with larger deviations than the defects, so that their
     own rounding does not hide it.
     """
-    defects = ends[:-1] - starts
-    factor = jnp.clip(_TRIED / jnp.max(norms), 1, _MOST_TIMES)
-    tried = starts + factor.astype(defects.dtype) * defects
-    pushed = chunks.ends(jnp.concatenate([chunks.first_start, tried]))[1:] - ends[1:]
-    return jnp.sum(chunks.tolerance.norm(pushed, scale)) / (factor * jnp.sum(norms))
+    line = chunks.line
+    factor = jnp.clip(_TRIED / line.largest(jnp.max(norms)), 1, _MOST_TIMES)
+    deviated = chunks.deviated_ends(starts, states, factor.astype(defects.dtype) * defects)
+    count = len(deviated)
+    left = chunks.tolerance.norm(deviated - ends[:count], scale[:count])
+    left, tried = line.totals([jnp.sum(left), jnp.sum(norms[:count])])
+    return jnp.where(tried > 0, left / (factor * tried), jnp.inf)

@@ -4,11 +4,13 @@ from typing import ClassVar
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._devices import place_like
 from .._recurrence import Recurrence, scan_states
 from .._solution import Stats
 from ..sweeps import AbstractSweep, Rows, SweepMethod
 from ..sweeps._named import as_sweep, uses_kernel
 from ._base import AbstractSolver
+from ._finish import finish_sequentially
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Sequential(AbstractSolver):
 
     stepwise: ClassVar[bool] = True
     runs_backwards: ClassVar[bool] = True
+    runs_across: ClassVar[bool] = True
 
     sweep_method: SweepMethod | AbstractSweep | None = None
 
@@ -40,7 +43,7 @@ class Sequential(AbstractSolver):
         return Sequential(sweep_method="kernel")
 
     def solve(self, recurrence, guess, report=None):
-        length = recurrence.length
+        length = recurrence.length * recurrence.line.count
         stats = Stats(
             iterations=jnp.asarray(0),
             correction=jnp.zeros((), jnp.float32),
@@ -52,6 +55,10 @@ class Sequential(AbstractSolver):
 
     def solve_affine(self, recurrence: Recurrence):
         step, xs, init, length = recurrence.step, recurrence.xs, recurrence.init, recurrence.length
+        if recurrence.line.is_cut:  # one device after another
+            nothing = jtu.tree_map(lambda h: jnp.zeros((length, *h.shape), h.dtype), init)
+            nothing = place_like(nothing, (init, xs))
+            return finish_sequentially(recurrence, nothing, jnp.ones(1, bool), length)[0]
         if self.sweep_method is None:
             return scan_states(step, xs, init, reverse=recurrence.reverse)
         sweep = as_sweep("sweep_method", self.sweep_method)

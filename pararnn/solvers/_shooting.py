@@ -5,7 +5,9 @@ $s_0, …, s_{C-1}$, of which $s_0$ is known. A sweep runs all chunks side by si
 ends $e_c = F_c(s_c)$ and, if the method wants it, an approximation $A_c$ of $∂F_c/∂s_c$. A
 correction solves the linear recurrence
 
-$$δ_{c+1} = A_c δ_c + (e_c - s_{c+1}), \quad δ_0 = 0, \qquad s_{c+1} ← e_c + A_c δ_c.$$
+$$δ_{c+1} = A_c δ_c + (e_c - s_{c+1}), \quad δ_0 = 0, \qquad s_{c+1} ← e_c + A_c δ_c,$$
+
+by what arrives, $o_c = A_c δ_c = A_c (o_{c-1} + e_{c-1} - s_c)$.
 
 By induction $s_0, …, s_k$ are exact after $k$ corrections, for *any* $A$: at most $C-1$ corrections
 are needed, and a sequential finish from the first chunk that has not converged is always available.
@@ -30,8 +32,8 @@ from ..sweeps import AbstractSweep, Scanned, SweepMethod
 from ..sweeps._named import as_sweep, default_sweep_method, uses_kernel
 from ._affine import shoot_once
 from ._base import AbstractSolver, Outcome, Report, Rest, check_tangents, completed
-from ._chunks import Chunks, Point, finish_sequentially
-from ._convergence import first_index
+from ._chunks import Chunks, Point
+from ._finish import finish_sequentially
 from ._iteration import (
     Checked,
     Correction,
@@ -121,6 +123,7 @@ class AbstractIterativeSolver(AbstractSolver):
                 check_count(name, getattr(self, name))
 
     runs_backwards: ClassVar[bool] = True
+    runs_across: ClassVar[bool] = True
     # Whether corrections are shortened, so that they do not converge quadratically even with the
     # exact Jacobians.
     damped: ClassVar[bool] = False
@@ -138,13 +141,13 @@ class AbstractIterativeSolver(AbstractSolver):
         the number of state elements."""
 
     def refine(
-        self, chunks: Chunks, starts: Float[Array, "starts size"]
-    ) -> tuple[Float[Array, "starts size"], int]:
+        self, chunks: Chunks, starts: Float[Array, "chunks size"]
+    ) -> tuple[Float[Array, "chunks size"], int]:
         """Improves the guessed starts before the iteration, at the cost of a number of steps, which
         is returned with them. By default, it does nothing."""
         return starts, 0
 
-    def init(self, chunks: Chunks, starts: Float[Array, "starts size"]) -> Any:
+    def init(self, chunks: Chunks, starts: Float[Array, "chunks size"]) -> Any:
         """What the method carries from correction to correction: a pytree of arrays. By default,
         nothing."""
         return None
@@ -175,6 +178,8 @@ class AbstractIterativeSolver(AbstractSolver):
         if chunk_size is None:
             chunk_size = self.default_chunk_size(structure, length, size)
         chunk_size = min(chunk_size, length)
+        if recurrence.line.is_cut:  # only whole chunks can be followed by others
+            chunk_size = next(n for n in range(chunk_size, 0, -1) if length % n == 0)
         forgetful = not on_cpu and seeds == size > 1
         overlap = _OVERLAP if forgetful and self.accelerator_chunk_size is not None else 0
         overlap = min(overlap if self.overlap is None else self.overlap, chunk_size)
@@ -198,15 +203,15 @@ class AbstractIterativeSolver(AbstractSolver):
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
     ) -> tuple[Outcome, Rest | None]:
         solver = self.resolved(recurrence)
-        chunks = solver._cut(recurrence)
+        overlap, ahead = solver.overlap or 0, min(solver.min_iters or 0, self.max_iters)
+        chunks = solver._cut(recurrence, window=overlap)
         if chunks.linearization.propagated is not None:
             check_tangents(self, recurrence)
-        overlap, ahead = solver.overlap or 0, min(solver.min_iters or 0, self.max_iters)
         starts, steps = self.refine(chunks, chunks.guess(guess, overlap))
         method = self._method(chunks, report)
         progress = begin(method, chunks, starts)
         outcome = functools.partial(self._outcome, steps=steps + overlap)
-        if chunks.num_chunks == 1:
+        if chunks.num_chunks == 1 and not chunks.line.is_cut:
             return outcome(chunks, run_single(chunks, progress), last=True), None
         if not (overlap or ahead):
             checked = go_on(method, chunks, unchecked(chunks, progress))
@@ -237,12 +242,10 @@ class AbstractIterativeSolver(AbstractSolver):
         """What a solve returns; of the `last` states, those that are not right are finished
         sequentially."""
         progress, states, bad = checked
-        converged, finished = ~jnp.any(bad), jnp.asarray(0)
+        converged, finished = ~chunks.line.any(jnp.any(bad)), jnp.asarray(0)
         if last and self.fallback:
-            first_step = chunks.chunk_size * (1 + first_index(bad))
-            finished = jnp.maximum(chunks.length - first_step, 0)
-            recurrence = chunks.recurrence
-            states = finish_sequentially(recurrence, states, first_step, chunks.chunk_size)
+            chunk_size = chunks.chunk_size
+            states, finished = finish_sequentially(chunks.recurrence, states, bad, chunk_size)
             converged = jnp.ones_like(converged)
         stats = Stats(
             iterations=progress.iteration,
@@ -263,7 +266,7 @@ class AbstractIterativeSolver(AbstractSolver):
     def _is_quadratic(self, chunks: Chunks) -> bool:
         return chunks.linearization.exact and not self.damped
 
-    def _cut(self, recurrence: Recurrence) -> Chunks:
+    def _cut(self, recurrence: Recurrence, window: int = 0) -> Chunks:
         """The chunks of a recurrence that this solver is resolved for."""
         assert self.chunk_size is not None
         return Chunks(
@@ -274,4 +277,5 @@ class AbstractIterativeSolver(AbstractSolver):
             as_sweep("sweep_method", self.sweep_method),
             self.rtol,
             self.atol,
+            window,
         )

@@ -87,28 +87,39 @@ class Speculative(AbstractIterativeSolver):
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
         return max(16, min(64, math.isqrt(length) // 2))
 
-    def refine(self, chunks: Chunks, starts: Float[Array, "starts size"]):
-        if chunks.num_chunks < 3:
+    def refine(self, chunks: Chunks, starts: Float[Array, "chunks size"]):
+        if chunks.num_chunks * chunks.line.count < 3:
             return starts, 0
-        num_chunks, size = chunks.num_chunks, chunks.size
-        candidates = _farthest_points(_canonical(chunks, starts), self.num_candidates)
-        lanes = candidates.shape[0] + 1
-        begin = jnp.broadcast_to(jnp.expand_dims(candidates, 1), (lanes - 1, num_chunks, size))
-        # One more candidate is where the chunk starts at present; for chunk 0 that is the truth.
-        present = jnp.concatenate([chunks.first_start, starts])
-        table = jax.vmap(chunks.ends)(jnp.concatenate([jnp.expand_dims(present, 0), begin]))
-        true_end = jnp.broadcast_to(table[:1, :1], (lanes, 1, size))
-        table = jnp.concatenate([true_end, table[:, 1:]], axis=1)
-        begin = jnp.broadcast_to(jnp.expand_dims(chunks.first_start, 0), (lanes, 1, size))
-        begin = jnp.concatenate([begin, table[:, :-1]], axis=1)
-        continued = jax.vmap(chunks.ends)(begin)
+        candidates = self._candidates(chunks, starts)
+        shape = (len(candidates), chunks.num_chunks, chunks.size)
+        begin = jnp.broadcast_to(jnp.expand_dims(candidates, 1), shape)
+        # One more candidate is where the chunk starts at present; and all runs of the first chunk
+        # are the true one.
+        begin = jnp.concatenate([jnp.expand_dims(starts, 0), begin])
+        begin = jnp.where(jnp.expand_dims(chunks.is_first, (0, 2)), starts, begin)
+        table = jax.vmap(chunks.ends)(begin)
+        continued = jax.vmap(chunks.ends)(_arriving(chunks, table))
         following = jax.vmap(_nearest, in_axes=1)(continued, table)  # (chunks, lanes)
-        arrived = _chain(following[1:-1], chunks.scan)
-        via = jnp.concatenate(
-            [jnp.zeros(2, arrived.dtype), arrived]
-        )  # all lanes of chunk 0 are one
-        chosen = continued[via, jnp.arange(num_chunks)][:-1]
+        # Of the first chunk, which all runs continue, any will do.
+        arrived = _chain(following, chunks.scan)
+        via = chunks.line.earlier(arrived, jnp.zeros_like(arrived[0]))
+        chosen = chunks.arriving(continued[via, jnp.arange(chunks.num_chunks)])
         return jnp.where(jnp.isfinite(chosen), chosen, starts), 4 * chunks.chunk_size
+
+    def _candidates(self, chunks: Chunks, starts: Array) -> Float[Array, "m size"]:
+        chosen = _farthest_points(_canonical(chunks, starts), self.num_candidates)
+        if not chunks.line.is_cut:
+            return chosen
+        every = chunks.line.gathered(chosen).reshape(-1, chunks.size)
+        return _farthest_points(every, self.num_candidates)
+
+
+def _arriving(chunks: Chunks, ends: Float[Array, "lanes chunks size"]) -> Array:
+    """What arrives at each chunk of each lane."""
+    moved = chunks.line.earlier(jnp.swapaxes(ends, 0, 1), ends[:, 0])
+    moved = jnp.swapaxes(moved, 0, 1)
+    first = jnp.expand_dims(chunks.is_first, (0, 2))
+    return jnp.where(first, jnp.expand_dims(chunks.first_start, 0), moved)
 
 
 def _canonical(chunks: Chunks, starts: Array) -> Float[Array, "pool size"]:

@@ -50,17 +50,17 @@ class Tolerance:
         rtol: float | None,
         atol: float,
     ):
-        self._scan = scan
+        self._scan, self._line = scan, scan.line
         _, _, size, self._dtype = raveler(init)
         leaves = jtu.tree_leaves(init)
-        self._wide = self._dtype if jnp.finfo(self._dtype).bits >= 32 else np.dtype(np.float32)
+        self.wide = self._dtype if jnp.finfo(self._dtype).bits >= 32 else np.dtype(np.float32)
         sizes = [leaf.size * (2 if is_complex(leaf) else 1) for leaf in leaves]
         self._grains = [default_rtol(leaf.dtype) for leaf in leaves]
         self._coarsest = max(self._grains)
-        self._grain = np.repeat(self._grains, sizes).astype(self._wide)
+        self._grain = np.repeat(self._grains, sizes).astype(self.wide)
         eps = [float(jnp.finfo(leaf.dtype).eps) for leaf in leaves]
         rounding = [_ROUNDING * e / grain for e, grain in zip(eps, self._grains, strict=True)]
-        self._rounding = np.repeat(rounding, sizes).astype(self._wide)
+        self._rounding = np.repeat(rounding, sizes).astype(self.wide)
         self._factor = 1.0 if rtol is None else rtol / default_rtol(self._dtype)
         self._atol = atol
         # Elements of one group share their coarse scale: those of a leaf that may meet.
@@ -73,7 +73,7 @@ class Tolerance:
         return jnp.expand_dims(jnp.asarray(values), 0)
 
     def _magnitude(self, x: Array) -> Float[Array, "n size"]:
-        x = jnp.abs(x).astype(self._wide)
+        x = jnp.abs(x).astype(self.wide)
         return jnp.where(jnp.isfinite(x), x, 0)
 
     def coarse(self, values: Float[Array, "n size"]) -> Float[Array, "n size"]:
@@ -92,27 +92,30 @@ class Tolerance:
         - `values`: the solution.
         - `images`, `disturbed`: what the steps before led to, and where they lead when disturbed.
         """
-        moved = self._magnitude(disturbed.astype(self._wide) - images.astype(self._wide))
+        moved = self._magnitude(disturbed.astype(self.wide) - images.astype(self.wide))
         for _ in range(_NEIGHBOURS):
-            moved = jnp.maximum(moved, _beside(moved))
+            nothing = jnp.zeros_like(moved[0])
+            beside = self._line.earlier(moved, nothing), self._line.later(moved, nothing)
+            moved = jnp.maximum(moved, jnp.maximum(*beside))
         magnitude = self._magnitude(values)
         local = self._per_element(self._grain) * magnitude
         # Chaos may drive a disturbance to any size: never more than what is granted to the largest.
         most = jnp.max(_largest(magnitude, self._leaves), axis=0, keepdims=True, initial=0.0)
+        most = self._line.largest(most)
         return jnp.minimum(self._coarsest * most, local + moved)
 
     def norm(self, difference: Array, scale: Float[Array, "n size"]) -> Float[Array, " n"]:
         """The largest element of each difference, in units of the tolerance; `inf` if any is not
         finite."""
-        size = jnp.abs(difference).astype(self._wide)
-        unit = self._atol + self._factor * scale + float(jnp.finfo(self._wide).tiny)
+        size = jnp.abs(difference).astype(self.wide)
+        unit = self._atol + self._factor * scale + float(jnp.finfo(self.wide).tiny)
         norm = jnp.where(size == 0, 0, size / unit)
         norm = jnp.where(jnp.isfinite(size), norm, jnp.inf)
         return jnp.max(norm, axis=-1, initial=0.0).astype(jnp.float32)
 
     def beyond_rounding(self, difference: Array, scale: Array) -> Float[Array, "n size"]:
         """What is left of a difference without the rounding of a few operations."""
-        difference = difference.astype(self._wide)
+        difference = difference.astype(self.wide)
         rounding = self._per_element(self._rounding) * scale
         return jnp.sign(difference) * jnp.maximum(jnp.abs(difference) - rounding, 0)
 
@@ -149,12 +152,6 @@ def _members(labels: np.ndarray) -> Int[np.ndarray, "groups k"]:
     first = np.expand_dims(np.cumsum(counts) - counts, 1)
     place = np.expand_dims(np.arange(counts.max()), 0)
     return order[first + np.where(place < np.expand_dims(counts, 1), place, 0)]
-
-
-def _beside(x: Array) -> Array:
-    """The larger of the rows before and after each; 0 beyond the ends."""
-    padded = jnp.pad(x, [(1, 1), (0, 0)])
-    return jnp.maximum(padded[:-2], padded[2:])
 
 
 def _signs(place: Int[Array, ""], shape: tuple[int, ...], seed: int) -> Float[Array, "..."]:

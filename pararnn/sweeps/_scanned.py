@@ -23,6 +23,8 @@ class Scanned(AbstractSweep):
     in_place: bool = False
 
     def prepare(self, xs, rows):
+        if _is_single(rows):
+            return xs if rows.covers else jtu.tree_map(lambda x: x[_slice(rows)], xs)
         if self.in_place:
             return xs
         if rows.covers:
@@ -32,6 +34,8 @@ class Scanned(AbstractSweep):
         return jtu.tree_map(lambda x: jnp.take(x, index, axis=0, mode="clip"), xs)
 
     def run(self, step, starts, inputs, rows, *, keep):
+        if _is_single(rows):
+            return _run_single(step, starts, inputs, rows, keep)
         batched = jax.vmap(step, in_axes=(0, None if rows.stride == 0 else 0))
 
         def body(carry, x):
@@ -50,6 +54,27 @@ class Scanned(AbstractSweep):
             carry, kept = jax.lax.scan(body, starts, inputs_in_order)
         kept = from_chunks(jtu.tree_map(lambda k: jnp.swapaxes(k, 0, 1), kept), rows)
         return carry, kept
+
+
+def _is_single(rows: Rows) -> bool:
+    return rows.num_chunks == 1 and rows.first + rows.num_steps <= rows.length
+
+
+def _slice(rows: Rows) -> slice:
+    first = rows.length - rows.first - rows.num_steps if rows.reverse else rows.first
+    return slice(first, first + rows.num_steps)
+
+
+def _run_single(step, starts, inputs, rows, keep):
+    """A single chunk, without an axis of chunks: to make one, all inputs would be copied."""
+
+    def body(carry, x):
+        carry = step(carry, x)
+        return carry, carry if keep else None
+
+    start = jtu.tree_map(lambda x: x[0], starts)
+    end, kept = jax.lax.scan(body, start, inputs, reverse=rows.reverse)
+    return jtu.tree_map(lambda x: jnp.expand_dims(x, 0), end), kept
 
 
 def _to_chunks(x: Array, rows: Rows) -> Array:

@@ -113,10 +113,10 @@ def test_first_moved_leaves_out_what_is_exact_by_induction():
 
 def test_mean_level_is_that_of_what_is_beyond_the_tolerance():
     changes = floats(np.e, np.e**3, 0.1, np.inf)
-    np.testing.assert_allclose(rule.mean_level(changes[:3], flags(0, 0, 0)), 4 / 3, rtol=1e-6)
-    np.testing.assert_allclose(rule.mean_level(changes[:3], flags(1, 0, 0)), 1.5, rtol=1e-6)
-    assert rule.mean_level(changes[:2], flags(1, 1)) == 0
-    assert np.isfinite(rule.mean_level(changes, flags(0, 0, 0, 0)))
+    np.testing.assert_allclose(rule.level_sums(changes[:3], flags(0, 0, 0)), (4, 3), rtol=1e-6)
+    np.testing.assert_allclose(rule.level_sums(changes[:3], flags(1, 0, 0)), (3, 2), rtol=1e-6)
+    np.testing.assert_array_equal(rule.level_sums(changes[:2], flags(1, 1)), (0, 0))
+    assert np.isfinite(rule.level_sums(changes, flags(0, 0, 0, 0))[0])
 
 
 @pytest.mark.parametrize(

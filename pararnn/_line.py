@@ -1,0 +1,171 @@
+"""Where the steps of a sequence lie: all of them here, or parts of them on several devices.
+
+All that passes between devices passes here. Everywhere else, code sees the part of the sequence
+that lies on its own device, and asks its line for what the others have. Nothing ever asks for all
+of a sequence.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._devices import place_like, varying_axes
+from ._misc import bool_where, flip_time
+
+# The name of an axis of a mesh, or of several that are counted as one.
+AxisName = str | tuple[str, ...]
+
+
+class Extremes(NamedTuple):
+    """What some devices found: the largest of each of some numbers, and the sums of others."""
+
+    maxima: Sequence[Float[Array, ""]]
+    sums: Sequence[Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Equal parts of a sequence, in the order of time.
+
+    - `axis`: the manual axis of a mesh along whose devices the parts lie; `None` if all is here.
+    - `reverse`: whether time begins on the last device.
+
+    Methods with rows take arrays whose leading axis is the part of some axis along time that lies
+    here, also in the order of time.
+    """
+
+    axis: AxisName | None = None
+    reverse: bool = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the sequence lies on several devices, or might."""
+        return self.axis is not None
+
+    @property
+    def count(self) -> int:
+        """How many devices there are."""
+        return 1 if self.axis is None else jax.lax.axis_size(self.axis)
+
+    @property
+    def index(self) -> Int[Array, ""] | int:
+        """How many devices come before this one in time."""
+        if self.axis is None:
+            return 0
+        index = jax.lax.axis_index(self.axis)
+        return self.count - 1 - index if self.reverse else index
+
+    @property
+    def is_first(self) -> Bool[Array, ""] | bool:
+        """Whether time begins here."""
+        return self.index == 0
+
+    def backwards(self) -> "Line":
+        """The same parts, in the opposite direction."""
+        return Line(self.axis, not self.reverse)
+
+    def positions(self, rows: int) -> Int[Array, " rows"]:
+        """The numbers of the rows, counted from the first device."""
+        here = jnp.arange(rows)
+        return here if self.axis is None else self.index * rows + here
+
+    # --- from neighbour to neighbour ----------------------------------------------------------
+
+    def passed_on(self, tree: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
+        """What the device before has as `tree`; and `first` where there is none."""
+        if self.axis is None:
+            return first
+        step = -1 if self.reverse else 1
+        devices = range(self.count)
+        pairs = [(i, i + step) for i in devices if i + step in devices]
+        moved = jtu.tree_map(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
+        return bool_where(jnp.asarray(self.is_first), first, moved)
+
+    def earlier(self, rows: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
+        """For each row the one before it; `first` is a single row, before all others."""
+        before = self.passed_on(jtu.tree_map(lambda x: x[-1], rows), first)
+        return jtu.tree_map(
+            lambda b, x: jnp.concatenate([jnp.expand_dims(b, 0), x[:-1]]), before, rows
+        )
+
+    def later(self, rows: PyTree[Array], last: PyTree[Array]) -> PyTree[Array]:
+        """For each row the one after it; `last` is a single row, after all others."""
+        after = self.backwards().passed_on(jtu.tree_map(lambda x: x[0], rows), last)
+        return jtu.tree_map(
+            lambda a, x: jnp.concatenate([x[1:], jnp.expand_dims(a, 0)]), after, rows
+        )
+
+    # --- from all to all ----------------------------------------------------------------------
+
+    def gathered(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """What each device has as `tree`, along a new leading axis, in the order of time. For
+        little: all devices get all of it."""
+        if self.axis is None:
+            return jtu.tree_map(lambda x: jnp.expand_dims(x, 0), tree)
+        gathered = jtu.tree_map(lambda x: jax.lax.all_gather(x, self.axis), tree)
+        return flip_time(gathered) if self.reverse else gathered
+
+    def across(self, maxima: list[Array], sums: list[Array]) -> tuple[Extremes, Extremes]:
+        """`(all, before)`: the largest and the sums of some numbers over all devices, and over
+        those before this one, from those of each device; in one exchange."""
+        none = Extremes(
+            [jnp.full_like(x, -jnp.inf) for x in maxima], list(map(jnp.zeros_like, sums))
+        )
+        if self.axis is None:
+            return Extremes(maxima, sums), none
+        here = jnp.stack([*maxima, *sums])
+        gathered = place_like(self.gathered(here), here)
+        is_before = jnp.expand_dims(jnp.arange(self.count) < self.index, 1)
+        before = jnp.where(is_before, gathered, jnp.stack([*none.maxima, *none.sums], axis=-1))
+        return _extremes(gathered, len(maxima)), _extremes(before, len(maxima))
+
+    def totals(self, numbers: Sequence[Float[Array, ""]]) -> Sequence[Float[Array, ""]]:
+        """The sums of some numbers over all devices, in one exchange."""
+        return numbers if self.axis is None else list(self.total(jnp.stack(numbers)))
+
+    def any(self, flag: Bool[Array, ""]) -> Bool[Array, ""]:
+        """Whether it holds on any device."""
+        return flag if self.axis is None else self.largest(flag.astype(np.int32)) > 0
+
+    def largest(self, x: Array) -> Array:
+        """The largest number of all devices, elementwise."""
+        return x if self.axis is None else place_like(jax.lax.pmax(x, self.axis), x)
+
+    def total(self, x: Array) -> Array:
+        """The sum over all devices, elementwise."""
+        return x if self.axis is None else place_like(jax.lax.psum(x, self.axis), x)
+
+    def of_first(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """What the first device has as `tree`."""
+        return self.backwards().of_last(tree)
+
+    def of_last(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """What the last device has as `tree`: the same for all, in their types too."""
+        if self.axis is None:
+            return tree
+        is_last = self.index == self.count - 1
+        kept = jtu.tree_map(lambda x: jnp.where(is_last, x, jnp.zeros_like(x)), tree)
+        return jtu.tree_map(lambda x: jax.lax.psum(x, self.axis), kept)
+
+    def agreed(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """Numbers and flags that are the same on all devices, of types that say so."""
+        axes = (self.axis,) if isinstance(self.axis, str) else self.axis or ()
+
+        def one(x):
+            if not varying_axes(x) & frozenset(axes):
+                return x
+            flag = x.dtype == bool
+            same = jax.lax.pmax(x.astype(np.int32) if flag else x, self.axis)
+            return same > 0 if flag else same
+
+        return jtu.tree_map(one, tree)
+
+
+def _extremes(rows: Float[Array, "devices numbers"], m: int) -> Extremes:
+    return Extremes(list(jnp.max(rows[:, :m], axis=0)), list(jnp.sum(rows[:, m:], axis=0)))

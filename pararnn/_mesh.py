@@ -1,0 +1,182 @@
+"""Running a function on the devices along an axis of a mesh, each with a part of the sequence."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, PyTree
+
+from ._line import AxisName
+from ._misc import num_steps
+
+# Longer parts that must be filled up anyway are filled up to a multiple of this, so that they can
+# be cut into chunks.
+_ROUND = 64
+
+
+class TimeAxis(NamedTuple):
+    """An axis of a mesh along which time is cut.
+
+    - `axis`: its name.
+    - `mesh`: to be mapped over; `None` where that has been done: then each device runs the code for
+        its own part already.
+    - `manual`: which axes of the mesh the mapping takes away from JAX's own partitioning.
+    """
+
+    axis: AxisName
+    mesh: Mesh | AbstractMesh | None
+    manual: frozenset[Any] = frozenset()
+
+    @property
+    def devices(self) -> int:
+        """How many devices there are along the axis."""
+        if self.mesh is None:
+            return jax.lax.axis_size(self.axis)
+        return math.prod(self.mesh.shape[name] for name in _names(self.axis))
+
+    def part_length(self, length: int) -> int:
+        """How many steps each device gets of so many."""
+        steps = math.ceil(length / self.devices)
+        if length % self.devices and steps > _ROUND:
+            steps = math.ceil(steps / _ROUND) * _ROUND
+        return steps
+
+
+def find_time_axis(axis: AxisName, tree: PyTree[Any]) -> TimeAxis:
+    """The axis of that name, of the mesh that is set or of that on which the arrays of `tree` lie.
+
+    Raises a `ValueError` if there is none.
+    """
+    names = frozenset(_names(axis))
+    mesh = jax.sharding.get_abstract_mesh()
+    if names and names <= set(mesh.manual_axes):
+        return TimeAxis(axis, None)
+    meshes = [mesh, *(_mesh_of(x) for x in jtu.tree_leaves(tree))]
+    meshes = [mesh for mesh in meshes if mesh is not None and not mesh.empty]
+    for mesh in meshes:
+        if names and names <= set(mesh.axis_names):
+            return TimeAxis(axis, mesh, _manual_axes(mesh, names, tree))
+    found = f"the mesh has the axes {meshes[0].axis_names}" if meshes else "there is no mesh"
+    raise ValueError(
+        f"`solver=TimeSharded({axis!r}, …)` needs a mesh with this axis, but {found}. Make one "
+        "with `jax.make_mesh`, and set it (`with jax.set_mesh(mesh):`) or place the inputs on it."
+    )
+
+
+def time_axis_of(xs: PyTree[Any]) -> AxisName | None:
+    """The axis over which the steps of a sequence are sharded, as far as that can be told."""
+    for x in jtu.tree_leaves(xs):
+        spec = _spec_of(x)
+        if spec and spec[0] is not None:
+            return spec[0]
+    return None
+
+
+def over_devices(
+    time: TimeAxis,
+    function: Callable[[Any, Any, Bool[Array, " part"] | None], tuple[Any, Any]],
+    cut: PyTree[Any],
+    whole: PyTree[Any],
+) -> tuple[Any, Any]:
+    """`function(cut, whole, real)` on each device.
+
+    **Arguments:**
+
+    - `function`: it gets the part of `cut` that lies on the device, all of `whole`, and which steps
+        are real, or `None` if all are. It may close over arrays.
+    - `cut`: a pytree of arrays that share their leading axis, time, of any length but 0. What the
+        number of devices does not divide, is filled up with copies of the last step.
+    - `whole`: a pytree of arrays.
+
+    **Returns:**
+
+    What it returns: a pytree of parts, joined; and a pytree of arrays that are the same on all
+    devices.
+    """
+    length, part = num_steps(cut), time.part_length(num_steps(cut))
+    surplus = part * time.devices - length
+    real = None
+    if surplus:
+        cut = jtu.tree_map(lambda x: _filled(x, surplus), cut)
+        real = jnp.arange(length + surplus) < length
+    along, everywhere = PartitionSpec(time.axis), PartitionSpec()
+    joined, same = jax.shard_map(
+        lambda parts, whole: function(parts[0], whole, parts[1]),
+        mesh=time.mesh,
+        in_specs=(along, everywhere),
+        out_specs=(along, everywhere),
+        axis_names=set(time.manual),
+        check_vma=False,
+    )(_laid((cut, real), time), whole)
+    if surplus:
+        joined = jtu.tree_map(lambda x: _gathered(x, time)[:length], joined)
+    return joined, same
+
+
+def _names(axis: AxisName) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+def _mesh_of(x: Any) -> Mesh | AbstractMesh | None:
+    if not eqx.is_array(x):
+        return getattr(getattr(x, "sharding", None), "mesh", None)
+    if isinstance(x, jax.core.Tracer):
+        return jax.typeof(x).sharding.mesh
+    return x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
+
+
+def _spec_of(x: Any) -> Any:
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        return x.sharding.spec if isinstance(x.sharding, NamedSharding) else None
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.sharding.spec if isinstance(x.sharding, NamedSharding) else None
+    return jax.typeof(x).sharding.spec
+
+
+def _manual_axes(mesh: Mesh | AbstractMesh, names: frozenset[str], tree: Any) -> frozenset[Any]:
+    """The axes to map over: those of time. But a `jax.vmap(..., spmd_axis_name=...)` around this
+    puts the axis of its batch there too, where it must not be left to automatic partitioning. JAX
+    does not tell; it refuses, which is tried on a number that is not used."""
+    tracers = [x for x in jtu.tree_leaves(tree) if isinstance(x, jax.core.Tracer)]
+    everywhere = PartitionSpec()
+    number = sum(jnp.sum(jax.lax.stop_gradient(x) != x) for x in tracers)
+    if not tracers:
+        return names
+    trial = jax.shard_map(
+        lambda x: x + 0, mesh=mesh, in_specs=everywhere, out_specs=everywhere, axis_names=set(names)
+    )
+    try:
+        trial(number)
+    except ValueError:
+        return frozenset(mesh.axis_names)
+    return names
+
+
+def _is_explicit(time: TimeAxis) -> bool:
+    assert time.mesh is not None
+    kinds = dict(zip(time.mesh.axis_names, time.mesh.axis_types, strict=True))
+    return any(kinds[name] == AxisType.Explicit for name in _names(time.axis))
+
+
+def _filled(x: Array, surplus: int) -> Array:
+    return jnp.concatenate([x, jnp.broadcast_to(x[-1:], (surplus, *x.shape[1:]))])
+
+
+def _laid(tree: PyTree[Array], time: TimeAxis) -> PyTree[Array]:
+    """The same values, on the devices where they are needed: explicit axes want to be told."""
+    return jtu.tree_map(lambda x: _resharded(x, time.axis), tree) if _is_explicit(time) else tree
+
+
+def _gathered(x: Array, time: TimeAxis) -> Array:
+    """An explicit axis must divide the length of whatever it shards."""
+    return _resharded(x, None) if _is_explicit(time) else x
+
+
+def _resharded(x: Array, axis: AxisName | None) -> Array:
+    return jax.reshard(x, PartitionSpec(axis, *jax.typeof(x).sharding.spec[1:]))

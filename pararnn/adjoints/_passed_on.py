@@ -1,0 +1,156 @@
+r"""One pass over the steps of each device, and what passes from device to device.
+
+The tangents of a device's states follow from those of its arrays and from the tangent $v$ that
+arrives from the device before; what flows back from its states follows from what arrives from the
+device after. Neither is known when all begin at once. So each begins with what a few steps of its
+neighbour make of nothing; if what then arrives is something else, with that once more. After as
+many turns as there are devices all is exact; where the derivative is forgotten within those few
+steps, after one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree
+
+from .._devices import place_like
+from .._line import Line
+from .._misc import bool_where, or_zeros, raveler
+from .._recurrence import Recurrence
+from ..scans import Sequential
+from ..solvers._tolerance import Tolerance
+from ._linear_solve import tied
+
+# How many steps of its neighbour a device begins with.
+_OVERLAP = 128
+
+
+class Tangents(NamedTuple):
+    """Those of the arrays of a recurrence, `None` for zero."""
+
+    step: PyTree[Array | None]
+    xs: PyTree[Array | None]
+    init: PyTree[Array | None]
+
+
+# `(recurrence, states, tangents, added)` to the tangents of all states of a recurrence that lies on
+# one device, where `added` is added to those of each step.
+Pass = Callable[[Recurrence, PyTree[Array], Tangents, PyTree[Array]], PyTree[Array]]
+
+
+def across_devices(
+    one_pass: Pass, recurrence: Recurrence, states: PyTree[Array], tangents: Tangents
+) -> PyTree[Array]:
+    """The tangents of all states, each device making `one_pass` over its own, or a few.
+
+    They are a linear solve whose unknowns are the tangents of the states *and* of what these depend
+    on: so what flows back reaches the parameters in the same pass.
+    """
+    line, length = recurrence.parts, recurrence.length
+    step, xs, init = recurrence.step, recurrence.xs, recurrence.init
+    start = line.passed_on(_row(states, -1), init)
+    zero = jtu.tree_map(jnp.zeros_like, init)
+    window = min(_OVERLAP, length)
+    differ = _difference(recurrence)
+
+    def pass_over(rows: slice, arriving, tangents, added):
+        """The tangents of some states, from that of the one before them."""
+        before = _row(states, rows.start - 1) if rows.start else start
+        here, ours, tangents_xs, added = jtu.tree_map(
+            lambda x: x[rows], (states, xs, tangents.xs, added)
+        )
+        tangents = Tangents(tangents.step, tangents_xs, arriving)
+        return one_pass(Recurrence(step, ours, before), here, tangents, added)
+
+    @jax.checkpoint
+    def residual(unknowns):
+        v, tangents = unknowns
+        _, moved = eqx.filter_jvp(
+            lambda step, xs, init, states: jax.vmap(step)(line.earlier(states, init), xs),
+            (step, xs, init, states),
+            (*tangents, v),
+        )
+        return jtu.tree_map(jnp.subtract, v, or_zeros(moved, states)), tangents
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def solve(_, given):
+        added, tangents = given
+        run = functools.partial(pass_over, slice(0, length), tangents=tangents, added=added)
+        guess = pass_over(slice(length - window, length), zero, tangents, added)
+        first = or_zeros(tangents.init, init)
+        v = _settled(line, run, lambda v: _row(v, -1), _row(guess, -1), first, differ)
+        return v, tangents
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def transpose_solve(_, cotangents):
+        g, of_tangents = cotangents
+        linear = zero, of_tangents._replace(init=None), g
+
+        def pull(rows: slice, arriving):
+            """What a pass over some steps makes of what flows back to their states, and to the last
+            of them from what follows: that of the state before, of the arrays, of each step."""
+            flowing = jtu.tree_map(lambda x, a: x[rows].at[-1].add(a), g, arriving)
+            return jax.linear_transpose(functools.partial(pass_over, rows), *linear)(flowing)
+
+        guess = pull(slice(0, window), zero)[0]
+        run = functools.partial(pull, slice(0, length))
+        leaving, pulled, flowed = _settled(
+            line.backwards(), run, lambda pulled: pulled[0], guess, zero, differ
+        )
+        first = bool_where(jnp.asarray(line.is_first), leaving, zero)
+        first = None if of_tangents.init is None else first
+        return flowed, jtu.tree_map(jnp.add, of_tangents, pulled._replace(init=first))
+
+    given = tied(jtu.tree_map(jnp.zeros_like, states), tangents), tangents
+    return jax.lax.custom_linear_solve(residual, given, solve, transpose_solve)[0]
+
+
+def _row(tree: PyTree[Array], index: int) -> PyTree[Array]:
+    return jtu.tree_map(lambda x: x[index], tree)
+
+
+def _difference(recurrence: Recurrence) -> Callable[[Any, Any], Bool[Array, ""]]:
+    """Whether two tangents or cotangents of a state differ on any device by more than the
+    tolerance, each element compared to those that it depends on."""
+    tolerance = Tolerance(recurrence.init, recurrence.structure, Sequential(), None, 0.0)
+    ravel = raveler(recurrence.init)[0]
+
+    def differ(a, b):
+        a, b = (jnp.expand_dims(ravel(x), 0) for x in (a, b))
+        return recurrence.line.any(jnp.any(tolerance.norm(a - b, tolerance.coarse(b)) > 1))
+
+    return differ
+
+
+def _settled(
+    line: Line,
+    run: Callable[[Any], Any],
+    leaving: Callable[[Any], Any],
+    guess: Any,
+    first: Any,
+    differ: Callable[[Any, Any], Bool[Array, ""]],
+) -> Any:
+    """What `run(arriving)` returns on each device when what arrives is what is `leaving` the device
+    before; `first` is what arrives at the first, and `guess` at each next one to begin with."""
+    arriving = line.passed_on(guess, first)
+    made = run(arriving)
+    arrived = line.passed_on(leaving(made), first)
+
+    def unsettled(carry):
+        turn, arrived, arriving, _ = carry
+        # The numbers may be none at all; but every turn makes one more device exact.
+        return differ(arriving, arrived) & (turn < line.count)
+
+    def again(carry):
+        turn, arrived, _, _ = carry
+        made = run(arrived)
+        return turn + 1, line.passed_on(leaving(made), first), arrived, made
+
+    with jax.named_scope("pararnn_passes"):
+        carry = place_like((jnp.asarray(1), arrived, arriving, made), made)
+        return jax.lax.while_loop(unsettled, again, carry)[3]

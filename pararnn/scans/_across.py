@@ -1,0 +1,101 @@
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+from .._devices import place_like
+from .._line import Line
+from .._misc import bool_where
+from ._base import AbstractScan, compose_affine
+
+
+@dataclasses.dataclass(frozen=True)
+class Across(AbstractScan):
+    """A scan over elements that lie on several devices, made of one over those of each.
+
+    Each device composes its elements into one, its summary; all devices get all summaries, and each
+    composes those before it. So whatever the number of elements, one exchange is made, of a single
+    element per device.
+
+    **Arguments:**
+
+    - `scan`: of the elements of a device.
+    - `line`: where the elements lie.
+    """
+
+    scan: AbstractScan
+    line: Line  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def local(self):
+        return self.scan
+
+    @property
+    def accurate_to(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.scan.accurate_to
+
+    def _line(self, reverse: bool) -> Line:
+        return self.line.backwards() if reverse else self.line
+
+    def prefixes(self, combine, elements, *, reverse=False):
+        line = self._line(reverse)
+        here = self.scan.prefixes(combine, elements, reverse=reverse)
+        last = jtu.tree_map(lambda x: x[0 if reverse else -1], here)
+        every = self.scan.prefixes(combine, line.gathered(last))
+        before = jtu.tree_map(lambda x: x[jnp.maximum(line.index - 1, 0)], every)
+        joined = jax.vmap(combine, in_axes=(None, 0))(before, here)
+        return bool_where(jnp.asarray(line.is_first), here, joined)
+
+    def total(self, combine, elements):
+        summaries = self.line.gathered(self.scan.total(combine, elements))
+        return self.scan.total(combine, summaries)
+
+    def affine(self, structure, matrices, offsets, *, reverse=False):
+        return self._affine(structure, matrices, offsets, reverse)[1]
+
+    def arriving(self, structure, matrices, offsets):
+        before, states = self._affine(structure, matrices, offsets, reverse=False)
+        return jnp.concatenate([jnp.expand_dims(before, 0), states[:-1]])
+
+    def _affine(self, structure, matrices: Array, offsets: Array, reverse: bool):
+        """What arrives at this device, and its states."""
+        line, rows = self._line(reverse), (matrices, offsets)
+        rows = jtu.tree_map(lambda x: jnp.flip(x, 0), rows) if reverse else rows
+        compose = lambda earlier, later: compose_affine(structure, earlier, later)  # noqa: E731
+        summary = self.scan.total(compose, rows)
+        arrived = jnp.zeros_like(offsets[0])
+        every = line.gathered(jnp.concatenate([x.reshape(-1) for x in summary]))
+        cut = summary[0].size
+        every = every[:, :cut].reshape(-1, *matrices.shape[1:]), every[:, cut:]
+
+        def pass_on(h, device):
+            i, (matrix, offset) = device
+            return jnp.where(i < line.index, structure.apply(matrix, h) + offset, h), None
+
+        # What arrives need not be finite where this is the first device: selected, not multiplied.
+        arrived = place_like(arrived, (every, offsets))
+        arrived, _ = jax.lax.scan(pass_on, arrived, (jnp.arange(line.count), every))
+        first = -1 if reverse else 0
+        carried = structure.apply(matrices[first], arrived)
+        states = self.scan.affine(
+            structure, matrices, offsets.at[first].add(carried), reverse=reverse
+        )
+        return arrived, states
+
+    def cumulative_max(self, x):
+        least = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
+        before = jnp.max(self._before(jnp.max(x, axis=0), least), axis=0, keepdims=True)
+        return jnp.maximum(self.scan.cumulative_max(x), before)
+
+    def cumulative_sum(self, x):
+        before = jnp.sum(self._before(jnp.sum(x, axis=0), 0), axis=0, keepdims=True)
+        return self.scan.cumulative_sum(x) + before
+
+    def _before(self, x: Array, otherwise: Any) -> Array:
+        """What the devices have as `x`, those from this one on replaced."""
+        is_before = jnp.arange(self.line.count) < self.line.index
+        is_before = jnp.reshape(is_before, (-1, *(1,) * x.ndim))
+        return jnp.where(is_before, self.line.gathered(x), jnp.asarray(otherwise, x.dtype))

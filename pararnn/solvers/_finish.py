@@ -1,0 +1,89 @@
+"""The sequential finish: one step after another, from device to device if there are several."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Int, PyTree
+
+from .._devices import place_like, spread
+from .._misc import bool_where
+from .._recurrence import Recurrence
+from ._convergence import first_index
+
+
+def finish_sequentially(
+    recurrence: Recurrence, states: PyTree[Array], bad: Bool[Array, " chunks"], chunk_size: int
+) -> tuple[PyTree[Array], Int[Array, ""]]:
+    """Recomputes the states from the first chunk on that is `bad`.
+
+    **Returns:**
+
+    `(states, steps)`: all states, and how many were recomputed, on all devices together.
+    """
+    length, line = recurrence.length, recurrence.line
+    first_step = jnp.minimum(chunk_size * first_index(bad), length)
+    if not line.is_cut:
+        states = _from_step(recurrence, recurrence.init, states, first_step, chunk_size)
+        return states, length - first_step
+    first = -line.largest(-jnp.where(first_step < length, line.index, line.count))
+    # On the devices that follow, nothing is right.
+    first_step = jnp.where(line.index == first, first_step, 0)
+    first_step = jnp.where(line.index < first, length, first_step)
+    last = 0 if recurrence.reverse else -1
+
+    def passed_on(states):
+        ends = jtu.tree_map(lambda h: h[last], states)
+        return line.passed_on(ends, recurrence.init)
+
+    def turn(carry):
+        device, arriving, states = carry
+        begin = jnp.where(line.index == device, first_step, length)
+        states = _from_step(recurrence, arriving, states, begin, chunk_size)
+        return device + 1, passed_on(states), states
+
+    carry = place_like((first, passed_on(states), states), states)
+    states = jax.lax.while_loop(lambda carry: carry[0] < line.count, turn, carry)[2]
+    return states, line.total(length - first_step)
+
+
+def _from_step(
+    recurrence: Recurrence,
+    before_all: PyTree[Array],
+    states: PyTree[Array],
+    first_step: Int[Array, ""],
+    chunk_size: int,
+) -> PyTree[Array]:
+    """Recomputes the states of this device from one step on; `before_all` is the one before its
+    first.
+
+    A loop with a dynamic number of turns, none if all has converged, because `vmap` would run both
+    branches of a `cond`. A batched loop also selects over its whole carry at each turn, `states`
+    included, so a turn makes about `sqrt(L)` steps.
+    """
+    step, xs, length = recurrence.step, recurrence.xs, recurrence.length
+    reverse = recurrence.reverse
+    block = chunk_size * max(1, math.isqrt(length) // chunk_size)
+
+    def one(state, x):
+        state = step(state, x)
+        return state, state
+
+    def rows(times):
+        return jnp.where(times < length, length - 1 - times, length) if reverse else times
+
+    def turn(carry):
+        start, state, states = carry
+        index = rows(start + jnp.arange(block))
+        inputs = jtu.tree_map(lambda x: jnp.take(x, index, axis=0, mode="clip"), xs)
+        state, new = jax.lax.scan(one, state, inputs)
+        states = jtu.tree_map(lambda s, n: s.at[index].set(n, mode="drop"), states, new)
+        return start + block, state, states
+
+    before = jtu.tree_map(lambda s: s[rows(first_step - 1)], states)
+    state = bool_where(first_step == 0, before_all, before)
+    xs = spread(xs, first_step)
+    carry = (place_like(first_step, states), state, states)
+    with jax.named_scope("pararnn_finish"):
+        return jax.lax.while_loop(lambda carry: carry[0] < length, turn, carry)[2]
