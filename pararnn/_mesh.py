@@ -48,6 +48,19 @@ class TimeAxis(NamedTuple):
         return steps
 
 
+def is_manual(axis: AxisName | None) -> bool:
+    """Whether the code runs on each device along the axis already."""
+    names = set() if axis is None else set(_names(axis))
+    return bool(names) and names <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def both(mask: Any, real: Bool[Array, " part"] | None) -> Any:
+    """Which steps are made: of those asked for, if it was said, the real ones."""
+    if mask is None or real is None:
+        return real if mask is None else mask
+    return mask & real
+
+
 def find_time_axis(axis: AxisName, tree: PyTree[Any]) -> TimeAxis:
     """The axis of that name, of the mesh that is set or of that on which the arrays of `tree` lie.
 
@@ -55,7 +68,7 @@ def find_time_axis(axis: AxisName, tree: PyTree[Any]) -> TimeAxis:
     """
     names = frozenset(_names(axis))
     mesh = jax.sharding.get_abstract_mesh()
-    if names and names <= set(mesh.manual_axes):
+    if is_manual(axis):
         return TimeAxis(axis, None)
     meshes = [mesh, *(_mesh_of(x) for x in jtu.tree_leaves(tree))]
     meshes = [mesh for mesh in meshes if mesh is not None and not mesh.empty]

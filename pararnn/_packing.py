@@ -3,12 +3,13 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._devices import spread
+from ._devices import place_like, spread
 from ._line import Line
 from ._misc import bool_where
 from .scans import Sequential
@@ -128,24 +129,53 @@ def without_moving(
 
 
 def windows_of_pieces(
-    extended: PyTree[Array], reset: Bool[Array, " L"], context: int
-) -> tuple[PyTree[Array], Int[Array, " inputs"]]:
-    """The `context + 1` inputs that each step looks at, those before the latest reset replaced by
-    zeros; and the number of the piece to which each of the `context + L` inputs belongs.
+    extended: PyTree[Array], piece: Int[Array, " inputs"], context: int
+) -> PyTree[Array]:
+    """The `context + 1` inputs that each step looks at, those of other pieces than its own replaced
+    by zeros.
 
     **Arguments:**
 
     - `extended`: `context` past inputs, then the `L` inputs.
-    - `reset`: for each of the `L` steps.
+    - `piece`: the number of the piece to which each of them belongs.
     """
-    length = reset.shape[0]
-    piece = jnp.concatenate([jnp.zeros(context, int), jnp.cumsum(reset)])
+    length = piece.shape[0] - context
 
     def window(x):
         return jnp.stack([x[j : j + length] for j in range(context + 1)], axis=1)
 
     same = window(piece) == jnp.expand_dims(piece[context:], 1)
-    return zero_unless(same, jtu.tree_map(window, extended)), piece
+    return zero_unless(same, jtu.tree_map(window, extended))
+
+
+def passed_inputs(
+    line: Line, past: PyTree[Array], xs: PyTree[Array], count: Int[Array, ""] | int, context: int
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """`(before, after)`: the last `context` inputs before those of this device, and the last of
+    all; `past` are those before the first, and of `xs` the first `count` rows count."""
+
+    def last(p, x):
+        padded = jnp.concatenate([jnp.zeros_like(p), x])
+        return jax.lax.dynamic_slice_in_dim(padded, count, context)
+
+    every = line.gathered((jtu.tree_map(last, past, xs), jnp.minimum(count, context)))
+    place = jnp.arange(context)
+
+    def follow(held, device):
+        rows, valid = device
+
+        def one(old, new):
+            kept = jnp.reshape(place + valid < context, (-1, *(1,) * (old.ndim - 1)))
+            return jnp.where(kept, jnp.roll(old, -valid, axis=0), new)
+
+        held = jtu.tree_map(one, held, rows)
+        return held, held
+
+    past = place_like(past, (past, every))
+    after, held = jax.lax.scan(follow, past, every)
+    index = jnp.maximum(line.index - 1, 0)
+    before = jtu.tree_map(lambda h: h[index], held)
+    return bool_where(jnp.asarray(line.is_first), past, before), after
 
 
 def zero_unless(flags: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]:

@@ -27,7 +27,7 @@ from ._checks import (
 from ._devices import convert_step, mesh_context, place, typed_slice, varying_axes
 from ._jit import is_traced, run_jitted
 from ._line import AxisName, Line
-from ._mesh import TimeAxis, over_devices
+from ._mesh import TimeAxis, both, over_devices
 from ._misc import num_steps, raveler, struct
 from ._norms import all_finite
 from ._outcome import Solve, call_site, errors_of_steps, fail_unless_successful
@@ -186,7 +186,7 @@ def _solve(step, xs, init, reset, reset_state, mask, guess, known, policy, throw
 
     def solve_part(cut, whole, real):
         (xs, reset, mask, guess), (init, reset_state) = cut, whole
-        mask = real if mask is None else mask if real is None else mask & real
+        mask = both(mask, real)
         solution = _solve_here(
             step, xs, init, reset, reset_state, mask, guess, known, policy, throw
         )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._checks import (
     StateDtypeError,
@@ -22,13 +22,18 @@ from .._checks import (
     to_arrays,
 )
 from .._devices import typed_slice
+from .._line import Line
+from .._mesh import TimeAxis, both, is_manual, over_devices
 from .._misc import num_steps, struct
-from .._packing import Packing, windows_of_pieces, zero_unless
+from .._packing import Packing, passed_inputs, windows_of_pieces, without_moving, zero_unless
+from .._select import time_axis
 from .._solution import Solution
 from .._solve import solve
 from .._traits import check_unmasked
 from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, from_equinox
+from ..scans import Sequential
+from ..scans._named import across
 from ..solvers import AbstractSolver
 
 # Covariant, as a module does not change: an `RNN[GRU]` is an `RNN[AbstractCell]`.
@@ -128,15 +133,27 @@ class RNN(eqx.Module, Generic[Cell]):
     ) -> Solution:
         """The states of the recurrence with the report of the solver, before the readout. Arguments
         as for calling the layer; `throw` as for [`pararnn.solve`][]."""
+        xs = to_arrays("xs", xs)
+        check_xs(xs)
+        time = self._time(xs)
+        if time is not None:
+
+            def solve_part(cut, state, real):
+                xs, reset, mask = cut
+                part = self.solve(xs, state, reset=reset, mask=both(mask, real), throw=throw)
+                return part.states, (part.final, part.result, part.stats)
+
+            states, rest = over_devices(time, solve_part, (xs, reset, mask), state)
+            return Solution(states, *rest)
         prepared = self._prepare(xs, state, reset, mask)
-        solution, packing = self._solve(prepared, throw), prepared.packing
+        solution, packing = self._solve(prepared, mask, throw), prepared.packing
         if packing is None:
             return solution
         states = packing.expand(solution.states, prepared.start)
         final = jtu.tree_map(lambda h: h[-1], states)
         return Solution(states, final, solution.result, solution.stats)
 
-    def _solve(self, prepared: _Prepared, throw: bool) -> Solution:
+    def _solve(self, prepared: _Prepared, mask, throw: bool) -> Solution:
         start, initial = prepared.start, self._initial()
         if struct(jtu.tree_map(jnp.asarray, start)) != struct(initial):
             raise ValueError(
@@ -154,6 +171,7 @@ class RNN(eqx.Module, Generic[Cell]):
                 adjoint=self.adjoint,
                 reset=prepared.reset,
                 reset_state=initial,
+                mask=mask if prepared.packing is None else None,
                 structure=self.cell.structure,
                 algebra=self.cell.algebra,
                 throw=throw,
@@ -165,13 +183,15 @@ class RNN(eqx.Module, Generic[Cell]):
     def _prepare(self, xs, state, reset=None, mask=None) -> _Prepared:
         xs = to_arrays("xs", xs)
         check_xs(xs)
-        length, context = num_steps(xs), self.cell.context
+        length, context, line = num_steps(xs), self.cell.context, self._line
         packing, count, pieces = None, length, None
         if reset is not None:
             reset = pieces = check_flags("reset", reset, length)
         if mask is not None:
             mask = check_flags("mask", mask, length)
-        if mask is not None and length > 0:
+        if mask is not None and line.is_cut:
+            xs, reset = without_moving(line, mask, xs, reset)
+        elif mask is not None and length > 0:
             packing = Packing(mask)
             count, xs = packing.count, packing.compact(xs)
             pieces = None if pieces is None else packing.pieces(pieces)
@@ -179,15 +199,56 @@ class RNN(eqx.Module, Generic[Cell]):
         start, past = self._split(state, xs)
         if context == 0:
             return _Prepared(xs, self._project(xs), start, None, reset, packing)
+        if line.is_cut:
+            us, past = self._project_part(line, xs, past, reset, mask)
+            return _Prepared(xs, us, start, past, reset, packing)
         extended = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), past, xs)
         if pieces is None:
             us = jtu.tree_map(lambda u: u[context:], self._project(extended))
         else:
-            windows, piece = windows_of_pieces(extended, pieces, context)
-            us = jtu.tree_map(lambda u: u[:, -1], jax.vmap(self._project)(windows))
+            piece = jnp.concatenate([jnp.zeros(context, int), jnp.cumsum(pieces)])
+            us = self._project_pieces(extended, piece)
             extended = zero_unless(piece == piece[context - 1 + count], extended)
         past = jtu.tree_map(lambda x: jax.lax.dynamic_slice_in_dim(x, count, context), extended)
         return _Prepared(xs, us, start, past, reset, packing)
+
+    def _project_part(self, line, xs, past, reset, mask):
+        """What the steps of this device consume, and the last inputs of all; past inputs come from
+        other devices."""
+        context, length = self.cell.context, num_steps(xs)
+        reset = jnp.zeros(length, bool) if reset is None else reset
+        piece = across(Sequential(), line).cumulative_sum(reset.astype(np.int32))
+        total = line.largest(piece[-1])
+        inputs, count = (xs, piece), length
+        if mask is not None:
+            packing = Packing(mask)
+            inputs, count = packing.compact(inputs), packing.count
+        held = past, jnp.zeros(context, piece.dtype)
+        before, (after, piece_after) = passed_inputs(line, held, inputs, count, context)
+        extended, piece = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), before, inputs)
+        us = self._project_pieces(extended, piece)
+        if mask is not None:
+            places = jnp.maximum(packing.places, 0)
+            us = jtu.tree_map(lambda u: u[places], us)
+        return us, zero_unless(piece_after == total, after)
+
+    def _project_pieces(self, extended: PyTree[Array], piece: Int[Array, " inputs"]):
+        windows = windows_of_pieces(extended, piece, self.cell.context)
+        return jtu.tree_map(lambda u: u[:, -1], jax.vmap(self._project)(windows))
+
+    def _time(self, xs: PyTree[Any]) -> TimeAxis | None:
+        """Where time is cut, if this is to be run on each device."""
+        if not jtu.tree_leaves(xs) or num_steps(xs) == 0:
+            return None
+        time = time_axis(self.solver, self.adjoint, (xs, self))
+        return None if time is None or time.mesh is None else time
+
+    @property
+    def _line(self) -> Line:
+        """Where the steps lie that are seen here."""
+        policies = [p for p in (self.solver, self.adjoint) if p is not None and p.axis is not None]
+        axis = policies[0].axis if policies else None
+        return Line(axis if is_manual(axis) else None)
 
     def _project(self, xs: PyTree[Array]) -> PyTree[Array]:
         us = self.cell.project(xs)
@@ -246,13 +307,25 @@ class RNN(eqx.Module, Generic[Cell]):
         after the last step; for a cell with a `context`, a pair of it and the last `context`
         inputs.
         """
+        xs = to_arrays("xs", xs)
+        check_xs(xs)
+        time = self._time(xs)
+        if time is not None:
+
+            def call_part(cut, state, real):
+                xs, reset, mask = cut
+                return self(xs, state, reset=reset, mask=both(mask, real), throw=throw)
+
+            return over_devices(time, call_part, (xs, reset, mask), state)
         prepared = self._prepare(xs, state, reset, mask)
-        solution, packing = self._solve(prepared, throw), prepared.packing
+        solution, packing = self._solve(prepared, mask, throw), prepared.packing
         ys, final = self.cell.readout(solution.states, prepared.us), solution.final
         if packing is not None:
             nothing = jtu.tree_map(lambda y: jnp.zeros(y.shape[1:], y.dtype), ys)
             ys = zero_unless(jnp.asarray(mask), packing.expand(ys, nothing))
             final = packing.last(solution.states, prepared.start)
+        elif mask is not None:
+            ys = zero_unless(jnp.asarray(mask), ys)
         return ys, final if self.cell.context == 0 else (final, prepared.past)
 
     def step(
