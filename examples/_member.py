@@ -15,6 +15,8 @@ from ._launch import LOST, TOLD, Place
 
 # A process that is silent for so long is taken for dead, and JAX then ends all others.
 _HEARTBEAT_SECONDS = 20
+# JAX waits for five minutes until all have come; after so many seconds something is said of it.
+_PATIENCE_SECONDS = 15
 _CRASHED = 70
 # What the errors of collectives speak of when a partner is gone.
 _ABOUT_OTHERS = re.compile("gloo|nccl|connection|socket|heartbeat|coordination|barrier", re.I)
@@ -82,6 +84,9 @@ def _initialise(place: Place) -> None:
         jax.config.update("jax_num_cpu_devices", place.devices)
         if place.first_device is not None:
             own = range(place.first_device, place.first_device + place.devices)
+    note = f"{place.name} waits for the others, at {place.coordinator or 'the address it was told'}"
+    patience = threading.Timer(_PATIENCE_SECONDS, print, [note], {"file": sys.stderr})
+    patience.start()
     jax.distributed.initialize(
         place.coordinator,
         place.processes,
@@ -89,3 +94,4 @@ def _initialise(place: Place) -> None:
         local_device_ids=own,
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
+    patience.cancel()
