@@ -27,8 +27,18 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+import pararnn as prnn
+
 from ._harness import Metrics, State, check_resumable, fit
-from ._language_model import CELLS, LanguageModel, cross_entropy, make_optimiser, save, update
+from ._language_model import (
+    CELLS,
+    LanguageModel,
+    cross_entropy,
+    make_optimiser,
+    save,
+    update,
+    with_solver,
+)
 from ._launch import STOPPED, add_options, guard, own_place, places
 from ._member import joined, leave
 from ._mesh import make_mesh, replicate, windows
@@ -100,6 +110,7 @@ def start(options: argparse.Namespace, text: Text) -> State:
     """The state before the first step."""
     key_model, key = jax.random.split(jax.random.key(options.seed))
     model = LanguageModel(**hyperparameters(options, text), key=key_model)
+    model = with_solver(model, prnn.TimeSharded("time"))
     optimiser = make_optimiser(options.lr, options.steps)
     return State(model, optimiser.init(eqx.filter(model, eqx.is_inexact_array)), key)
 
@@ -189,7 +200,7 @@ def train(options: argparse.Namespace, text: Text, mesh: Mesh, first: bool) -> S
         )
     except FloatingPointError as error:  # in all processes alike
         raise SystemExit(f"error: {error}") from None
-    except (ValueError, OSError) as error:  # of a file, hence in the first alone
+    except OSError as error:  # in the first alone
         leave(f"error: {error}")
 
 
