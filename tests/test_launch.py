@@ -4,11 +4,13 @@ The processes here are small programs without JAX; tests/test_distributed_lm.py 
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -19,22 +21,24 @@ from examples._launch import LOST, STOPPED, TOLD, Place
 PROGRAM = """
     import os, signal, sys, time
     from examples._launch import own_place
+    def say(text):
+        os.write(1, (text + chr(10)).encode())  # a whole line: another process writes there too
     place = own_place()
-    print("started", place.index, flush=True)
+    say(f"started {place.index}")
     act = sys.argv[1 + place.index]
     if act == "wait":
         time.sleep(600)
     elif act == "obey":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        print("ready", flush=True)
+        say("ready")
         time.sleep(600)
     elif act == "deaf":
-        signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
-        print("ready", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: say("heard"))
+        say("ready")
         while True:
             time.sleep(600)
     elif act == "orphan":
-        print("pid", os.getpid(), flush=True)
+        say(f"pid {os.getpid()}")
         os.read(0, 1)
     elif act.startswith("-"):
         os.kill(os.getpid(), -int(act))
@@ -70,13 +74,14 @@ def places(count):
     ],
 )
 def test_what_the_guard_tells(acts, status, says, module, monkeypatch, capfd):
-    monkeypatch.setattr(_launch, "GRACE", 0.5)
+    monkeypatch.setattr(_launch, "GRACE", 0.5 if "wait" in acts else 60.0)
     assert _launch.guard(module, acts.split(), places(2), "advice") == status
     told = capfd.readouterr().err
     assert all(text in told for text in says), told
     assert bool(told) == bool(says)
 
 
+@contextlib.contextmanager
 def guarding(module, acts):
     """A guard in a process of its own, with what its processes print."""
     program = (
@@ -84,7 +89,15 @@ def guarding(module, acts):
         "places = [Place('localhost:1', 2, i) for i in range(2)]\n"
         f"sys.exit(guard({module!r}, {acts.split()}, places, 'advice'))"
     )
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        late = threading.Timer(120, run.kill)
+        late.start()
+        try:
+            yield run
+        finally:
+            late.cancel()
+            run.kill()
 
 
 def wait_for(run, word):
