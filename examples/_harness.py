@@ -24,6 +24,7 @@ from ._progress import progress_bar
 
 Metrics = dict[str, float]
 CHECKPOINT, METRICS, PLOT = "checkpoint.eqx", "metrics.jsonl", "metrics.png"
+_FREE = ("steps",)  # the options that may be others when a run is resumed
 
 
 class State(eqx.Module):
@@ -66,14 +67,9 @@ def load_checkpoint(
 
     Raises ValueError if the file was written with other options, but for those named in `free`.
     """
+    _check_options(path, options, free)
     with open(path, "rb") as file:
-        written = json.loads(file.readline())
-        wanted = json.loads(json.dumps(options))  # tuples become lists
-        names = [k for k in {**written, **wanted} if written.get(k) != wanted.get(k)]
-        names = [k for k in names if k not in free]
-        if names:
-            pairs = ", ".join(f"{k}={written.get(k)!r}, not {wanted.get(k)!r}" for k in names)
-            raise ValueError(f"{path} is of a run with other `options`: {pairs}.")
+        file.readline()
         return eqx.tree_deserialise_leaves(file, like, _read_leaf)
 
 
@@ -81,6 +77,27 @@ def read_options(path: pathlib.Path) -> dict[str, Any]:
     """The options that a checkpoint was written with."""
     with open(path, "rb") as file:
         return json.loads(file.readline())
+
+
+def check_resumable(folder: pathlib.Path, options: dict[str, Any]) -> None:
+    """Raises as `fit` does if there is nothing in `folder` to resume, or a run with others than
+    `options`. Nothing is asked of JAX."""
+    checkpoint = folder / CHECKPOINT
+    if not checkpoint.exists():
+        raise FileNotFoundError(
+            f"There is nothing to resume: {checkpoint} does not exist. Start without `resume`."
+        )
+    _check_options(checkpoint, options, _FREE)
+
+
+def _check_options(path: pathlib.Path, options: dict[str, Any], free: Collection[str]) -> None:
+    written = read_options(path)
+    wanted = json.loads(json.dumps(options))  # tuples become lists
+    names = [k for k in {**written, **wanted} if written.get(k) != wanted.get(k)]
+    names = [k for k in names if k not in free]
+    if names:
+        pairs = ", ".join(f"{k}={written.get(k)!r}, not {wanted.get(k)!r}" for k in names)
+        raise ValueError(f"{path} is of a run with other `options`: {pairs}.")
 
 
 def _is_key(leaf: Any) -> bool:
@@ -129,14 +146,12 @@ def plot_metrics(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _resumed(
-    checkpoint: pathlib.Path, like: State, steps: int, options: dict[str, Any]
+    folder: pathlib.Path, like: State, steps: int, options: dict[str, Any]
 ) -> tuple[State, int]:
-    """The state in `checkpoint`, and at how many steps its run was to end."""
-    if not checkpoint.exists():
-        raise FileNotFoundError(
-            f"There is nothing to resume: {checkpoint} does not exist. Start without `resume`."
-        )
-    state = load_checkpoint(checkpoint, like, options, free=("steps",))
+    """The state of the checkpoint in `folder`, and at how many steps its run was to end."""
+    check_resumable(folder, options)
+    checkpoint = folder / CHECKPOINT
+    state = load_checkpoint(checkpoint, like, options, _FREE)
     if state.step > steps:
         raise ValueError(
             f"`steps` must be at least {state.step}, as {checkpoint} has come so far; got {steps}."
@@ -147,15 +162,54 @@ def _resumed(
 # --- the loop -------------------------------------------------------------------------------------
 
 
+class _Files:
+    """What a run writes; nothing if there is no folder."""
+
+    def __init__(self, folder: pathlib.Path | None, options: dict[str, Any]):
+        self.folder = folder
+        self.options = options
+        self.rows: list[dict[str, Any]] = []
+        self.saved = -math.inf
+
+    def begin(self, state: State, resume: bool) -> None:
+        """What was reported before `state` stays; what came after it will be reported again."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / METRICS
+        if resume:
+            self.rows = [row for row in read_metrics(log) if row["step"] <= state.step]
+        log.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        # The stale checkpoint of another run must not outlive the first moment of this one.
+        self.save(state)
+
+    def report(self, row: dict[str, Any]) -> None:
+        if self.folder is not None:
+            with open(self.folder / METRICS, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.rows.append(row)
+
+    def save(self, state: State, every: float = 0.0) -> None:
+        """Writes a checkpoint, if the last one is `every` seconds old."""
+        if self.folder is not None and time.monotonic() - self.saved >= every:
+            save_checkpoint(self.folder / CHECKPOINT, state, self.options)
+            self.saved = time.monotonic()
+
+    def end(self) -> None:
+        if self.folder is not None:
+            plot_metrics(self.folder / PLOT, self.rows)
+
+
 def fit(
     state: State,
     advance: Callable[[State], tuple[State, Metrics]],
     *,
     steps: int,
     done: Callable[[State], bool] = lambda state: False,
-    folder: pathlib.Path,
+    folder: pathlib.Path | None,
     options: dict[str, Any],
     resume: bool = False,
+    share: Callable[[State], State] = lambda state: state,
     save_every: float = 30.0,
     description: str = "training",
     quiet: bool = False,
@@ -169,10 +223,13 @@ def fit(
         have a `"loss"`. It may depend on nothing that changes but its argument.
     - `steps`, `done`: when to end.
     - `folder`: gets `checkpoint.eqx`, `metrics.jsonl` with one JSON object per call of `advance`,
-        and, at the end, `metrics.png`.
+        and, at the end, `metrics.png`. None: nothing is written, as by all but the first of several
+        processes.
     - `options`: what the run depends on, stored with the checkpoint. Resuming with others is
         refused, but for other `"steps"`, from which a run goes on by the new ones.
     - `resume`: whether to continue from the checkpoint in `folder`.
+    - `share`: called once, with the state to start from; with several processes, all of which call
+        `fit`, it hands that of the first, who alone has a folder, to all.
     - `save_every`: seconds between two checkpoints. There is one more at the end, and one when the
         run ends by an exception, Ctrl-C among them.
     - `description`, `quiet`: of the progress bar.
@@ -183,18 +240,12 @@ def fit(
     holds the last state before it. Raises FileNotFoundError if there is nothing to resume, and
     ValueError if it has gone further than `steps`.
     """
-    checkpoint, log = folder / CHECKPOINT, folder / METRICS
-    rows = []
     planned = steps
-    if resume:
-        state, planned = _resumed(checkpoint, state, steps, options)
-        # What was reported after the checkpoint will be reported again.
-        rows = [row for row in read_metrics(log) if row["step"] <= state.step]
-    folder.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    saved = time.monotonic()
-    # The stale checkpoint of another run must not outlive the first moment of this one.
-    save_checkpoint(checkpoint, state, options)
+    if resume and folder is not None:
+        state, planned = _resumed(folder, state, steps, options)
+    state = share(state)
+    files = _Files(folder, options)
+    files.begin(state, resume)
     goes_on = state.step < steps and not done(state)
     if goes_on and planned != steps and not quiet:
         print(
@@ -204,10 +255,7 @@ def fit(
             flush=True,
         )
     note = "compiling" if goes_on else ""
-    with (
-        open(log, "a") as file,
-        progress_bar(description, steps, initial=state.step, note=note, quiet=quiet) as progress,
-    ):
+    with progress_bar(description, steps, initial=state.step, note=note, quiet=quiet) as progress:
         try:
             while state.step < steps and not done(state):
                 start = time.perf_counter()
@@ -219,17 +267,13 @@ def fit(
                 speed = (new.step - state.step) / (time.perf_counter() - start)
                 row = {"step": new.step, **metrics, "steps_per_second": round(speed, 2)}
                 # The row comes first: stopped in between, the row is dropped when resuming.
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                rows.append(row)
+                files.report(row)
                 shown = {k: f"{v:.3g}" for k, v in row.items() if k != "step"}
                 progress.set_postfix(shown, refresh=False)
                 progress.update(new.step - state.step)
                 state = new
-                if time.monotonic() - saved >= save_every:
-                    save_checkpoint(checkpoint, state, options)
-                    saved = time.monotonic()
+                files.save(state, every=save_every)
         finally:
-            save_checkpoint(checkpoint, state, options)
-    plot_metrics(folder / PLOT, rows)
+            files.save(state)
+    files.end()
     return state

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -90,9 +91,39 @@ def predict(model: LanguageModel, windows: Windows) -> Float[Array, "batch lengt
 def bits_per_character(
     logits: Float[Array, "batch length vocabulary"], windows: Windows
 ) -> Float[Array, ""]:
-    """The mean cross-entropy, in bits; of a uniform guess it is log2 of the vocabulary's size."""
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    """The loss of predictions for all characters of the windows but the first."""
+    return cross_entropy(logits, windows[:, 1:])
+
+
+def cross_entropy(
+    logits: Float[Array, "batch length vocabulary"], targets: Int[Array, "batch length"]
+) -> Float[Array, ""]:
+    """The mean, in bits; of a uniform guess it is log2 of the vocabulary's size."""
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.mean(nats) / math.log(2)
+
+
+def make_optimiser(lr: float, steps: int) -> optax.GradientTransformation:
+    """AdamW. Its learning rate rises to `lr` in a short warm-up, and falls to zero at the end."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, lr, warmup_steps=min(50, steps // 10), decay_steps=steps
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.1)
+    )
+
+
+def update(
+    optimiser: optax.GradientTransformation,
+    model: LanguageModel,
+    moments: PyTree[Any],
+    gradients: PyTree[Any],
+) -> tuple[LanguageModel, PyTree[Any]]:
+    """The model and the optimiser's state after one step of training."""
+    parameters = eqx.filter(model, eqx.is_inexact_array)
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
+        updates, moments = optimiser.update(gradients, moments, parameters)
+    return eqx.apply_updates(model, updates), moments
 
 
 def with_solver(

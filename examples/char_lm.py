@@ -21,7 +21,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from matplotlib.figure import Figure
 
@@ -33,11 +32,13 @@ from ._language_model import (
     LanguageModel,
     bits_per_character,
     load,
+    make_optimiser,
     predict,
     save,
+    update,
     with_solver,
 )
-from ._options import number
+from ._options import add_language_model, number, parse_language_model
 from ._progress import progress_bar
 from ._text import Text, Tokens, Windows, all_windows, load_text, random_windows
 
@@ -53,15 +54,13 @@ SOLVERS = {
 
 
 def parse_options(args: Sequence[str] | None, max_length: int) -> argparse.Namespace:
-    """Reads the command line and makes the folder for the results; ends the program with a message
-    if something is wrong with an option."""
+    """Reads the command line; ends the program with a message if something is wrong with it."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.char_lm",
         description="Train a character-level language model on Python's own documentation.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     count, maybe_zero, positive = number(int, 1), number(int, 0), number(float, 0)
-    seed = number(int, 0, 2**32 - 1)
 
     def add(flag: str, default: Any, description: str, **kwargs: Any) -> None:
         parser.add_argument(flag, default=default, help=description, **kwargs)
@@ -69,25 +68,12 @@ def parse_options(args: Sequence[str] | None, max_length: int) -> argparse.Names
     add("--cell", "diagonal-gru", "the recurrence", choices=list(CELLS))
     add("--solver", "auto", "how it is evaluated in training", choices=list(SOLVERS))
     add("--chunk-size", None, "for newton, jacobi; None: they choose", type=count, metavar="STEPS")
-    add("--width", 128, "features of a character and of a state", type=count, metavar="N")
-    add("--depth", 2, "blocks, each an RNN and an MLP", type=count, metavar="N")
-    add("--length", 128, "length of a training window", type=count, metavar="CHARACTERS")
-    add("--batch", 8, "windows in a training step", type=count, metavar="N")
-    add("--steps", 1000, "training steps", type=count, metavar="N")
-    add("--lr", 4e-3, "learning rate of AdamW after warm-up", type=positive, metavar="RATE")
-    add("--seed", 0, "seed of weights, batches and sample", type=seed, metavar="N")
+    add_language_model(parser, "out/char_lm")
     add("--temperature", 0.7, "divides the logits of the sample", type=positive, metavar="T")
     add("--sample", 400, "length of the sample", type=maybe_zero, metavar="CHARACTERS")
-    add("--output", "out/char_lm", "folder for the results", type=pathlib.Path, metavar="FOLDER")
-    options = parser.parse_args(args)
+    options = parse_language_model(parser, args, max_length)
     if options.chunk_size is not None and options.solver not in ("newton", "jacobi"):
         parser.error("argument --chunk-size: needs --solver newton or --solver jacobi")
-    if options.length > max_length:
-        parser.error(f"argument --length: must be at most {max_length}; got {options.length}")
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output: {error}")
     return options
 
 
@@ -119,21 +105,13 @@ def train(
     model: LanguageModel, text: Text, options: argparse.Namespace
 ) -> tuple[LanguageModel, History]:
     """Minimises the loss of random windows with AdamW."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, options.lr, warmup_steps=min(50, options.steps // 10), decay_steps=options.steps
-    )
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.1)
-    )
+    optimiser = make_optimiser(options.lr, options.steps)
     state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit
     def train_step(model, state, windows):
         loss, gradients = eqx.filter_value_and_grad(loss_of)(model, windows)
-        parameters = eqx.filter(model, eqx.is_inexact_array)
-        with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
-            updates, state = optimiser.update(gradients, state, parameters)
-        return eqx.apply_updates(model, updates), state, loss
+        return *update(optimiser, model, state, gradients), loss
 
     rng = np.random.default_rng(options.seed)
     held_out_windows = all_windows(text.held_out, options.length)

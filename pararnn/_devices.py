@@ -201,6 +201,17 @@ def convert_step(
         )
         found = frozenset().union(*(x.manual_axis_type.varying for x in closed.out_avals))
         if found <= axes:
-            converted = ConvertedStep(closed.jaxpr, closed.consts, jtu.tree_structure(out))
+            consts = [_adopted(x) for x in closed.consts]
+            converted = ConvertedStep(closed.jaxpr, consts, jtu.tree_structure(out))
             return converted, eqx.combine(out, static), axes
         axes = found | axes
+
+
+def _adopted(x: Any) -> Any:
+    """The same values, of a type that names the mesh as it is here. What is closed over inside
+    `jax.shard_map` keeps the type that it has outside, where no axis is manual, and a loop with it
+    cannot be transposed. The result of any operation has the right one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes or not eqx.is_array(x) or jax.typeof(x).sharding.mesh == mesh:
+        return x
+    return jnp.where(True, x, x)

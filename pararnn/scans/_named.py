@@ -41,6 +41,12 @@ def as_scan(name: str, method: Any) -> AbstractScan:
     )
 
 
+def check_scan(name: str, method: Any) -> None:
+    """As `as_scan` raises. Of None it asks nothing: a solver may be made before JAX starts."""
+    if method is not None:
+        as_scan(name, method)
+
+
 def across(scan: AbstractScan, line: Line) -> AbstractScan:
     """The scan for elements that lie as `line` says, of which `scan` does those of one device."""
     return Across(scan, line) if line.is_cut else scan

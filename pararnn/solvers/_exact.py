@@ -9,7 +9,7 @@ from .._algebra import AbstractAlgebra
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
 from ..scans import AbstractScan, LinearMethod
-from ..scans._named import across, as_scan, default_linear_method
+from ..scans._named import across, as_scan, check_scan, default_linear_method
 from ._base import AbstractSolver, check_tangents, completed
 from ._newton import Newton
 from ._shooting import AbstractIterativeSolver
@@ -46,7 +46,7 @@ class AssociativeScan(AbstractSolver):
     corrector: AbstractIterativeSolver | None = None
 
     def __post_init__(self):
-        as_scan("linear_method", self.linear_method)
+        check_scan("linear_method", self.linear_method)
         if self.algebra is not None and not isinstance(self.algebra, AbstractAlgebra):
             raise TypeError(
                 f"`algebra` must be a pararnn.AbstractAlgebra or None; got {self.algebra!r}."

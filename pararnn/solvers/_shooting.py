@@ -26,7 +26,7 @@ from .._recurrence import Recurrence
 from .._settings import check_count, check_positive_int, check_tolerance
 from .._solution import Stats
 from ..scans import AbstractScan, LinearMethod
-from ..scans._named import as_scan, default_linear_method
+from ..scans._named import as_scan, check_scan, default_linear_method
 from ..structures import AbstractStructure
 from ..sweeps import AbstractSweep, Scanned, SweepMethod
 from ..sweeps._named import as_sweep, default_sweep_method, uses_kernel
@@ -116,7 +116,7 @@ class AbstractIterativeSolver(AbstractSolver):
             check_positive_int("chunk_size", self.chunk_size)
         if not isinstance(self.fallback, bool):
             raise TypeError(f"`fallback` must be True or False; got {self.fallback!r}.")
-        as_scan("linear_method", self.linear_method)
+        check_scan("linear_method", self.linear_method)
         as_sweep("sweep_method", self.sweep_method)
         for name in ("overlap", "min_iters"):
             if getattr(self, name) is not None:
