@@ -28,7 +28,8 @@ def _arrays(tree: PyTree[Any]) -> list[Array]:
     return jtu.tree_leaves(eqx.filter(tree, eqx.is_array))
 
 
-def _explicit(mesh: Any) -> bool:
+def is_explicit(mesh: Any) -> bool:
+    """Whether any axis of the mesh is explicit."""
     return jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
@@ -38,7 +39,7 @@ def mesh_context(tree: PyTree[Any]) -> contextlib.AbstractContextManager[Any]:
     if jax.sharding.get_abstract_mesh().empty:
         for x in _arrays(tree):
             mesh = jax.typeof(x).sharding.mesh
-            if _explicit(mesh):
+            if is_explicit(mesh):
                 return jax.sharding.use_abstract_mesh(mesh)
     return contextlib.nullcontext()
 
@@ -50,7 +51,7 @@ def varying_axes(tree: PyTree[Any]) -> frozenset[Any]:
 
 def place(tree: PyTree[Any], axes: frozenset[Any]) -> PyTree[Any]:
     """The same values, each array of a type that varies along `axes`, on the mesh that is set."""
-    on_mesh = _explicit(jax.sharding.get_abstract_mesh())
+    on_mesh = is_explicit(jax.sharding.get_abstract_mesh())
 
     def one(x):
         if not eqx.is_array(x):
@@ -86,7 +87,7 @@ def spread(tree: PyTree[Array], index: Array) -> PyTree[Array]:
     """The same values, differing under `vmap` wherever the scalar `index` does, which is to select
     among them. On explicit axes JAX does not find out where the result of such a selection lies if
     only the index has an axis of the mesh."""
-    if not _explicit(jax.sharding.get_abstract_mesh()):
+    if not is_explicit(jax.sharding.get_abstract_mesh()):
         return tree
     always = index == index
     return jtu.tree_map(lambda x: jnp.where(always, x, x), tree)
@@ -107,7 +108,7 @@ def raiser(
         mesh = jax.typeof(jtu.tree_leaves(tree)[0]).sharding.mesh
     some = jax.lax.stop_gradient(eqxi.unvmap_any(failed))
     index = jax.lax.stop_gradient(eqxi.unvmap_max(index))
-    if _explicit(mesh):
+    if is_explicit(mesh):
         print_it = functools.partial(_print_message, messages)
         jax.lax.cond(some, lambda: jax.debug.callback(print_it, index), lambda: None)
         return some, None

@@ -6,6 +6,7 @@ of a sequence.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._devices import place_like, varying_axes
+from ._devices import is_explicit, place_like, spread, varying_axes
 from ._misc import bool_where, flip_time
 
 # The name of an axis of a mesh, or of several that are counted as one.
@@ -58,7 +59,7 @@ class Line:
         """How many devices come before this one in time."""
         if self.axis is None:
             return 0
-        index = jax.lax.axis_index(self.axis)
+        index = jax.lax.axis_index(self.axis).astype(int)
         return self.count - 1 - index if self.reverse else index
 
     @property
@@ -108,8 +109,19 @@ class Line:
         little: all devices get all of it."""
         if self.axis is None:
             return jtu.tree_map(lambda x: jnp.expand_dims(x, 0), tree)
-        gathered = jtu.tree_map(lambda x: jax.lax.all_gather(x, self.axis), tree)
+        gathered = jtu.tree_map(self._gathered, tree)
         return flip_time(gathered) if self.reverse else gathered
+
+    def _gathered(self, x: Array) -> Array:
+        if not is_explicit(jax.sharding.get_abstract_mesh()):
+            return jax.lax.all_gather(x, self.axis)
+        # Where another axis is explicit, JAX 0.10 and 0.11 mistake the axes of a batched gather.
+        index = jnp.arange(self.count) == jax.lax.axis_index(self.axis).astype(int)
+        mine = jnp.reshape(index, (-1, *(1,) * x.ndim))
+        flag = x.dtype == bool
+        x = jnp.expand_dims(x.astype(np.int32) if flag else x, 0)
+        every = jax.lax.psum(jnp.where(mine, x, jnp.zeros_like(x)), self.axis)
+        return every > 0 if flag else every
 
     def across(self, maxima: list[Array], sums: list[Array]) -> tuple[Extremes, Extremes]:
         """`(all, before)`: the largest and the sums of some numbers over all devices, and over
@@ -119,15 +131,15 @@ class Line:
         )
         if self.axis is None:
             return Extremes(maxima, sums), none
-        here = jnp.stack([*maxima, *sums])
+        here = _stacked([*maxima, *sums])
         gathered = place_like(self.gathered(here), here)
         is_before = jnp.expand_dims(jnp.arange(self.count) < self.index, 1)
-        before = jnp.where(is_before, gathered, jnp.stack([*none.maxima, *none.sums], axis=-1))
+        before = jnp.where(is_before, gathered, jnp.stack([*none.maxima, *none.sums]))
         return _extremes(gathered, len(maxima)), _extremes(before, len(maxima))
 
     def totals(self, numbers: Sequence[Float[Array, ""]]) -> Sequence[Float[Array, ""]]:
         """The sums of some numbers over all devices, in one exchange."""
-        return numbers if self.axis is None else list(self.total(jnp.stack(numbers)))
+        return numbers if self.axis is None else list(self.total(_stacked(numbers)))
 
     def any(self, flag: Bool[Array, ""]) -> Bool[Array, ""]:
         """Whether it holds on any device."""
@@ -169,3 +181,9 @@ class Line:
 
 def _extremes(rows: Float[Array, "devices numbers"], m: int) -> Extremes:
     return Extremes(list(jnp.max(rows[:, :m], axis=0)), list(jnp.sum(rows[:, m:], axis=0)))
+
+
+def _stacked(numbers: Sequence[Float[Array, ""]]) -> Float[Array, " n"]:
+    # On explicit axes JAX stacks only what lies alike.
+    known = functools.reduce(jnp.logical_and, [x == x for x in numbers])
+    return jnp.stack([spread(x, known) for x in numbers])

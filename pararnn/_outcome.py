@@ -39,12 +39,12 @@ class Solve:
     def __call__(self, recurrence: Recurrence, guess: PyTree[Array] | None) -> _Judged:
         outcome, rest = self.solver.attempt(recurrence, guess, self.report)
         _check_states(self.solver, outcome[0], recurrence)
-        judged = _judged(outcome)
+        judged = _judged(outcome, recurrence)
         if rest is None:
             return self._thrown(judged)
         # To raise is a part of the rest, so that what succeeds is asked only once whether it has.
         failed = judged[1] != RESULTS.successful
-        turn = lambda last: self._thrown(_judged(rest(last[0])))  # noqa: E731
+        turn = lambda last: self._thrown(_judged(rest(last[0]), recurrence))  # noqa: E731
         return once_where(failed, judged, turn, REST)
 
     def _thrown(self, judged: _Judged) -> _Judged:
@@ -55,10 +55,11 @@ class Solve:
         return throw_unless_successful(states, result, self.throw), result, stats
 
 
-def _judged(outcome: Outcome) -> _Judged:
+def _judged(outcome: Outcome, recurrence: Recurrence) -> _Judged:
     states, converged, stats = outcome
     result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
-    return states, RESULTS.where(all_finite(states), result, RESULTS.nonfinite), stats
+    finite = ~recurrence.line.any(~all_finite(states))
+    return states, RESULTS.where(finite, result, RESULTS.nonfinite), stats
 
 
 def _check_states(solver: AbstractSolver, states: PyTree[Any], recurrence: Recurrence) -> None:

@@ -122,7 +122,7 @@ def without_moving(
     if reset is None:
         return xs, None
     scan = across(Sequential(), line)
-    passed = scan.cumulative_sum(reset.astype(np.int32))
+    passed = scan.cumulative_sum(reset.astype(int))
     # How many resets had passed at the unmasked step before each.
     last = scan.cumulative_max(jnp.where(mask, passed, 0))
     return xs, mask & (passed > line.earlier(last, jnp.zeros_like(last[0])))

@@ -146,20 +146,23 @@ def solve(
     time = time_axis(solver, adjoint, (xs, init)) if length else None
     policy = _Policy(within(solver), within(adjoint), report, batch_size((step, xs, init)), time)
     args = (xs, init, reset, reset_state, mask, guess, known, policy)
-    with mesh_context((step, args)):
-        return _run(step, args, throw)
+    return _run(step, args, throw)
 
 
 def _run(step, args, throw) -> Solution:
+    def run(where):
+        with mesh_context((step, args)):
+            return run_jitted(_solve, step, *args, where)
+
     if not throw:
-        return run_jitted(_solve, step, *args, None)
+        return run(None)
     if is_traced((step, args)):
-        return run_jitted(_solve, step, *args, call_site())
+        return run(call_site())
     # Outside of all transformations no program needs to raise: the error comes from here.
     with errors_of_steps():
-        solution = run_jitted(_solve, step, *args, None)
+        solution = run(None)
         if is_traced(solution):  # `step` closes over values that are traced
-            return run_jitted(_solve, step, *args, call_site())
+            return run(call_site())
         successful = bool(solution.result == RESULTS.successful)
     if not successful:
         raise eqx.EquinoxRuntimeError(RESULTS[solution.result])

@@ -138,13 +138,16 @@ class RNN(eqx.Module, Generic[Cell]):
         time = self._time(xs)
         if time is not None:
 
-            def solve_part(cut, state, real):
-                xs, reset, mask = cut
-                part = self.solve(xs, state, reset=reset, mask=both(mask, real), throw=throw)
+            def solve_part(cut, whole, real):
+                (xs, reset, mask), (arrays, state) = cut, whole
+                layer = eqx.combine(arrays, rest)
+                part = layer.solve(xs, state, reset=reset, mask=both(mask, real), throw=throw)
                 return part.states, (part.final, part.result, part.stats)
 
-            states, rest = over_devices(time, solve_part, (xs, reset, mask), state)
-            return Solution(states, *rest)
+            arrays, rest = eqx.partition(self, eqx.is_array)
+            cut = xs, reset, mask
+            states, others = over_devices(time, solve_part, cut, (arrays, state))
+            return Solution(states, *others)
         prepared = self._prepare(xs, state, reset, mask)
         solution, packing = self._solve(prepared, mask, throw), prepared.packing
         if packing is None:
@@ -217,17 +220,16 @@ class RNN(eqx.Module, Generic[Cell]):
         other devices."""
         context, length = self.cell.context, num_steps(xs)
         reset = jnp.zeros(length, bool) if reset is None else reset
-        piece = across(Sequential(), line).cumulative_sum(reset.astype(np.int32))
+        piece = across(Sequential(), line).cumulative_sum(reset.astype(int))
         total = line.largest(piece[-1])
-        inputs, count = (xs, piece), length
-        if mask is not None:
-            packing = Packing(mask)
+        inputs, count, packing = (xs, piece), length, None if mask is None else Packing(mask)
+        if packing is not None:
             inputs, count = packing.compact(inputs), packing.count
         held = past, jnp.zeros(context, piece.dtype)
         before, (after, piece_after) = passed_inputs(line, held, inputs, count, context)
         extended, piece = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), before, inputs)
         us = self._project_pieces(extended, piece)
-        if mask is not None:
+        if packing is not None:
             places = jnp.maximum(packing.places, 0)
             us = jtu.tree_map(lambda u: u[places], us)
         return us, zero_unless(piece_after == total, after)
@@ -312,11 +314,13 @@ class RNN(eqx.Module, Generic[Cell]):
         time = self._time(xs)
         if time is not None:
 
-            def call_part(cut, state, real):
-                xs, reset, mask = cut
-                return self(xs, state, reset=reset, mask=both(mask, real), throw=throw)
+            def call_part(cut, whole, real):
+                (xs, reset, mask), (arrays, state) = cut, whole
+                layer = eqx.combine(arrays, rest)
+                return layer(xs, state, reset=reset, mask=both(mask, real), throw=throw)
 
-            return over_devices(time, call_part, (xs, reset, mask), state)
+            arrays, rest = eqx.partition(self, eqx.is_array)
+            return over_devices(time, call_part, (xs, reset, mask), (arrays, state))
         prepared = self._prepare(xs, state, reset, mask)
         solution, packing = self._solve(prepared, mask, throw), prepared.packing
         ys, final = self.cell.readout(solution.states, prepared.us), solution.final

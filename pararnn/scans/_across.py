@@ -91,7 +91,8 @@ class Across(AbstractScan):
         return jnp.maximum(self.scan.cumulative_max(x), before)
 
     def cumulative_sum(self, x):
-        before = jnp.sum(self._before(jnp.sum(x, axis=0), 0), axis=0, keepdims=True)
+        before = jnp.sum(self._before(jnp.sum(x, axis=0, dtype=x.dtype), 0), axis=0, keepdims=True)
+        before = before.astype(x.dtype)
         return self.scan.cumulative_sum(x) + before
 
     def _before(self, x: Array, otherwise: Any) -> Array:

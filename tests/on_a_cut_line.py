@@ -1,0 +1,372 @@
+"""Checks that time may lie on several devices; `test_time_sharded.py` runs this file in a process
+of its own.
+
+Prints one line of JSON for each check: its name, and what went wrong or null.
+"""
+
+import functools
+import json
+import os
+import sys
+import traceback
+import warnings
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pararnn as prnn
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
+warnings.simplefilter("error")
+
+SIZE, LENGTH = 3, 21
+rng = np.random.default_rng(0)
+WEIGHT = jnp.asarray(0.8 * rng.normal(size=(SIZE, SIZE)) / SIZE**0.5)
+XS = jnp.asarray(rng.normal(size=(24, SIZE)))
+INIT = jnp.asarray(rng.normal(size=SIZE))
+RESET = jnp.asarray(rng.random(24) < 0.15)
+MASK = jnp.asarray(rng.random(24) < 0.7)
+SCALES = jnp.arange(1.0, SIZE + 1)
+CHECKS = {}
+
+
+def check(fn):
+    CHECKS[fn.__name__] = fn
+    return fn
+
+
+def mesh_of(count, kind="Auto"):
+    kinds = (getattr(AxisType, kind),)
+    return jax.make_mesh((count,), ("time",), axis_types=kinds, devices=jax.devices()[:count])
+
+
+def elman(w, h, x):
+    return jnp.tanh(w @ h + x)
+
+
+def diagonal(w, h, x):
+    return jnp.tanh(jnp.diagonal(w) * h + x)
+
+
+def latch(w, h, x):
+    """Never forgets."""
+    return jnp.tanh(3 * h + x + 0 * w[0])
+
+
+def outcome(solver, adjoint=None, step=elman, **options):
+    """A loss of all states and the last one, these, and the gradients of the loss."""
+
+    def loss(w, xs, init):
+        run = prnn.solve(
+            functools.partial(step, w), xs, init, solver=solver, adjoint=adjoint, **options
+        )
+        total = jnp.sum(run.states**2 * jnp.expand_dims(SCALES, 0)) + jnp.sum(run.final)
+        return total, (run.states, run.final, run.result == prnn.RESULTS.successful)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+def close(got, expected, atol=1e-10):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, expected)
+
+
+def agrees(solver, adjoint=None, *, count=8, kind="Auto", length=LENGTH, step=elman, **options):
+    xs = options.pop("xs", XS[:length])
+    expected = outcome(prnn.Sequential(), step=step, **options)(WEIGHT, xs, INIT)
+    with jax.set_mesh(mesh_of(count, kind)):
+        got = outcome(prnn.TimeSharded("time", solver), adjoint, step, **options)(WEIGHT, xs, INIT)
+    close(got, expected)
+
+
+SOLVERS = {
+    "default": None,
+    "newton": prnn.Newton(chunk_size=2),
+    "newton_of_steps": prnn.Newton(chunk_size=1),
+    "jacobi": prnn.Jacobi(chunk_size=3),
+    "overlap": prnn.Jacobi(chunk_size=3, overlap=3),
+    "quasi_newton": prnn.QuasiNewton(chunk_size=3),
+    "damped": prnn.LevenbergMarquardt(chunk_size=3),
+    "picard": prnn.Picard(),
+    "speculative": prnn.Speculative(chunk_size=3, num_candidates=4),
+    "sequential": prnn.Sequential(),
+    "associative": prnn.Newton(chunk_size=1, linear_method="associative"),
+    "radix": prnn.Newton(chunk_size=1, linear_method="radix"),
+}
+for _name, _solver in SOLVERS.items():
+    CHECKS[f"solver {_name}"] = functools.partial(agrees, _solver)
+
+ADJOINTS = {
+    "newton": prnn.Newton(chunk_size=3),
+    "jacobi": prnn.Jacobi(chunk_size=3),
+    "sequential": prnn.Sequential(),
+    "step by step": prnn.adjoints.OnePassAdjoint(1),
+    "in blocks": prnn.adjoints.OnePassAdjoint(2),
+    "clipped": prnn.ClippedAdjoint(1e6, prnn.Newton(chunk_size=3)),
+}
+for _name, _adjoint in ADJOINTS.items():
+    CHECKS[f"adjoint {_name}"] = functools.partial(agrees, None, _adjoint)
+
+for _length in (1, 3, 8, 24):
+    CHECKS[f"length {_length}"] = functools.partial(agrees, None, length=_length)
+for _count in (1, 2, 4):
+    CHECKS[f"devices {_count}"] = functools.partial(agrees, None, count=_count)
+CHECKS["explicit"] = functools.partial(agrees, None, kind="Explicit")
+CHECKS["explicit newton"] = functools.partial(agrees, SOLVERS["newton"], kind="Explicit", length=24)
+
+
+@check
+def resets_and_padding():
+    mask, reset = MASK[:LENGTH], RESET[:LENGTH]
+    padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
+    agrees(None, reset=reset, reset_state=2 * INIT)
+    for solver in (None, SOLVERS["newton"]):
+        agrees(solver, xs=padded, mask=mask, reset=reset)
+    agrees(None, xs=jnp.full((LENGTH, SIZE), jnp.nan), mask=jnp.zeros(LENGTH, bool))
+
+
+@check
+def a_guess():
+    agrees(SOLVERS["newton"], guess=jnp.ones((LENGTH, SIZE)))
+
+
+@check
+def what_never_forgets():
+    """Each device must wait for the one before."""
+    seldom = jnp.expand_dims(jnp.arange(24), 1) % 9 == 0
+    xs = jnp.where(seldom, 4 * jnp.sign(XS), 0)
+    agrees(None, xs=xs[:24], step=latch)
+    agrees(prnn.Jacobi(chunk_size=1, max_iters=2), xs=xs[:24], step=latch)
+
+
+@check
+def the_finish_goes_from_device_to_device():
+    with jax.set_mesh(mesh_of(8)):
+        solver = prnn.TimeSharded("time", prnn.Jacobi(chunk_size=1, max_iters=2))
+        run = prnn.solve(functools.partial(elman, WEIGHT), XS, INIT, solver=solver)
+    assert run.stats.fallback and run.result == prnn.RESULTS.successful
+    expected = prnn.solve(functools.partial(elman, WEIGHT), XS, INIT, solver=prnn.Sequential())
+    close(run.states, expected.states)
+
+
+@check
+def a_failure_is_reported():
+    solver = prnn.TimeSharded("time", prnn.Jacobi(chunk_size=1, max_iters=2, fallback=False))
+    with jax.set_mesh(mesh_of(8)):
+        step = functools.partial(elman, WEIGHT)
+        run = prnn.solve(step, XS, INIT, solver=solver, throw=False)
+        assert run.result == prnn.RESULTS.not_converged
+        nan = XS.at[13].set(jnp.nan)
+        run = prnn.solve(step, nan, INIT, solver=prnn.TimeSharded("time"), throw=False)
+        assert run.result == prnn.RESULTS.nonfinite
+        np.testing.assert_array_equal(jnp.isnan(run.states).any(1), jnp.arange(24) >= 13)
+
+
+@check
+def a_report_comes_once():
+    calls = []
+    with jax.set_mesh(mesh_of(8)):
+        solver = prnn.TimeSharded("time", prnn.Newton(chunk_size=1))
+        step = functools.partial(elman, WEIGHT)
+        run = prnn.solve(
+            step, XS, INIT, solver=solver, verbose=lambda *numbers: calls.append(numbers)
+        )
+        jax.effects_barrier()
+    assert len(calls) == run.stats.iterations and {c[3] for c in calls} == {24}
+    assert sorted(c[0] for c in calls) == list(range(1, len(calls) + 1))
+
+
+@check
+def all_modes():
+    def states(solver, adjoint, t):
+        step = functools.partial(elman, t * WEIGHT)
+        return jnp.sum(prnn.solve(step, t * XS, INIT, solver=solver, adjoint=adjoint).states ** 3)
+
+    t = jnp.asarray(0.9)
+
+    def modes(solver, adjoint):
+        f = functools.partial(states, solver, adjoint)
+        one = jnp.ones_like(t)
+        return (
+            jax.jvp(f, (t,), (one,)),
+            jax.grad(jax.grad(f))(t),
+            jax.jvp(jax.grad(f), (t,), (one,)),
+            jax.grad(jax.checkpoint(f))(t),
+        )
+
+    expected = jax.jit(functools.partial(modes, prnn.Sequential(), None))()
+    with jax.set_mesh(mesh_of(4)):
+        for adjoint in (None, prnn.Newton(chunk_size=3)):
+            close(jax.jit(functools.partial(modes, prnn.TimeSharded("time"), adjoint))(), expected)
+
+
+@check
+def within_a_shard_map():
+    """With both ways to check its types; each device has its part, and all the final state."""
+    run = functools.partial(prnn.solve, functools.partial(elman, WEIGHT))
+    solver = prnn.TimeSharded("time", prnn.Newton(chunk_size=2))
+
+    def here(xs, init):
+        solved = run(xs, init, solver=solver)
+        return solved.states, solved.final, solved.stats.iterations
+
+    for kind in ("Auto", "Explicit"):
+        mesh = mesh_of(4, kind)
+        for checks in (True, False):
+            mapped = jax.shard_map(
+                here,
+                mesh=mesh,
+                in_specs=(P("time"), P()),
+                out_specs=(P("time"), P(), P()),
+                check_vma=checks,
+            )
+            xs = jax.device_put(XS, NamedSharding(mesh, P("time")))
+            states, final, _ = jax.jit(mapped)(xs, INIT)
+            expected = run(XS, INIT, solver=prnn.Sequential())
+            close((states, final), (expected.states, expected.final))
+
+
+@check
+def a_batch_on_another_axis():
+    batch = jnp.stack([XS, 2 * XS[::-1], XS - 1, 0 * XS])
+
+    def states(solver):
+        return lambda w, xs: prnn.solve(functools.partial(elman, w), xs, INIT, solver=solver).states
+
+    def loss(f, **options):
+        batched = jax.vmap(f, in_axes=(None, 0), **options)
+        return jax.jit(jax.value_and_grad(lambda w, xs: jnp.sum(batched(w, xs) ** 3), (0, 1)))
+
+    expected = loss(states(prnn.Sequential()))(WEIGHT, batch)
+    for kind in ("Auto", "Explicit"):
+        kinds = (getattr(AxisType, kind),) * 2
+        mesh = jax.make_mesh((2, 4), ("data", "time"), axis_types=kinds)
+        xs = jax.device_put(batch, NamedSharding(mesh, P("data", "time")))
+        for options in ({}, {"spmd_axis_name": "data"}):
+            with jax.set_mesh(mesh):
+                for solver in (None, prnn.Newton(chunk_size=2)):
+                    f = states(prnn.TimeSharded("time", solver))
+                    close(loss(f, **options)(WEIGHT, xs), expected)
+
+
+@check
+def inputs_that_lie_on_a_mesh_need_no_solver():
+    for kind in ("Auto", "Explicit"):
+        xs = jax.device_put(XS, NamedSharding(mesh_of(8, kind), P("time")))
+        step = functools.partial(elman, WEIGHT)
+        run = prnn.solve(step, xs, INIT)
+        close(run.states, prnn.solve(step, XS, INIT, solver=prnn.Sequential()).states)
+        assert run.states.sharding.spec[0] == "time"
+
+
+def layers(solver):
+    key = jax.random.key(0)
+    mlp = prnn.ResidualBlock(SIZE, prnn.DiagonalGRU(SIZE, SIZE, key=key), solver, key=key)
+    return {
+        "gru": prnn.RNN(prnn.GRU(SIZE, SIZE, key=key), solver),
+        "convolution": prnn.RNN(prnn.M2RNN(SIZE, 2, 3, 2, key=key), solver),
+        "affine": prnn.RNN(prnn.LRU(SIZE, SIZE, key=key), solver),
+        "algebra": prnn.RNN(prnn.MinMax(SIZE, SIZE, key=key), solver, learn_init=True),
+        "stack": prnn.Stack([mlp, prnn.MinMaxBlock(SIZE, SIZE, solver, key=key)]),
+    }
+
+
+def layer_agrees(name, kind):
+    mask, reset = MASK[:LENGTH], RESET[:LENGTH]
+    padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
+    solver = prnn.AssociativeScan() if name in ("affine", "algebra") else None
+    for xs, options in ((XS, {}), (padded, {"mask": mask, "reset": reset})):
+
+        @eqx.filter_jit
+        def run(layer, xs, options=options):
+            def loss(layer, xs):
+                ys, final = layer(xs, **options)
+                ys, state = layer(xs, final, **options)  # go on from there
+                return jnp.sum(ys**2), (ys, final, state)
+
+            return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
+
+        expected = run(layers(None)[name], xs)
+        with jax.set_mesh(mesh_of(8, kind)):
+            got = run(layers(prnn.TimeSharded("time", solver))[name], xs)
+        got, expected = (eqx.filter(x, eqx.is_array) for x in (got, expected))
+        close(jax.tree.leaves(got), jax.tree.leaves(expected))
+
+
+for _name in layers(None):
+    CHECKS[f"layer {_name}"] = functools.partial(layer_agrees, _name, "Auto")
+CHECKS["layer convolution, explicit"] = functools.partial(layer_agrees, "convolution", "Explicit")
+
+
+@check
+def nothing_gathers_the_sequence():
+    """All that is gathered are summaries, whatever the length."""
+    size = 5
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(size, size)) / size)
+
+    def gathered(step, solver, length):
+        xs = jnp.zeros((length, size))
+        with jax.set_mesh(mesh_of(8)):
+            run = jax.jit(
+                lambda w, xs: (
+                    prnn.solve(
+                        functools.partial(step, w),
+                        xs,
+                        xs[0],
+                        solver=prnn.TimeSharded("time", solver),
+                        throw=False,
+                    ).states
+                )
+            )
+            jaxpr = jax.make_jaxpr(run)(weight, xs)
+        sizes = {}
+        for eqn in prnn_equations(jaxpr.jaxpr):
+            if eqn.primitive.name in ("all_gather", "ppermute", "psum", "pmax"):
+                total = sum(v.aval.size for v in eqn.invars)
+                sizes.setdefault(eqn.primitive.name, []).append(total)
+        return {name: sorted(found) for name, found in sizes.items()}
+
+    for step, numbers in ((elman, size**2 + size), (diagonal, 2 * size)):
+        for solver in (prnn.Newton(chunk_size=4), prnn.Jacobi(chunk_size=4)):
+            short, long = (gathered(step, solver, length) for length in (64, 256))
+            assert short == long, (short, long)
+            newton = isinstance(solver, prnn.Newton)
+            # The summary of a correction, once; all else has no more numbers than a state or few.
+            large = [n for found in long.values() for n in found if n > max(2 * size - 1, 9)]
+            assert large == [numbers] * newton, (large, numbers)
+
+
+def prnn_equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from prnn_equations(inner)
+
+
+def main():
+    chosen = sys.argv[1:] or list(CHECKS)
+    for name in chosen:
+        try:
+            CHECKS[name]()
+            error = None
+        except Exception:
+            error = traceback.format_exc()
+        print(json.dumps({"check": name, "error": error}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

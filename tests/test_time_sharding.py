@@ -1,0 +1,48 @@
+"""Time on several devices: solves, derivatives and layers, against one device.
+
+All in `on_a_cut_line.py`, once and in a process of its own: how many devices JAX sees is settled
+when it starts.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+import pararnn as prnn
+
+SCRIPT = pathlib.Path(__file__).parent / "on_a_cut_line.py"
+
+
+def test_time_on_several_devices():
+    """One test for all checks, as several processes that run tests would each make them."""
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    run = subprocess.run([sys.executable, SCRIPT], env=env, capture_output=True, text=True)
+    lines = [line for line in run.stdout.splitlines() if line.startswith('{"check"')]
+    found = {outcome["check"]: outcome["error"] for outcome in map(json.loads, lines)}
+    assert len(found) > 40 and run.returncode == 0, run.stderr[-4000:]
+    wrong = {name: error for name, error in found.items() if error is not None}
+    assert not wrong, wrong
+
+
+def step(h, x):
+    return jnp.tanh(0.5 * h + x)
+
+
+def test_a_mesh_with_that_axis_is_needed():
+    with pytest.raises(ValueError, match="needs a mesh with this axis, but there is no mesh"):
+        prnn.solve(step, jnp.ones((4, 1)), jnp.ones(1), solver=prnn.TimeSharded("time"))
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="`axis` must be the name"):
+        prnn.TimeSharded(3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="other than TimeSharded"):
+        prnn.TimeSharded("time", prnn.TimeSharded("time"))
+    with pytest.raises(ValueError, match="cut time along different axes"):
+        solver, adjoint = prnn.TimeSharded("a"), prnn.TimeSharded("b")
+        prnn.solve(step, jnp.ones((4, 1)), jnp.ones(1), solver=solver, adjoint=adjoint)
