@@ -9,8 +9,14 @@ the same command on each:
     python -m examples.distributed_lm --coordinator HOST:PORT --num-processes 2 --process-id 0
 
 or let a scheduler start it, with `--scheduler`. Each process makes only its own part of a batch.
-The first one shows the progress and writes the files. When a process dies all others end, within a
-minute, and `--resume` goes on from the last checkpoint, on whatever devices there are then.
+The first one shows the progress, and it alone reads and writes the output folder. When a process
+dies all others end, within a minute, and `--resume` goes on from the last checkpoint, on whatever
+devices there are then.
+
+Cutting time pays for long windows. On 2 CPU cores, one window of 32,768 characters (`--length 32768
+--batch 1 --width 64 --depth 1`) makes about 1.9 times as many steps a second on two devices as on
+one, in one process or in two; with windows of 128, two processes of two devices are seven times
+slower than one device, as they do little but wait for each other.
 """
 
 import argparse
