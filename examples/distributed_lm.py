@@ -14,8 +14,8 @@ dies all others end, within a minute, and `--resume` goes on from the last check
 devices there are then.
 
 Cutting time pays for long windows. On 2 CPU cores, one window of 32,768 characters (`--length 32768
---batch 1 --width 64 --depth 1`) makes about 1.9 times as many steps a second on two devices as on
-one, in one process or in two; with windows of 128, two processes of two devices are seven times
+--batch 1 --width 64 --depth 1`) made nearly twice as many steps a second on two devices as on one,
+in one process or in two; with windows of 128, two processes of two devices were several times
 slower than one device, as they do little but wait for each other.
 """
 
@@ -177,7 +177,7 @@ def advance(
 
 
 def evaluate(model: LanguageModel, options: argparse.Namespace, text: Text, mesh: Mesh) -> float:
-    """The loss on as much of the held-out text as fills whole batches."""
+    """The loss on as much of the held-out text as fills whole batches; NaN if it fills none."""
     starts = np.arange(0, len(text.held_out) - options.length, options.length)
     batches = starts[: len(starts) // options.batch * options.batch].reshape(-1, options.batch)
     with jax.set_mesh(mesh):
@@ -185,7 +185,7 @@ def evaluate(model: LanguageModel, options: argparse.Namespace, text: Text, mesh
             float(loss_of(model, *windows(mesh, text.held_out, batch, options.length)))
             for batch in batches
         ]
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses) if losses else math.nan
 
 
 def train(options: argparse.Namespace, text: Text, mesh: Mesh, first: bool) -> State:
@@ -224,10 +224,10 @@ def work(options: argparse.Namespace, text: Text, first: bool) -> None:
         print(f"Stopped at step {state.step}. Go on with --resume.")
         sys.exit(STOPPED)
     bits = evaluate(state.model, options, text, mesh)
-    print(
-        f"Held-out text: {bits:.3f} bits per character; a uniform guess has "
-        f"{math.log2(len(text.vocabulary)):.2f}."
-    )
+    measured = f"{bits:.3f} bits per character"
+    if math.isnan(bits):
+        measured = f"too short for a batch of {options.batch} windows, not measured"
+    print(f"Held-out text: {measured}; a uniform guess has {math.log2(len(text.vocabulary)):.2f}.")
     if first:
         save(options.output / "model.eqx", hyperparameters(options, text), state.model)
         print(f"Wrote checkpoint.eqx, metrics.jsonl, metrics.png, model.eqx to {options.output}.")
