@@ -425,7 +425,9 @@ def time_is_not_sharded():
         raises(
             ValueError,
             "`xs` is sharded along its leading axis",
-            lambda: prnn.solve(functools.partial(dense, WEIGHT), xs, np.zeros(SIZE)),
+            lambda: prnn.solve(
+                functools.partial(dense, WEIGHT), xs, np.zeros(SIZE), solver=prnn.Newton()
+            ),
         )
 
 
