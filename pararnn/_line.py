@@ -118,10 +118,13 @@ class Line:
         # Where another axis is explicit, JAX 0.10 and 0.11 mistake the axes of a batched gather.
         index = jnp.arange(self.count) == jax.lax.axis_index(self.axis).astype(int)
         mine = jnp.reshape(index, (-1, *(1,) * x.ndim))
-        flag = x.dtype == bool
-        x = jnp.expand_dims(x.astype(np.int32) if flag else x, 0)
-        every = jax.lax.psum(jnp.where(mine, x, jnp.zeros_like(x)), self.axis)
-        return every > 0 if flag else every
+        return self._only_one(mine, jnp.expand_dims(x, 0))
+
+    def _only_one(self, mine: Bool[Array, "..."] | bool, x: Array) -> Array:
+        """What the one device has for which it is `mine`."""
+        number = x.astype(np.int32) if x.dtype == bool else x
+        found = jax.lax.psum(jnp.where(mine, number, jnp.zeros_like(number)), self.axis)
+        return found.astype(x.dtype)
 
     def across(self, maxima: list[Array], sums: list[Array]) -> tuple[Extremes, Extremes]:
         """`(all, before)`: the largest and the sums of some numbers over all devices, and over
@@ -162,8 +165,7 @@ class Line:
         if self.axis is None:
             return tree
         is_last = self.index == self.count - 1
-        kept = jtu.tree_map(lambda x: jnp.where(is_last, x, jnp.zeros_like(x)), tree)
-        return jtu.tree_map(lambda x: jax.lax.psum(x, self.axis), kept)
+        return jtu.tree_map(lambda x: self._only_one(is_last, x), tree)
 
     def agreed(self, tree: PyTree[Array]) -> PyTree[Array]:
         """Numbers and flags that are the same on all devices, of types that say so."""

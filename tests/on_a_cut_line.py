@@ -130,7 +130,8 @@ CHECKS["explicit newton"] = functools.partial(agrees, SOLVERS["newton"], kind="E
 def resets_and_padding():
     mask, reset = MASK[:LENGTH], RESET[:LENGTH]
     padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
-    agrees(None, reset=reset, reset_state=2 * INIT)
+    for solver in (None, SOLVERS["speculative"]):
+        agrees(solver, reset=reset, reset_state=2 * INIT)
     for solver in (None, SOLVERS["newton"]):
         agrees(solver, xs=padded, mask=mask, reset=reset)
     agrees(None, xs=jnp.full((LENGTH, SIZE), jnp.nan), mask=jnp.zeros(LENGTH, bool))
