@@ -115,7 +115,7 @@ class Line:
     def _gathered(self, x: Array) -> Array:
         if not is_explicit(jax.sharding.get_abstract_mesh()):
             return jax.lax.all_gather(x, self.axis)
-        # Where another axis is explicit, JAX 0.10 and 0.11 mistake the axes of a batched gather.
+        # Where another axis is explicit, JAX 0.10 mistakes the axes of a batched gather.
         index = jnp.arange(self.count) == jax.lax.axis_index(self.axis).astype(int)
         mine = jnp.reshape(index, (-1, *(1,) * x.ndim))
         return self._only_one(mine, jnp.expand_dims(x, 0))
