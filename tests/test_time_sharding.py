@@ -38,7 +38,7 @@ def test_a_mesh_with_that_axis_is_needed():
         prnn.solve(step, jnp.ones((4, 1)), jnp.ones(1), solver=prnn.TimeSharded("time"))
 
 
-def test_wrong_arguments():
+def test_wrong_arguments(as_users_run_it):
     with pytest.raises(TypeError, match="`axis` must be the name"):
         prnn.TimeSharded(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="other than TimeSharded"):
