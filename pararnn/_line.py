@@ -17,10 +17,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._devices import is_explicit, place_like, spread, varying_axes
-from ._misc import bool_where, flip_time
+from ._misc import bool_where, flip_time, over_rows, previous_states
 
 # The name of an axis of a mesh, or of several that are counted as one.
 AxisName = str | tuple[str, ...]
+
+
+def axis_names(axis: AxisName | None) -> tuple[str, ...]:
+    """The names, one or several, or none."""
+    if axis is None:
+        return ()
+    return (axis,) if isinstance(axis, str) else axis
 
 
 class Extremes(NamedTuple):
@@ -91,9 +98,7 @@ class Line:
     def earlier(self, rows: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
         """For each row the one before it; `first` is a single row, before all others."""
         before = self.passed_on(jtu.tree_map(lambda x: x[-1], rows), first)
-        return jtu.tree_map(
-            lambda b, x: jnp.concatenate([jnp.expand_dims(b, 0), x[:-1]]), before, rows
-        )
+        return previous_states(before, rows)
 
     def later(self, rows: PyTree[Array], last: PyTree[Array]) -> PyTree[Array]:
         """For each row the one after it; `last` is a single row, after all others."""
@@ -117,12 +122,12 @@ class Line:
             return jax.lax.all_gather(x, self.axis)
         # Where another axis is explicit, JAX 0.10 mistakes the axes of a batched gather.
         index = jnp.arange(self.count) == jax.lax.axis_index(self.axis).astype(int)
-        mine = jnp.reshape(index, (-1, *(1,) * x.ndim))
-        return self._only_one(mine, jnp.expand_dims(x, 0))
+        x = jnp.expand_dims(x, 0)
+        return self._only_one(over_rows(index, x), x)
 
     def _only_one(self, mine: Bool[Array, "..."] | bool, x: Array) -> Array:
         """What the one device has for which it is `mine`."""
-        number = x.astype(np.int32) if x.dtype == bool else x
+        number = _as_number(x)
         found = jax.lax.psum(jnp.where(mine, number, jnp.zeros_like(number)), self.axis)
         return found.astype(x.dtype)
 
@@ -146,7 +151,7 @@ class Line:
 
     def any(self, flag: Bool[Array, ""]) -> Bool[Array, ""]:
         """Whether it holds on any device."""
-        return flag if self.axis is None else self.largest(flag.astype(np.int32)) > 0
+        return flag if self.axis is None else self.largest(_as_number(flag)) > 0
 
     def largest(self, x: Array) -> Array:
         """The largest number of all devices, elementwise."""
@@ -169,16 +174,18 @@ class Line:
 
     def agreed(self, tree: PyTree[Array]) -> PyTree[Array]:
         """Numbers and flags that are the same on all devices, of types that say so."""
-        axes = (self.axis,) if isinstance(self.axis, str) else self.axis or ()
 
         def one(x):
-            if not varying_axes(x) & frozenset(axes):
+            if not varying_axes(x) & frozenset(axis_names(self.axis)):
                 return x
-            flag = x.dtype == bool
-            same = jax.lax.pmax(x.astype(np.int32) if flag else x, self.axis)
-            return same > 0 if flag else same
+            return jax.lax.pmax(_as_number(x), self.axis).astype(x.dtype)
 
         return jtu.tree_map(one, tree)
+
+
+def _as_number(x: Array) -> Array:
+    """A flag as 0 or 1: collectives take no flags."""
+    return x.astype(np.int32) if x.dtype == bool else x
 
 
 def _extremes(rows: Float[Array, "devices numbers"], m: int) -> Extremes:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, PyTree
 
-from ._line import AxisName
+from ._line import AxisName, axis_names
 from ._misc import num_steps
 
 # Longer parts that must be filled up anyway are filled up to a multiple of this, so that they can
@@ -38,7 +37,7 @@ class TimeAxis(NamedTuple):
         """How many devices there are along the axis."""
         if self.mesh is None:
             return jax.lax.axis_size(self.axis)
-        return math.prod(self.mesh.shape[name] for name in _names(self.axis))
+        return math.prod(self.mesh.shape[name] for name in axis_names(self.axis))
 
     def part_length(self, length: int) -> int:
         """How many steps each device gets of so many."""
@@ -50,7 +49,7 @@ class TimeAxis(NamedTuple):
 
 def is_manual(axis: AxisName | None) -> bool:
     """Whether the code runs on each device along the axis already."""
-    names = set() if axis is None else set(_names(axis))
+    names = set(axis_names(axis))
     return bool(names) and names <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
@@ -66,12 +65,13 @@ def find_time_axis(axis: AxisName, tree: PyTree[Any]) -> TimeAxis:
 
     Raises a `ValueError` if there is none.
     """
-    names = frozenset(_names(axis))
+    names = frozenset(axis_names(axis))
     mesh = jax.sharding.get_abstract_mesh()
     if is_manual(axis):
         return TimeAxis(axis, None)
-    meshes = [mesh, *(_mesh_of(x) for x in jtu.tree_leaves(tree))]
-    meshes = [mesh for mesh in meshes if mesh is not None and not mesh.empty]
+    shardings = map(_sharding_of, jtu.tree_leaves(tree))
+    meshes = [mesh, *(sharding.mesh for sharding in shardings if sharding is not None)]
+    meshes = [mesh for mesh in meshes if not mesh.empty]
     for mesh in meshes:
         if names and names <= set(mesh.axis_names):
             return TimeAxis(axis, mesh, _manual_axes(mesh, names, tree))
@@ -85,9 +85,9 @@ def find_time_axis(axis: AxisName, tree: PyTree[Any]) -> TimeAxis:
 def time_axis_of(xs: PyTree[Any]) -> AxisName | None:
     """The axis over which the steps of a sequence are sharded, as far as that can be told."""
     for x in jtu.tree_leaves(xs):
-        spec = _spec_of(x)
-        if spec and spec[0] is not None:
-            return spec[0]
+        sharding = _sharding_of(x)
+        if sharding is not None and sharding.spec and sharding.spec[0] is not None:
+            return sharding.spec[0]
     return None
 
 
@@ -132,24 +132,11 @@ def over_devices(
     return joined, same
 
 
-def _names(axis: AxisName) -> tuple[str, ...]:
-    return (axis,) if isinstance(axis, str) else tuple(axis)
-
-
-def _mesh_of(x: Any) -> Mesh | AbstractMesh | None:
-    if not eqx.is_array(x):
-        return getattr(getattr(x, "sharding", None), "mesh", None)
-    if isinstance(x, jax.core.Tracer):
-        return jax.typeof(x).sharding.mesh
-    return x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
-
-
-def _spec_of(x: Any) -> Any:
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-        return x.sharding.spec if isinstance(x.sharding, NamedSharding) else None
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return x.sharding.spec if isinstance(x.sharding, NamedSharding) else None
-    return jax.typeof(x).sharding.spec
+def _sharding_of(x: Any) -> NamedSharding | None:
+    """How an array, or the description of one, lies on a mesh, as far as that is known."""
+    traced = isinstance(x, jax.core.Tracer)
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _manual_axes(mesh: Mesh | AbstractMesh, names: frozenset[str], tree: Any) -> frozenset[Any]:
@@ -157,10 +144,10 @@ def _manual_axes(mesh: Mesh | AbstractMesh, names: frozenset[str], tree: Any) ->
     puts the axis of its batch there too, where it must not be left to automatic partitioning. JAX
     does not tell; it refuses, which is tried on a number that is not used."""
     tracers = [x for x in jtu.tree_leaves(tree) if isinstance(x, jax.core.Tracer)]
-    everywhere = PartitionSpec()
-    number = sum(jnp.sum(jax.lax.stop_gradient(x) != x) for x in tracers)
     if not tracers:
         return names
+    number = sum(jnp.sum(jax.lax.stop_gradient(x) != x) for x in tracers)
+    everywhere = PartitionSpec()
     trial = jax.shard_map(
         lambda x: x + 0, mesh=mesh, in_specs=everywhere, out_specs=everywhere, axis_names=set(names)
     )
@@ -174,7 +161,7 @@ def _manual_axes(mesh: Mesh | AbstractMesh, names: frozenset[str], tree: Any) ->
 def _is_explicit(time: TimeAxis) -> bool:
     assert time.mesh is not None
     kinds = dict(zip(time.mesh.axis_names, time.mesh.axis_types, strict=True))
-    return any(kinds[name] == AxisType.Explicit for name in _names(time.axis))
+    return any(kinds[name] == AxisType.Explicit for name in axis_names(time.axis))
 
 
 def _filled(x: Array, surplus: int) -> Array:

@@ -100,6 +100,11 @@ def flip_time(tree: PyTree[Array]) -> PyTree[Array]:
     return jtu.tree_map(lambda x: jnp.flip(x, 0), tree)
 
 
+def over_rows(flags: Bool[Array, "..."], like: Array) -> Bool[Array, "..."]:
+    """Flags that belong to the leading axes of `like`, to be broadcast over all others."""
+    return jnp.reshape(flags, (*flags.shape, *(1,) * (like.ndim - flags.ndim)))
+
+
 def bool_where(pred: Bool[Array, ""], on_true: PyTree[Array], on_false: PyTree[Array]):
     """Leafwise selection with one boolean."""
     return jtu.tree_map(lambda a, b: jnp.where(pred, a, b), on_true, on_false)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from ._devices import place_like, spread
 from ._line import Line
-from ._misc import bool_where
+from ._misc import bool_where, over_rows
 from .scans import Sequential
 from .scans._named import across
 
@@ -81,7 +81,7 @@ class Packing(eqx.Module):
         front = jnp.maximum(self.places, 0)
 
         def one(x, start):
-            missing = jnp.reshape(self.places < 0, (-1, *(1,) * (x.ndim - 1)))
+            missing = over_rows(self.places < 0, x)
             return jnp.where(missing, jnp.expand_dims(start, 0), x[front])
 
         return jtu.tree_map(one, tree, before)
@@ -115,8 +115,7 @@ def without_moving(
 
     def one(x, first):
         plausible = jnp.where(jnp.any(has_some), first[device], jnp.zeros_like(first[0]))
-        wide = jnp.reshape(mask, (-1, *(1,) * (x.ndim - 1)))
-        return jnp.where(wide, x, jnp.expand_dims(plausible, 0))
+        return jnp.where(over_rows(mask, x), x, jnp.expand_dims(plausible, 0))
 
     xs = jtu.tree_map(one, xs, firsts)
     if reset is None:
@@ -165,7 +164,7 @@ def passed_inputs(
         rows, valid = device
 
         def one(old, new):
-            kept = jnp.reshape(place + valid < context, (-1, *(1,) * (old.ndim - 1)))
+            kept = over_rows(place + valid < context, old)
             return jnp.where(kept, jnp.roll(old, -valid, axis=0), new)
 
         held = jtu.tree_map(one, held, rows)
@@ -182,7 +181,6 @@ def zero_unless(flags: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]
     """Zeros where a flag is not set; the flags belong to the leading axes."""
 
     def one(x):
-        wide = jnp.reshape(flags, (*flags.shape, *(1,) * (x.ndim - flags.ndim)))
-        return jnp.where(wide, x, jnp.zeros_like(x))
+        return jnp.where(over_rows(flags, x), x, jnp.zeros_like(x))
 
     return jtu.tree_map(one, tree)

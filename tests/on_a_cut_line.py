@@ -1,35 +1,20 @@
 """Checks that time may lie on several devices; `test_time_sharded.py` runs this file in a process
 of its own.
-
-Prints one line of JSON for each check: its name, and what went wrong or null.
 """
 
 import functools
-import json
-import os
-import sys
-import traceback
-import warnings
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import several_devices
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pararnn as prnn
 
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
-warnings.simplefilter("error")
+several_devices.start(8)
 
 SIZE, LENGTH = 3, 21
 rng = np.random.default_rng(0)
@@ -358,16 +343,5 @@ def prnn_equations(jaxpr):
                     yield from prnn_equations(inner)
 
 
-def main():
-    chosen = sys.argv[1:] or list(CHECKS)
-    for name in chosen:
-        try:
-            CHECKS[name]()
-            error = None
-        except Exception:
-            error = traceback.format_exc()
-        print(json.dumps({"check": name, "error": error}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    several_devices.run_checks(CHECKS)

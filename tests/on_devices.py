@@ -1,37 +1,21 @@
-"""Checks that need several devices; `test_devices.py` runs this file in a process of its own.
-
-Prints one line of JSON for each check: its name, and what went wrong or null.
-"""
+"""Checks that need several devices; `test_devices.py` runs this file in a process of its own."""
 
 import contextlib
 import functools
-import json
-import os
 import re
-import sys
-import time
-import traceback
 import warnings
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-)
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import several_devices
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pararnn as prnn
 
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
-warnings.simplefilter("error")
+several_devices.start(4)
 
 BATCH, LENGTH, SIZE = 8, 14, 2
 rng = np.random.default_rng(0)
@@ -460,14 +444,4 @@ def a_step_that_communicates():
 
 
 if __name__ == "__main__":
-    chosen = re.compile(sys.argv[1] if len(sys.argv) > 1 else "")
-    for name, run in CHECKS.items():
-        if not chosen.search(name):
-            continue
-        error, before = None, time.process_time()
-        try:
-            run()
-        except BaseException:  # what raised is what the parent reports
-            error = traceback.format_exc()
-        seconds = round(time.process_time() - before, 1)
-        print(json.dumps({"check": name, "error": error, "seconds": seconds}), flush=True)
+    several_devices.run_checks(CHECKS)

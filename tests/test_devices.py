@@ -4,12 +4,13 @@ All in `on_devices.py`, once and in a process of its own: how many devices JAX s
 it starts.
 """
 
-import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+
+import several_devices
 
 SCRIPT = pathlib.Path(__file__).parent / "on_devices.py"
 _SOURCE = SCRIPT.read_text()
@@ -20,10 +21,7 @@ NAMES += re.findall(r"^@check\ndef (\w+)", _SOURCE, re.MULTILINE)
 
 def test_on_several_devices():
     """One test for all checks, as several processes that run tests would each make them."""
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    run = subprocess.run([sys.executable, SCRIPT], env=env, capture_output=True, text=True)
-    lines = [line for line in run.stdout.splitlines() if line.startswith('{"check"')]
-    found = {outcome["check"]: outcome["error"] for outcome in map(json.loads, lines)}
+    found, run = several_devices.outcomes(SCRIPT)
     assert found.keys() == set(NAMES), run.stderr[-4000:]
     wrong = {name: error for name, error in found.items() if error is not None}
     assert not wrong, wrong

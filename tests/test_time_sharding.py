@@ -4,14 +4,11 @@ All in `on_a_cut_line.py`, once and in a process of its own: how many devices JA
 when it starts.
 """
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import pytest
+import several_devices
 
 import pararnn as prnn
 
@@ -20,10 +17,7 @@ SCRIPT = pathlib.Path(__file__).parent / "on_a_cut_line.py"
 
 def test_time_on_several_devices():
     """One test for all checks, as several processes that run tests would each make them."""
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    run = subprocess.run([sys.executable, SCRIPT], env=env, capture_output=True, text=True)
-    lines = [line for line in run.stdout.splitlines() if line.startswith('{"check"')]
-    found = {outcome["check"]: outcome["error"] for outcome in map(json.loads, lines)}
+    found, run = several_devices.outcomes(SCRIPT)
     assert len(found) > 40 and run.returncode == 0, run.stderr[-4000:]
     wrong = {name: error for name, error in found.items() if error is not None}
     assert not wrong, wrong

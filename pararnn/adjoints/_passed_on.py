@@ -23,11 +23,9 @@ from .._line import Line
 from .._misc import bool_where, or_zeros, raveler
 from .._recurrence import Recurrence
 from ..scans import Sequential
+from ..solvers._time_sharded import OVERLAP
 from ..solvers._tolerance import Tolerance
 from ._linear_solve import tied
-
-# How many steps of its neighbour a device begins with.
-_OVERLAP = 128
 
 
 class Tangents(NamedTuple):
@@ -55,7 +53,7 @@ def across_devices(
     step, xs, init = recurrence.step, recurrence.xs, recurrence.init
     start = line.passed_on(_row(states, -1), init)
     zero = jtu.tree_map(jnp.zeros_like, init)
-    window = min(_OVERLAP, length)
+    window = min(OVERLAP, length)
     differ = _difference(recurrence)
 
     def pass_over(rows: slice, arriving, tangents, added):

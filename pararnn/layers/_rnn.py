@@ -1,5 +1,6 @@
 """Equinox modules that put a cell and a solver together."""
 
+import functools
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import equinox as eqx
@@ -133,20 +134,14 @@ class RNN(eqx.Module, Generic[Cell]):
     ) -> Solution:
         """The states of the recurrence with the report of the solver, before the readout. Arguments
         as for calling the layer; `throw` as for [`pararnn.solve`][]."""
-        xs = to_arrays("xs", xs)
-        check_xs(xs)
         time = self._time(xs)
         if time is not None:
 
-            def solve_part(cut, whole, real):
-                (xs, reset, mask), (arrays, state) = cut, whole
-                layer = eqx.combine(arrays, rest)
-                part = layer.solve(xs, state, reset=reset, mask=both(mask, real), throw=throw)
+            def solve_part(layer, *args, **options):
+                part = layer.solve(*args, throw=throw, **options)
                 return part.states, (part.final, part.result, part.stats)
 
-            arrays, rest = eqx.partition(self, eqx.is_array)
-            cut = xs, reset, mask
-            states, others = over_devices(time, solve_part, cut, (arrays, state))
+            states, others = self._over_devices(time, solve_part, xs, state, reset, mask)
             return Solution(states, *others)
         prepared = self._prepare(xs, state, reset, mask)
         solution, packing = self._solve(prepared, mask, throw), prepared.packing
@@ -240,10 +235,24 @@ class RNN(eqx.Module, Generic[Cell]):
 
     def _time(self, xs: PyTree[Any]) -> TimeAxis | None:
         """Where time is cut, if this is to be run on each device."""
-        if not jtu.tree_leaves(xs) or num_steps(xs) == 0:
+        xs = to_arrays("xs", xs)
+        check_xs(xs)
+        if num_steps(xs) == 0:
             return None
         time = time_axis(self.solver, self.adjoint, (xs, self))
         return None if time is None or time.mesh is None else time
+
+    def _over_devices(self, time: TimeAxis, run, xs, state, reset, mask):
+        """`run(layer, xs, state, reset=..., mask=...)` on each device."""
+        # The arrays are an argument: what is closed over keeps types that do not fit there.
+        arrays, rest = eqx.partition(self, eqx.is_array)
+
+        def part(cut, whole, real):
+            (xs, reset, mask), (arrays, state) = cut, whole
+            layer = eqx.combine(arrays, rest)
+            return run(layer, xs, state, reset=reset, mask=both(mask, real))
+
+        return over_devices(time, part, (to_arrays("xs", xs), reset, mask), (arrays, state))
 
     @property
     def _line(self) -> Line:
@@ -309,18 +318,10 @@ class RNN(eqx.Module, Generic[Cell]):
         after the last step; for a cell with a `context`, a pair of it and the last `context`
         inputs.
         """
-        xs = to_arrays("xs", xs)
-        check_xs(xs)
         time = self._time(xs)
         if time is not None:
-
-            def call_part(cut, whole, real):
-                (xs, reset, mask), (arrays, state) = cut, whole
-                layer = eqx.combine(arrays, rest)
-                return layer(xs, state, reset=reset, mask=both(mask, real), throw=throw)
-
-            arrays, rest = eqx.partition(self, eqx.is_array)
-            return over_devices(time, call_part, (xs, reset, mask), (arrays, state))
+            call_part = functools.partial(type(self).__call__, throw=throw)
+            return self._over_devices(time, call_part, xs, state, reset, mask)
         prepared = self._prepare(xs, state, reset, mask)
         solution, packing = self._solve(prepared, mask, throw), prepared.packing
         ys, final = self.cell.readout(solution.states, prepared.us), solution.final

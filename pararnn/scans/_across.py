@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from .._devices import place_like
 from .._line import Line
-from .._misc import bool_where
+from .._misc import bool_where, over_rows
 from ._base import AbstractScan, compose_affine
 
 
@@ -66,7 +66,6 @@ class Across(AbstractScan):
         rows = jtu.tree_map(lambda x: jnp.flip(x, 0), rows) if reverse else rows
         compose = lambda earlier, later: compose_affine(structure, earlier, later)  # noqa: E731
         summary = self.scan.total(compose, rows)
-        arrived = jnp.zeros_like(offsets[0])
         every = line.gathered(jnp.concatenate([x.reshape(-1) for x in summary]))
         cut = summary[0].size
         every = every[:, :cut].reshape(-1, *matrices.shape[1:]), every[:, cut:]
@@ -76,7 +75,7 @@ class Across(AbstractScan):
             return jnp.where(i < line.index, structure.apply(matrix, h) + offset, h), None
 
         # What arrives need not be finite where this is the first device: selected, not multiplied.
-        arrived = place_like(arrived, (every, offsets))
+        arrived = place_like(jnp.zeros_like(offsets[0]), (every, offsets))
         arrived, _ = jax.lax.scan(pass_on, arrived, (jnp.arange(line.count), every))
         first = -1 if reverse else 0
         carried = structure.apply(matrices[first], arrived)
@@ -91,12 +90,11 @@ class Across(AbstractScan):
         return jnp.maximum(self.scan.cumulative_max(x), before)
 
     def cumulative_sum(self, x):
-        before = jnp.sum(self._before(jnp.sum(x, axis=0, dtype=x.dtype), 0), axis=0, keepdims=True)
-        before = before.astype(x.dtype)
+        before = self._before(jnp.sum(x, axis=0, dtype=x.dtype), 0)
+        before = jnp.sum(before, axis=0, keepdims=True, dtype=x.dtype)
         return self.scan.cumulative_sum(x) + before
 
     def _before(self, x: Array, otherwise: Any) -> Array:
         """What the devices have as `x`, those from this one on replaced."""
-        is_before = jnp.arange(self.line.count) < self.line.index
-        is_before = jnp.reshape(is_before, (-1, *(1,) * x.ndim))
-        return jnp.where(is_before, self.line.gathered(x), jnp.asarray(otherwise, x.dtype))
+        every, is_before = self.line.gathered(x), jnp.arange(self.line.count) < self.line.index
+        return jnp.where(over_rows(is_before, every), every, jnp.asarray(otherwise, x.dtype))

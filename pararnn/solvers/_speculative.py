@@ -98,7 +98,7 @@ class Speculative(AbstractIterativeSolver):
         begin = jnp.concatenate([jnp.expand_dims(starts, 0), begin])
         begin = jnp.where(jnp.expand_dims(chunks.is_first, (0, 2)), starts, begin)
         table = jax.vmap(chunks.ends)(begin)
-        continued = jax.vmap(chunks.ends)(_arriving(chunks, table))
+        continued = jax.vmap(chunks.ends)(jax.vmap(chunks.arriving)(table))
         following = jax.vmap(_nearest, in_axes=1)(continued, table)  # (chunks, lanes)
         # Of the first chunk, which all runs continue, any will do.
         arrived = _chain(following, chunks.scan)
@@ -112,14 +112,6 @@ class Speculative(AbstractIterativeSolver):
             return chosen
         every = chunks.line.gathered(chosen).reshape(-1, chunks.size)
         return _farthest_points(every, self.num_candidates)
-
-
-def _arriving(chunks: Chunks, ends: Float[Array, "lanes chunks size"]) -> Array:
-    """What arrives at each chunk of each lane."""
-    moved = chunks.line.earlier(jnp.swapaxes(ends, 0, 1), ends[:, 0])
-    moved = jnp.swapaxes(moved, 0, 1)
-    first = jnp.expand_dims(chunks.is_first, (0, 2))
-    return jnp.where(first, jnp.expand_dims(chunks.first_start, 0), moved)
 
 
 def _canonical(chunks: Chunks, starts: Array) -> Float[Array, "pool size"]:

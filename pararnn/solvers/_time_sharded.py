@@ -1,6 +1,6 @@
 import dataclasses
 
-from .._line import AxisName
+from .._line import AxisName, axis_names
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
 from ._base import AbstractSolver, completed
@@ -9,7 +9,7 @@ from ._newton import Newton
 
 # On a CPU, how many steps early the part of a device starts. What shrinks by a tenth in every step
 # is forgotten then, to 1e-6.
-_OVERLAP = 128
+OVERLAP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TimeSharded(AbstractSolver):
     runs_across = True
 
     def __post_init__(self):
-        names = (self.axis,) if isinstance(self.axis, str) else self.axis
+        names = axis_names(self.axis)
         if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names) or not names:
             raise TypeError(
                 f"`axis` must be the name of a mesh axis, or a tuple of names; got {self.axis!r}."
@@ -99,5 +99,5 @@ class TimeSharded(AbstractSolver):
 def default_across(recurrence: Recurrence, platform: str | None = None) -> AbstractSolver:
     """What `TimeSharded(axis)` solves with, as long as no more is known than where it runs."""
     if chosen_platform(platform) == "cpu":
-        return Jacobi(chunk_size=recurrence.length, overlap=_OVERLAP)
+        return Jacobi(chunk_size=recurrence.length, overlap=OVERLAP)
     return Newton()
