@@ -12,6 +12,7 @@ from ._traits import listed
 from .adjoints import AbstractAdjoint, ClippedAdjoint, LinearSolveAdjoint, OnePassAdjoint
 from .adjoints._wrapped import as_adjoint, default_adjoint
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
+from .solvers._base import check_across
 from .solvers._time_sharded import default_across
 from .sweeps._named import why_no_kernel
 
@@ -90,7 +91,9 @@ def choose(
     """
     platform = chosen_platform(platform)
     _check_shared_axes(recurrence, solver=solver, adjoint=adjoint)
-    _check_across(recurrence, solver=solver)
+    for name, policy in (("solver", solver), ("adjoint", adjoint)):
+        if policy is not None and recurrence.line.is_cut:
+            check_across(name, policy)
     reason = "It was asked for."
     if solver is None:
         solver, reason = _select_solver(recurrence, platform)
@@ -118,15 +121,6 @@ def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | Abst
             f"`{name}=pararnn.Sequential()`. To solve such a recurrence in parallel, make "
             "the batch an axis of the state, and reduce over it."
         )
-
-
-def _check_across(recurrence: Recurrence, **policies: AbstractSolver | None):
-    for name, value in policies.items():
-        if recurrence.line.is_cut and value is not None and not value.runs_across:
-            raise ValueError(
-                f"`{name}={type(value).__name__}(…)` does not say that it solves a recurrence "
-                "whose steps lie on several devices (`runs_across`)."
-            )
 
 
 def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolver, str]:

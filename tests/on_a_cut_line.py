@@ -159,6 +159,37 @@ def a_failure_is_reported():
         np.testing.assert_array_equal(jnp.isnan(run.states).any(1), jnp.arange(24) >= 13)
 
 
+class Alone(prnn.AbstractSolver):
+    """A solver that knows nothing of other devices."""
+
+    def solve(self, recurrence, guess, report=None):
+        return prnn.Sequential().solve(recurrence, guess, report)
+
+    def solve_affine(self, recurrence):
+        return prnn.Sequential().solve_affine(recurrence)
+
+
+@check
+def what_knows_nothing_of_other_devices_is_refused():
+    def refused(**options):
+        try:
+            with jax.set_mesh(mesh_of(8)):
+                prnn.solve(functools.partial(elman, WEIGHT), XS, INIT, **options)
+        except ValueError as error:
+            assert "(`runs_across`)" in str(error), error
+        else:
+            raise AssertionError(options)
+
+    time = prnn.TimeSharded("time")
+    refused(solver=Alone(), adjoint=time)
+    for adjoint in (
+        Alone(),
+        prnn.adjoints.LinearSolveAdjoint(Alone()),
+        prnn.ClippedAdjoint(1.0, Alone()),
+    ):
+        refused(solver=time, adjoint=adjoint)
+
+
 @check
 def a_report_comes_once():
     calls = []

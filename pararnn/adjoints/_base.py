@@ -37,6 +37,11 @@ class AbstractAdjoint(abc.ABC):
     stepwise: ClassVar[bool] = False
 
     @property
+    def runs_across(self) -> bool:
+        """Whether it works where the steps lie on several devices. By default not."""
+        return False
+
+    @property
     def axis(self) -> AxisName | None:
         """Along which axis of a mesh its solver cuts time, `None` if it does not say."""
         return None

@@ -41,6 +41,10 @@ class ClippedAdjoint(AbstractAdjoint):
     solver: AbstractSolver = Sequential()
 
     @property
+    def runs_across(self):
+        return self.solver.runs_across
+
+    @property
     def axis(self):
         return self.solver.axis
 

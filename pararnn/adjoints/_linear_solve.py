@@ -30,6 +30,10 @@ class LinearSolveAdjoint(AbstractLinearAdjoint):
     solver: AbstractSolver = Newton()
 
     @property
+    def runs_across(self):
+        return self.solver.runs_across
+
+    @property
     def axis(self):
         return self.solver.axis
 

@@ -53,6 +53,7 @@ class OnePassAdjoint(AbstractLinearAdjoint):
     """
 
     stepwise: ClassVar[bool] = True
+    runs_across: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleMethodOverride]
 
     block_size: int | None = None
 

@@ -95,6 +95,15 @@ def completed(attempted: tuple[Outcome, Rest | None]) -> Outcome:
     return once_where(~outcome[1], outcome, lambda last: rest(last[0]), REST)
 
 
+def check_across(name: str, policy: Any) -> None:
+    """Raises a `ValueError` unless a solver, or an adjoint, solves what lies on several devices."""
+    if not policy.runs_across:
+        raise ValueError(
+            f"`{name}={type(policy).__name__}(…)` does not say that it solves a recurrence whose "
+            "steps lie on several devices (`runs_across`)."
+        )
+
+
 def check_tangents(solver: AbstractSolver, recurrence: Recurrence) -> None:
     """Raises a `ValueError` if `solver`, which pushes tangents through the step, cannot."""
     if not recurrence.has_tangents:

@@ -3,7 +3,7 @@ import dataclasses
 from .._line import AxisName, axis_names
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
-from ._base import AbstractSolver, completed
+from ._base import AbstractSolver, check_across, completed
 from ._fixed_point import Jacobi
 from ._newton import Newton
 
@@ -61,11 +61,7 @@ class TimeSharded(AbstractSolver):
                 "`solver` must be a solver instance such as Newton(), other than TimeSharded, or "
                 f"None; got {solver!r}."
             )
-        if not solver.runs_across:
-            raise ValueError(
-                f"`solver={type(solver).__name__}(…)` does not say that it solves a recurrence "
-                "whose steps lie on several devices (`runs_across`)."
-            )
+        check_across("solver", solver)
 
     def within(self):
         return self.solver
