@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from ._gpu_bytes import Hlo, read_hlo
+from ._gpu_bytes import Moved
+from ._hlo import read_hlo
 
 
 @dataclasses.dataclass
@@ -129,10 +130,10 @@ def read_program(thunks: str, metadata: str, hlo: str) -> tuple[Block, list[Kern
     """
     found = re.findall(r'profile_annotation: "([^"]*)"\s*thunk_id: (\d+)', metadata)
     names = {int(number): name for name, number in found}
-    parsed = read_hlo(hlo)
+    moved = Moved(read_hlo(hlo))
     kernels: list[Kernel] = []
-    root = _block([_tree(thunks, names)], parsed, kernels, False)
-    root.moved_bytes = parsed.moved(parsed.entry)
+    root = _block([_tree(thunks, names)], moved, kernels, False)
+    root.moved_bytes = moved.by(moved.hlo.entry)
     return root, kernels
 
 
@@ -163,14 +164,14 @@ def _tree(text: str, names: Mapping[int, str]) -> _Thunk:
     return root
 
 
-def _block(thunks: list[_Thunk], hlo: Hlo, kernels: list[Kernel], in_graph: bool) -> Block:
+def _block(thunks: list[_Thunk], moved: Moved, kernels: list[Kernel], in_graph: bool) -> Block:
     block = Block()
     for thunk in thunks:
         if thunk.kind == "kWhile":
-            block.loops.append(_loop(thunk, hlo, kernels, in_graph))
+            block.loops.append(_loop(thunk, moved, kernels, in_graph))
         elif thunk.kind in _HOLDERS:
             graph = thunk.kind == "kCommandBuffer"
-            inner = _block(thunk.children, hlo, kernels, in_graph or graph)
+            inner = _block(thunk.children, moved, kernels, in_graph or graph)
             block.device_ops += inner.device_ops
             block.submissions += 1 if graph and not in_graph else inner.submissions
             block.loops += inner.loops
@@ -181,17 +182,17 @@ def _block(thunks: list[_Thunk], hlo: Hlo, kernels: list[Kernel], in_graph: bool
     return block
 
 
-def _loop(thunk: _Thunk, hlo: Hlo, kernels: list[Kernel], in_graph: bool) -> Loop:
-    found = hlo.loops.get(thunk.name)
+def _loop(thunk: _Thunk, moved: Moved, kernels: list[Kernel], in_graph: bool) -> Loop:
+    found = moved.hlo.loops.get(thunk.name)
     trip = None if found is None else found.trip
     parts = {}
     for role in ("condition", "body"):
         children = [child for child in thunk.children if child.role == role]
         skipped = role == "condition" and trip is not None
-        parts[role] = Block() if skipped else _block(children, hlo, kernels, in_graph)
+        parts[role] = Block() if skipped else _block(children, moved, kernels, in_graph)
     if found is None:
         return Loop(thunk.name, "", None, **parts, in_graph=in_graph)
-    parts["body"].moved_bytes = hlo.moved(found.body)
+    parts["body"].moved_bytes = moved.by(found.body)
     if trip is None:
-        parts["condition"].moved_bytes = hlo.moved(found.condition)
+        parts["condition"].moved_bytes = moved.by(found.condition)
     return Loop(thunk.name, found.path, trip, **parts, in_graph=in_graph)

@@ -109,6 +109,27 @@ class Line:
 
     # --- from all to all ----------------------------------------------------------------------
 
+    def around(self, rows: Array, reach: int) -> tuple[Array, Array]:
+        """The `reach` rows before those that lie here, and those after them; zeros where there are
+        none. In one exchange."""
+        nothing = jnp.zeros((reach, *rows.shape[1:]), rows.dtype)
+        if self.axis is None:
+            return nothing, nothing
+        # Of a device with fewer rows all are needed, and then of some behind it too.
+        count = min(reach, len(rows))
+        ends = jnp.concatenate([rows[:count], rows[-count:]]) if len(rows) > count else rows
+        every = self.gathered(ends)
+        firsts, lasts = (
+            x.reshape(-1, *rows.shape[1:]) for x in (every[:, :count], every[:, -count:])
+        )
+        before = jnp.concatenate([nothing, lasts])
+        after = jnp.concatenate([firsts, nothing])
+        start = jnp.asarray(self.index) * count
+        return (
+            jax.lax.dynamic_slice_in_dim(before, start, reach),
+            jax.lax.dynamic_slice_in_dim(after, start + count, reach),
+        )
+
     def gathered(self, tree: PyTree[Array]) -> PyTree[Array]:
         """What each device has as `tree`, along a new leading axis, in the order of time. For
         little: all devices get all of it."""

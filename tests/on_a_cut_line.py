@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pararnn as prnn
+from benchmarks._collectives import collectives
 
 several_devices.start(8)
 
@@ -326,52 +327,74 @@ for _name in layers(None):
 CHECKS["layer convolution, explicit"] = functools.partial(layer_agrees, "convolution", "Explicit")
 
 
+def compiled(step, weights, shapes, init, solver, count):
+    """Value and gradient, without running anything. `shapes` are those of the inputs."""
+
+    def loss(weights, xs):
+        run = prnn.solve(functools.partial(step, weights), xs, init, solver=solver, throw=False)
+        return jnp.sum(run.states**2)
+
+    with jax.set_mesh(mesh_of(count)):
+        lies = NamedSharding(mesh_of(count), P("time" if count > 1 else None))
+        xs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), shapes)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(weights, xs).compile()
+
+
 @check
 def nothing_gathers_the_sequence():
-    """All that is gathered are summaries, whatever the length."""
-    size = 5
-    weight = jnp.asarray(np.random.default_rng(1).normal(size=(size, size)) / size)
-
-    def gathered(step, solver, length):
-        xs = jnp.zeros((length, size))
-        with jax.set_mesh(mesh_of(8)):
-            run = jax.jit(
-                lambda w, xs: (
-                    prnn.solve(
-                        functools.partial(step, w),
-                        xs,
-                        xs[0],
-                        solver=prnn.TimeSharded("time", solver),
-                        throw=False,
-                    ).states
-                )
-            )
-            jaxpr = jax.make_jaxpr(run)(weight, xs)
-        sizes = {}
-        for eqn in prnn_equations(jaxpr.jaxpr):
-            if eqn.primitive.name in ("all_gather", "ppermute", "psum", "pmax"):
-                total = sum(v.aval.size for v in eqn.invars)
-                sizes.setdefault(eqn.primitive.name, []).append(total)
-        return {name: sorted(found) for name, found in sizes.items()}
-
+    """All that goes between devices are summaries, whatever the length; counted from the program
+    that the compiler made."""
+    size, item = 5, 8
     for step, numbers in ((elman, size**2 + size), (diagonal, 2 * size)):
         for solver in (prnn.Newton(chunk_size=4), prnn.Jacobi(chunk_size=4)):
-            short, long = (gathered(step, solver, length) for length in (64, 256))
+            solver = prnn.TimeSharded("time", solver)
+            short, long = (
+                collectives(
+                    compiled(
+                        step,
+                        jnp.zeros((size, size)),
+                        jax.ShapeDtypeStruct((length, size), float),
+                        jnp.zeros(size),
+                        solver,
+                        8,
+                    ).as_text()
+                )
+                for length in (128, 256)
+            )
             assert short == long, (short, long)
-            newton = isinstance(solver, prnn.Newton)
-            # The summary of a correction, once; all else has no more numbers than a state or few.
-            large = [n for found in long.values() for n in found if n > max(2 * size - 1, 9)]
-            assert large == [numbers] * newton, (large, numbers)
+            newton = isinstance(solver.solver, prnn.Newton)
+            turn = [one for one in long if one.loops[-1:] == ("iterations",)]
+            large = [one.nbytes for one in turn if one.nbytes > max(size * item, 9 * 4)]
+            # One exchange of summaries; all else has no more numbers than a state, or a few.
+            assert large == [numbers * item] * newton, turn
+            assert len(turn) <= (9 if newton else 5), turn
+            # At both ends of a device a state, and a few more where the last states are judged.
+            other = [one for one in long if one not in turn and one.kind != "all-reduce"]
+            assert all(one.nbytes <= 4 * size * item for one in other), other
+            assert all(one.nbytes <= (size**2 + size) * item for one in long), long
 
 
-def prnn_equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from prnn_equations(inner)
+@check
+def memory_is_shared():
+    """A device needs little more than its share of what one device needs."""
+    cell = prnn.DiagonalGRU(4, 4, key=jax.random.key(0))
+    weights, static = eqx.partition(cell, eqx.is_array)
+    us = jax.eval_shape(cell.project, jax.ShapeDtypeStruct((1 << 16, 4), float))
+
+    def step(weights, state, u):
+        return eqx.combine(weights, static).step(state, u)
+
+    def needed(solver, count):
+        run = compiled(step, weights, us, cell.init_state(), solver, count)
+        memory = run.memory_analysis()
+        return (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        )
+
+    jax.config.update("jax_disable_most_optimizations", False)  # it is they that save memory
+    share = needed(prnn.TimeSharded("time"), 8) / needed(None, 1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert share <= 1.3 / 8, share
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
-from benchmarks import _gpu_bytes, _gpu_cases, _gpu_counts, _gpu_program, _gpu_tables, gpu
+from benchmarks import (
+    _gpu_bytes,
+    _gpu_cases,
+    _gpu_counts,
+    _gpu_program,
+    _gpu_tables,
+    _hlo,
+    gpu,
+)
 from benchmarks._gpu_cases import Case
 from benchmarks._gpu_compile import Report
 from benchmarks._gpu_program import Block, Loop, Totals, totals
@@ -87,11 +95,12 @@ def read(trip):
 
 
 def test_of_slices_what_is_taken_counts():
-    hlo = _gpu_bytes.read_hlo(HLO.replace("TRIP", KNOWN))
+    hlo = _hlo.read_hlo(HLO.replace("TRIP", KNOWN))
+    moved = _gpu_bytes.Moved(hlo)
     assert hlo.entry == "main" and hlo.loops["while.1"].trip == 8
-    assert hlo.moved("main") == 2 * 8 * 4 * 4  # the copy
-    assert hlo.moved("body") == 2 * 4 * 4 + 4  # a row each, and the index
-    assert hlo.moved("test") == 4 + 4 + 1
+    assert moved.by("main") == 2 * 8 * 4 * 4  # the copy
+    assert moved.by("body") == 2 * 4 * 4 + 4  # a row each, and the index
+    assert moved.by("test") == 4 + 4 + 1
 
 
 def test_a_program_is_read():

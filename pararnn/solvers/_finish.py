@@ -25,7 +25,7 @@ def finish_sequentially(
     length, line = recurrence.length, recurrence.line
     first_step = jnp.minimum(chunk_size * first_index(bad), length)
     if not line.is_cut:
-        states = _from_step(recurrence, recurrence.init, states, first_step, chunk_size)
+        states = _from_step(recurrence, recurrence.init, states, first_step)
         return states, length - first_step
     first = -line.largest(-jnp.where(first_step < length, line.index, line.count))
     # On the devices that follow, nothing is right.
@@ -40,11 +40,12 @@ def finish_sequentially(
     def turn(carry):
         device, arriving, states = carry
         begin = jnp.where(line.index == device, first_step, length)
-        states = _from_step(recurrence, arriving, states, begin, chunk_size)
+        states = _from_step(recurrence, arriving, states, begin)
         return device + 1, passed_on(states), states
 
     carry = place_like((first, passed_on(states), states), states)
-    states = jax.lax.while_loop(lambda carry: carry[0] < line.count, turn, carry)[2]
+    with jax.named_scope("pararnn_relay"):
+        states = jax.lax.while_loop(lambda carry: carry[0] < line.count, turn, carry)[2]
     return states, line.total(length - first_step)
 
 
@@ -53,7 +54,6 @@ def _from_step(
     before_all: PyTree[Array],
     states: PyTree[Array],
     first_step: Int[Array, ""],
-    chunk_size: int,
 ) -> PyTree[Array]:
     """Recomputes the states of this device from one step on; `before_all` is the one before its
     first.
@@ -64,7 +64,7 @@ def _from_step(
     """
     step, xs, length = recurrence.step, recurrence.xs, recurrence.length
     reverse = recurrence.reverse
-    block = chunk_size * max(1, math.isqrt(length) // chunk_size)
+    block = max(1, math.isqrt(length))
 
     def one(state, x):
         state = step(state, x)

@@ -14,6 +14,7 @@ scale does: the largest magnitude so far in the sequence, of the elements of a l
 influence each other.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._devices import place_like
 from .._misc import is_complex, raveler
 from .._norms import default_rtol
 from ..scans import AbstractScan
@@ -93,10 +95,10 @@ class Tolerance:
         - `images`, `disturbed`: what the steps before led to, and where they lead when disturbed.
         """
         moved = self._magnitude(disturbed.astype(self.wide) - images.astype(self.wide))
-        for _ in range(_NEIGHBOURS):
-            nothing = jnp.zeros_like(moved[0])
-            beside = self._line.earlier(moved, nothing), self._line.later(moved, nothing)
-            moved = jnp.maximum(moved, jnp.maximum(*beside))
+        before, after = self._line.around(moved, _NEIGHBOURS)
+        near = jnp.concatenate([place_like(before, moved), moved, place_like(after, moved)])
+        shifted = [near[i : i + len(moved)] for i in range(2 * _NEIGHBOURS + 1)]
+        moved = functools.reduce(jnp.maximum, shifted)
         magnitude = self._magnitude(values)
         local = self._per_element(self._grain) * magnitude
         # Chaos may drive a disturbance to any size: never more than what is granted to the largest.

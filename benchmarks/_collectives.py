@@ -1,0 +1,57 @@
+"""What goes between devices, from a compiled program: which collectives, of how many bytes, and in
+which loops."""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ._hlo import Hlo, read_hlo
+
+# By HLO's names; asynchronous ones are named twice, of which one counts.
+_KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+class Collective(NamedTuple):
+    """A collective, as it stands in the program once.
+
+    - `kind`: as HLO names it.
+    - `nbytes`: what each device gives to it.
+    - `loops`: the names of the loops in which it stands, as the package names them, the outer ones
+        first; a loop without such a name is `while`; a loop's condition has a question mark.
+    """
+
+    kind: str
+    nbytes: int
+    loops: tuple[str, ...]
+
+
+def collectives(text: str) -> list[Collective]:
+    """All of a program, from `compiled.as_text()`."""
+    hlo = read_hlo(text)
+    return sorted(_found(hlo, hlo.entry, ()), key=lambda one: (one.loops, one.kind, one.nbytes))
+
+
+def _found(hlo: Hlo, name: str, loops: tuple[str, ...]) -> Iterator[Collective]:
+    computation = hlo.computations[name]
+    for one in computation.instructions.values():
+        if one.opcode == "while":
+            loop = hlo.loops[one.name]
+            inner = _name(loop.path)
+            yield from _found(hlo, loop.body, (*loops, inner))
+            yield from _found(hlo, loop.condition, (*loops, f"{inner}?"))
+            continue
+        kind = one.opcode.removesuffix("-start")
+        if kind in _KINDS:
+            operands = [computation.instructions[name] for name in one.operands]
+            yield Collective(kind, sum(operand.size for operand in operands), loops)
+            continue
+        for called in one.called():
+            if called in hlo.computations:
+                yield from _found(hlo, called, loops)
+
+
+def _name(path: str) -> str:
+    """`iterations` of `jit(f)/pararnn_attempts/while/body/pararnn_iterations/while`."""
+    parts = path.split("/")
+    found = re.fullmatch(r"pararnn_(\w+)", parts[-2]) if len(parts) > 1 else None
+    return found[1] if found else "while"
