@@ -75,10 +75,10 @@ class OnePassAdjoint(AbstractLinearAdjoint):
         block_size = self.resolved(recurrence).block_size
         assert block_size is not None
         tangents = Tangents(tangents.step, tangents.xs, tangents.init)
+        one_pass = functools.partial(_one_pass, block_size)
         if recurrence.line.is_cut:
-            one_pass = functools.partial(_one_pass, block_size)
             return across_devices(one_pass, recurrence, states, tangents)
-        return _one_pass(block_size, recurrence, states, tangents)
+        return one_pass(recurrence, states, tangents)[1]
 
 
 def _one_pass(
@@ -87,8 +87,8 @@ def _one_pass(
     states: PyTree[Array],
     tangents: Tangents,
     added: PyTree[Array] | None = None,
-) -> PyTree[Array]:
-    """The tangents of all states; `added` is added to those of each step."""
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """The tangents of the last state and of all states; `added` is added to those of each step."""
     added = jtu.tree_map(lambda _: None, states) if added is None else added
     if block_size == 1:
         return _step_by_step(recurrence, states, tangents, added)
@@ -105,7 +105,7 @@ def _step_by_step(
     states: PyTree[Array],
     tangents: Tangents,
     added: PyTree[Array | None],
-) -> PyTree[Array]:
+) -> tuple[PyTree[Array], PyTree[Array]]:
     init, step_tangent = recurrence.init, tangents.step
 
     # Where the first step starts from is put in there: of all ways to shift the states by one step,
@@ -124,7 +124,7 @@ def _step_by_step(
     shifted = jtu.tree_map(_shifted, states)
     inputs = is_first, shifted, recurrence.xs, tangents.xs, added
     push = jax.checkpoint(push, prevent_cse=False)
-    return jax.lax.scan(push, or_zeros(tangents.init, init), inputs)[1]
+    return jax.lax.scan(push, or_zeros(tangents.init, init), inputs)
 
 
 def _shifted(states: Array) -> Array:
@@ -139,7 +139,7 @@ def _in_blocks(
     tangents: Tangents,
     added: PyTree[Array | None],
     block: int,
-) -> PyTree[Array]:
+) -> tuple[PyTree[Array], PyTree[Array]]:
     step, init, length = recurrence.step, recurrence.init, recurrence.length
     pushes = _Pushes.of(recurrence)
 
@@ -168,10 +168,10 @@ def _in_blocks(
     arriving, first = jax.lax.scan(through_block, arriving, (starts, *blocks))
     first = jtu.tree_map(lambda v: v.reshape(whole, *v.shape[2:]), first)
     if whole == length:
-        return first
+        return arriving, first
     start = jtu.tree_map(lambda s: s[whole - 1], states)
-    _, last = through_block(arriving, (start, *rest))
-    return jtu.tree_map(lambda *v: jnp.concatenate(v), first, last)
+    arriving, rest = through_block(arriving, (start, *rest))
+    return arriving, jtu.tree_map(lambda *v: jnp.concatenate(v), first, rest)
 
 
 def _block_size(length: int, width: int) -> int:

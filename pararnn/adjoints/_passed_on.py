@@ -36,9 +36,11 @@ class Tangents(NamedTuple):
     init: PyTree[Array | None]
 
 
-# `(recurrence, states, tangents, added)` to the tangents of all states of a recurrence that lies on
-# one device, where `added` is added to those of each step.
-Pass = Callable[[Recurrence, PyTree[Array], Tangents, PyTree[Array]], PyTree[Array]]
+# `(recurrence, states, tangents, added)` to the tangents of the last state and of all states of a
+# recurrence that lies on one device, where `added` is added to those of each step.
+Pass = Callable[
+    [Recurrence, PyTree[Array], Tangents, PyTree[Array]], tuple[PyTree[Array], PyTree[Array]]
+]
 
 
 def across_devices(
@@ -57,11 +59,10 @@ def across_devices(
     differ = _difference(recurrence)
 
     def pass_over(rows: slice, arriving, tangents, added):
-        """The tangents of some states, from that of the one before them."""
+        """The tangents of the last of some states and of all of them, from that of the state
+        before them."""
         before = _row(states, rows.start - 1) if rows.start else start
-        here, ours, tangents_xs, added = jtu.tree_map(
-            lambda x: x[rows], (states, xs, tangents.xs, added)
-        )
+        here, ours, tangents_xs, added = _rows((states, xs, tangents.xs, added), rows)
         tangents = Tangents(tangents.step, tangents_xs, arriving)
         return one_pass(Recurrence(step, ours, before), here, tangents, added)
 
@@ -81,7 +82,7 @@ def across_devices(
         run = functools.partial(pass_over, slice(0, length), tangents=tangents, added=added)
         guess = pass_over(slice(length - window, length), zero, tangents, added)
         first = or_zeros(tangents.init, init)
-        v = _settled(line, run, lambda v: _row(v, -1), _row(guess, -1), first, differ)
+        _, v = _settled(line, run, guess[0], first, differ)
         return v, tangents
 
     @functools.partial(jax.checkpoint, static_argnums=0)
@@ -91,15 +92,14 @@ def across_devices(
 
         def pull(rows: slice, arriving):
             """What a pass over some steps makes of what flows back to their states, and to the last
-            of them from what follows: that of the state before, of the arrays, of each step."""
-            flowing = jtu.tree_map(lambda x, a: x[rows].at[-1].add(a), g, arriving)
-            return jax.linear_transpose(functools.partial(pass_over, rows), *linear)(flowing)
+            of them from what follows: that of the state before, of the arrays and of each step."""
+            pulled = jax.linear_transpose(functools.partial(pass_over, rows), *linear)
+            leaving, *others = pulled((arriving, _rows(g, rows)))
+            return leaving, others
 
-        guess = pull(slice(0, window), zero)[0]
+        guess, _ = pull(slice(0, window), zero)
         run = functools.partial(pull, slice(0, length))
-        leaving, pulled, flowed = _settled(
-            line.backwards(), run, lambda pulled: pulled[0], guess, zero, differ
-        )
+        leaving, (pulled, flowed) = _settled(line.backwards(), run, guess, zero, differ)
         first = bool_where(jnp.asarray(line.is_first), leaving, zero)
         first = None if of_tangents.init is None else first
         return flowed, jtu.tree_map(jnp.add, of_tangents, pulled._replace(init=first))
@@ -110,6 +110,10 @@ def across_devices(
 
 def _row(tree: PyTree[Array], index: int) -> PyTree[Array]:
     return jtu.tree_map(lambda x: x[index], tree)
+
+
+def _rows(tree: PyTree[Array], rows: slice) -> PyTree[Array]:
+    return jtu.tree_map(lambda x: x[rows], tree)
 
 
 def _difference(recurrence: Recurrence) -> Callable[[Any, Any], Bool[Array, ""]]:
@@ -127,17 +131,17 @@ def _difference(recurrence: Recurrence) -> Callable[[Any, Any], Bool[Array, ""]]
 
 def _settled(
     line: Line,
-    run: Callable[[Any], Any],
-    leaving: Callable[[Any], Any],
+    run: Callable[[Any], tuple[Any, Any]],
     guess: Any,
     first: Any,
     differ: Callable[[Any, Any], Bool[Array, ""]],
-) -> Any:
-    """What `run(arriving)` returns on each device when what arrives is what is `leaving` the device
-    before; `first` is what arrives at the first, and `guess` at each next one to begin with."""
+) -> tuple[Any, Any]:
+    """What `run(arriving)` returns on each device, what leaves it and anything else, when what
+    arrives is what leaves the device before; `first` is what arrives at the first, and `guess` at
+    each next one to begin with."""
     arriving = line.passed_on(guess, first)
     made = run(arriving)
-    arrived = line.passed_on(leaving(made), first)
+    arrived = line.passed_on(made[0], first)
 
     def unsettled(carry):
         turn, arrived, arriving, _ = carry
@@ -147,7 +151,7 @@ def _settled(
     def again(carry):
         turn, arrived, _, _ = carry
         made = run(arrived)
-        return turn + 1, line.passed_on(leaving(made), first), arrived, made
+        return turn + 1, line.passed_on(made[0], first), arrived, made
 
     with jax.named_scope("pararnn_passes"):
         carry = place_like((jnp.asarray(1), arrived, arriving, made), made)
