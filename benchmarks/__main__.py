@@ -8,6 +8,7 @@ NAMES = {
     "report": "renew the tables of the README files, and the plots, from the JSON files",
     "counts": "operations, bytes, iterations and memory of a solve, counted without a clock",
     "gpu": "what a GPU would run, counted without one: launches, bytes, predicted time",
+    "sharded": "one sequence on several devices: speed, errors, memory, traffic, a model",
     "agreement": "errors of values and gradients against `lax.scan`; memory, in Jacobians",
     "cells": "every cell: structure, iterations before and after training, agreement",
     "convergence": "iterations of each method on systems from forgetful to chaotic",

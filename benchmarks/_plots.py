@@ -188,3 +188,27 @@ def predictions(panels: dict[str, Series], title: str, path: pathlib.Path) -> No
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
+
+
+def scaling(panels: dict[str, dict[str, list[tuple[int, float]]]], title: str, path) -> None:
+    """`panels[problem]` has predicted speed-ups by network, over the devices."""
+    figure, grid = _figure(2, 2, 4.6, 3.0)
+    for axes, (problem, curves) in zip(grid.flat, panels.items(), strict=True):
+        for i, (name, points) in enumerate(curves.items()):
+            style = {"color": COLOURS[i], "marker": MARKERS[i], "lw": 1.2}
+            axes.plot(*zip(*points, strict=True), ms=4, label=name, **style)
+        devices = [n for n, _ in next(iter(curves.values()))]
+        axes.plot(devices, devices, color="black", ls=":", lw=1, label="as many times as devices")
+        axes.axhline(1, color="black", lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,g}")
+        _log_axis(axes)
+        axes.set_ylim(0.1, None)
+        axes.set_xlabel("devices")
+        axes.set_ylabel("speed-up, predicted")
+        axes.grid(lw=0.3)
+        axes.set_title(problem, fontsize=10)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pararnn.diagnostics import Spread
 
-from . import _gpu_tables, _plots, _summaries
+from . import _gpu_tables, _plots, _sharded_tables, _summaries
 from ._measure import markdown
 from .speed import GAINS
 
@@ -21,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PLATFORMS = ("cpu", "gpu")
 # The tables of each file.
 FILES = {
-    "README.md": ("speed", "targets", "batches", "cells"),
+    "README.md": ("speed", "targets", "batches", "cells", "sharded-speed"),
     "benchmarks/README.md": (
         "agreement",
         "cells-agreement",
@@ -29,6 +29,10 @@ FILES = {
         "random-systems",
         "state-tracking",
         "gpu",
+        "sharded-agreement",
+        "sharded-long",
+        "sharded-traffic",
+        "sharded-model",
     ),
 }
 # Where forward and gradient together are to be 1.5 times as fast as the scan's, on a CPU.
@@ -211,7 +215,8 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
         if platform == "cpu":
             blocks["batches"] = batches_table(content)
     blocks |= {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
-    return blocks | _summaries.tables(folder) | {"gpu": _gpu_tables.block(folder)}
+    blocks |= _summaries.tables(folder) | _sharded_tables.blocks(folder)
+    return blocks | {"gpu": _gpu_tables.block(folder)}
 
 
 def rewritten(text: str, blocks: dict[str, str]) -> str:
@@ -321,6 +326,13 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
         chip = counted["environment"]["chip"]
         title = f"Predicted from counts, not measured: one sequence, float32, {chip}"
         _plots.predictions(_gpu_tables.panels(counted), title, path("predicted-gpu"))
+    sharded = _sharded_tables.load(folder)
+    if sharded is not None:
+        title = (
+            "Predicted from counts and from the time on one core, not measured:\n"
+            "forward + gradient of systems that forget within 128 steps, by what joins the devices"
+        )
+        _plots.scaling(_sharded_tables.curves(sharded), title, path("scaling"))
     return written
 
 

@@ -8,14 +8,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
 from ._line import Line
+from ._misc import is_complex
 
 
 def all_finite(tree: PyTree[Array], *, keep_axes: int = 0) -> Bool[Array, "..."]:
     """Whether every element is finite, reduced over all but the first `keep_axes` axes."""
-    flags = [
-        jnp.all(jnp.isfinite(x), axis=tuple(range(keep_axes, x.ndim)))
-        for x in jtu.tree_leaves(tree)
-    ]
+
+    # On a CPU, XLA takes four times as long for a flag of each element. A maximum passes NaN on.
+    def largest(x):
+        return jnp.max(jnp.abs(x), axis=tuple(range(keep_axes, x.ndim)), initial=0)
+
+    leaves = jtu.tree_leaves(tree)
+    parts = [part for x in leaves for part in ((x.real, x.imag) if is_complex(x) else (x,))]
+    flags = [largest(x) < jnp.inf for x in parts]
     return jnp.all(jnp.stack(flags), axis=0)
 
 
