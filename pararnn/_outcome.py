@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._devices import once_where, raiser
+from ._jit import is_traced
 from ._misc import bool_where, struct
 from ._norms import all_finite
 from ._recurrence import Recurrence
@@ -115,6 +116,17 @@ def fail_unless_successful(tree: PyTree[Array], result: RESULTS, where: str) -> 
         return _not_a_number(tree, failed)
     # What an error passes through must be the same on all devices: a flag, not the arrays.
     return bool_where(error(), jtu.tree_map(jnp.zeros_like, tree), tree)
+
+
+def checked(tree: PyTree[Array], result: RESULTS, throw: bool) -> PyTree[Array]:
+    """The tree, with an error at run time, if wanted, unless the result is `successful`."""
+    if not throw:
+        return tree
+    if is_traced((tree, result)):
+        return fail_unless_successful(tree, result, call_site())
+    if not bool(result == RESULTS.successful):
+        raise eqx.EquinoxRuntimeError(RESULTS[result])
+    return tree
 
 
 def _raiser(tree, result, where):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from .._algebra import AbstractAlgebra
 from ..structures import AbstractStructure
@@ -23,10 +23,12 @@ class AbstractCell(eqx.Module):
     - `algebra`: the family of maps that the steps belong to, if it is closed under composition and
         not affine; then one associative scan solves the recurrence. Its `element` is given one
         slice of `us`. Affine steps are recognised without it.
+    - `chunk_size`: how many steps `through_chunk` makes at once; `None` if there is no such form.
     """
 
     structure: ClassVar[AbstractStructure | None] = None
     algebra: ClassVar[AbstractAlgebra | None] = None
+    chunk_size: ClassVar[int | None] = None
 
     @property
     def context(self) -> int:
@@ -51,6 +53,21 @@ class AbstractCell(eqx.Module):
     def readout(self, states: PyTree[Array], us: PyTree[Array]) -> PyTree[Array]:
         """From all states to all outputs, step by step. The identity by default."""
         return states
+
+    def through_chunk(
+        self, state: PyTree[Array], us: PyTree[Array], reset: Bool[Array, " T"] | None
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """The state after a chunk of steps and their outputs, `(state, ys)`, without the states
+        between: for cells that can do that faster than `step` by step, and say so by their
+        `chunk_size`. `step` is the definition, which this must agree with.
+
+        **Arguments:**
+
+        - `state`: the one before the chunk.
+        - `us`: what the steps consume; at most `chunk_size` of them.
+        - `reset`: which steps start from `init_state()`, or `None` if none does.
+        """
+        raise NotImplementedError
 
 
 # --- checks -----------------------------------------------------------------------------------

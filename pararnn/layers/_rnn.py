@@ -1,22 +1,19 @@
 """Equinox modules that put a cell and a solver together."""
 
 import functools
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from .._checks import (
     StateDtypeError,
     blame_inputs,
     check_adjoint,
-    check_flags,
     check_new_state,
-    check_projected,
     check_solver,
     check_xs,
     instance_hint,
@@ -26,31 +23,22 @@ from .._devices import typed_slice
 from .._line import Line
 from .._mesh import TimeAxis, both, is_manual, over_devices
 from .._misc import num_steps, struct
-from .._packing import Packing, passed_inputs, windows_of_pieces, without_moving, zero_unless
+from .._norms import all_finite
+from .._outcome import checked
+from .._packing import zero_unless
 from .._select import time_axis
-from .._solution import Solution
+from .._settings import check_positive_int
+from .._solution import RESULTS, Solution
 from .._solve import solve
 from .._traits import check_unmasked
 from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, from_equinox
-from ..scans import Sequential
-from ..scans._named import across
 from ..solvers import AbstractSolver
+from ._prepared import Prepared, no_inputs, prepare
+from ._segments import default_size, in_segments
 
 # Covariant, as a module does not change: an `RNN[GRU]` is an `RNN[AbstractCell]`.
 Cell = TypeVar("Cell", bound=AbstractCell, covariant=True)
-
-
-class _Prepared(NamedTuple):
-    """A sequence, ready to be solved: its inputs, what the steps consume, the state to start from,
-    the inputs to carry along, the steps that start anew, and how to undo the removal of padding."""
-
-    xs: PyTree[Array]
-    us: PyTree[Array]
-    start: PyTree[Array]
-    past: PyTree[Array] | None
-    reset: Bool[Array, " L"] | None
-    packing: Packing | None
 
 
 class RNN(eqx.Module, Generic[Cell]):
@@ -65,6 +53,7 @@ class RNN(eqx.Module, Generic[Cell]):
     learned_state: PyTree[Array] | None
     solver: AbstractSolver | None = eqx.field(static=True)
     adjoint: AbstractSolver | AbstractAdjoint | None = eqx.field(static=True)
+    segment_size: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -73,12 +62,18 @@ class RNN(eqx.Module, Generic[Cell]):
         *,
         adjoint: AbstractSolver | AbstractAdjoint | None = None,
         learn_init: bool = False,
+        segment_size: int | None = None,
     ):
         """**Arguments:**
 
         - `cell`: the recurrence. A cell of Equinox goes through [`pararnn.from_equinox`][].
         - `solver`, `adjoint`: as for [`pararnn.solve`][]; `None` chooses.
         - `learn_init`: whether the initial state is a parameter, starting from `cell.init_state()`.
+        - `segment_size`: a call keeps the states of so many steps at once, one segment after
+            another, and computes them again for the derivative: memory of
+            `L / segment_size + segment_size` states in place of `L`, for a second forward pass.
+            `None` chooses: all steps, unless states are matrices or otherwise much larger than
+            what a step consumes. A size of `L` or more solves all steps at once.
         """
         if isinstance(cell, (eqx.nn.GRUCell, eqx.nn.LSTMCell)):
             cell = cast(Cell, from_equinox(cell))
@@ -89,10 +84,13 @@ class RNN(eqx.Module, Generic[Cell]):
             )
         check_solver("solver", solver)
         check_adjoint(adjoint)
+        if segment_size is not None:
+            check_positive_int("segment_size", segment_size)
         self.cell = cell
         self.learned_state = cell.init_state() if learn_init else None
         self.solver = solver
         self.adjoint = adjoint
+        self.segment_size = segment_size
 
     def init_state(self, x: PyTree[Any] | None = None) -> PyTree[Array]:
         """A `state` for the call and for `step` which starts anew, as `None` does: the state of the
@@ -107,7 +105,7 @@ class RNN(eqx.Module, Generic[Cell]):
         state = self._initial()
         if x is None or self.cell.context == 0:
             return state
-        return state, self._no_inputs(_stack_one(jtu.tree_map(_zeros_like, x)))
+        return state, no_inputs(self.cell, _stack_one(jtu.tree_map(_zeros_like, x)))
 
     def _initial(self) -> PyTree[Array]:
         state = self.cell.init_state() if self.learned_state is None else self.learned_state
@@ -118,10 +116,6 @@ class RNN(eqx.Module, Generic[Cell]):
                 f"first step, with at least one array; got {state!r}.{hint}"
             )
         return state
-
-    def _no_inputs(self, xs: PyTree[Array]) -> PyTree[Array]:
-        """What stands for the inputs before the first."""
-        return jtu.tree_map(lambda x: jnp.zeros((self.cell.context, *x.shape[1:]), x.dtype), xs)
 
     def solve(
         self,
@@ -151,13 +145,17 @@ class RNN(eqx.Module, Generic[Cell]):
         final = jtu.tree_map(lambda h: h[-1], states)
         return Solution(states, final, solution.result, solution.stats)
 
-    def _solve(self, prepared: _Prepared, mask, throw: bool) -> Solution:
-        start, initial = prepared.start, self._initial()
-        if struct(jtu.tree_map(jnp.asarray, start)) != struct(initial):
+    def _check_start(self, start: PyTree[Array]) -> None:
+        initial = struct(self._initial())
+        if struct(jtu.tree_map(jnp.asarray, start)) != initial:
             raise ValueError(
-                f"`state` must be shaped like the layer's `init_state()`, {struct(initial)}; got "
+                f"`state` must be shaped like the layer's `init_state()`, {initial}; got "
                 f"{struct(jtu.tree_map(jnp.asarray, start))}."
             )
+
+    def _solve(self, prepared: Prepared, mask, throw: bool) -> Solution:
+        start, initial = prepared.start, self._initial()
+        self._check_start(start)
         if prepared.packing is not None:
             check_unmasked(self.cell.step, start, typed_slice(prepared.us))
         try:
@@ -178,60 +176,8 @@ class RNN(eqx.Module, Generic[Cell]):
             blame_inputs(error, self.cell, prepared.xs)
             raise
 
-    def _prepare(self, xs, state, reset=None, mask=None) -> _Prepared:
-        xs = to_arrays("xs", xs)
-        check_xs(xs)
-        length, context, line = num_steps(xs), self.cell.context, self._line
-        packing, count, pieces = None, length, None
-        if reset is not None:
-            reset = pieces = check_flags("reset", reset, length)
-        if mask is not None:
-            mask = check_flags("mask", mask, length)
-        if mask is not None and line.is_cut:
-            xs, reset = without_moving(line, mask, xs, reset)
-        elif mask is not None and length > 0:
-            packing = Packing(mask)
-            count, xs = packing.count, packing.compact(xs)
-            pieces = None if pieces is None else packing.pieces(pieces)
-            reset = packing.resets(pieces)
-        start, past = self._split(state, xs)
-        if context == 0:
-            return _Prepared(xs, self._project(xs), start, None, reset, packing)
-        if line.is_cut:
-            us, past = self._project_part(line, xs, past, reset, mask)
-            return _Prepared(xs, us, start, past, reset, packing)
-        extended = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), past, xs)
-        if pieces is None:
-            us = jtu.tree_map(lambda u: u[context:], self._project(extended))
-        else:
-            piece = jnp.concatenate([jnp.zeros(context, int), jnp.cumsum(pieces)])
-            us = self._project_pieces(extended, piece)
-            extended = zero_unless(piece == piece[context - 1 + count], extended)
-        past = jtu.tree_map(lambda x: jax.lax.dynamic_slice_in_dim(x, count, context), extended)
-        return _Prepared(xs, us, start, past, reset, packing)
-
-    def _project_part(self, line, xs, past, reset, mask):
-        """What the steps of this device consume, and the last inputs of all; past inputs come from
-        other devices."""
-        context, length = self.cell.context, num_steps(xs)
-        reset = jnp.zeros(length, bool) if reset is None else reset
-        piece = across(Sequential(), line).cumulative_sum(reset.astype(int))
-        total = line.largest(piece[-1])
-        inputs, count, packing = (xs, piece), length, None if mask is None else Packing(mask)
-        if packing is not None:
-            inputs, count = packing.compact(inputs), packing.count
-        held = past, jnp.zeros(context, piece.dtype)
-        before, (after, piece_after) = passed_inputs(line, held, inputs, count, context)
-        extended, piece = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), before, inputs)
-        us = self._project_pieces(extended, piece)
-        if packing is not None:
-            places = jnp.maximum(packing.places, 0)
-            us = jtu.tree_map(lambda u: u[places], us)
-        return us, zero_unless(piece_after == total, after)
-
-    def _project_pieces(self, extended: PyTree[Array], piece: Int[Array, " inputs"]):
-        windows = windows_of_pieces(extended, piece, self.cell.context)
-        return jtu.tree_map(lambda u: u[:, -1], jax.vmap(self._project)(windows))
+    def _prepare(self, xs, state, reset=None, mask=None) -> Prepared:
+        return prepare(self.cell, self._initial(), self._line, xs, state, reset, mask)
 
     def _time(self, xs: PyTree[Any]) -> TimeAxis | None:
         """Where time is cut, if this is to be run on each device."""
@@ -260,33 +206,6 @@ class RNN(eqx.Module, Generic[Cell]):
         policies = [p for p in (self.solver, self.adjoint) if p is not None and p.axis is not None]
         axis = policies[0].axis if policies else None
         return Line(axis if is_manual(axis) else None)
-
-    def _project(self, xs: PyTree[Array]) -> PyTree[Array]:
-        us = self.cell.project(xs)
-        check_projected(us, num_steps(xs))
-        return us
-
-    def _split(self, state, xs: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
-        """The state of the recurrence and the past inputs, of what a call is given as `state`."""
-        context = self.cell.context
-        if context == 0:
-            return self._initial() if state is None else state, None
-        initial, past = self._initial(), self._no_inputs(xs)
-        if state is None:
-            return initial, past
-        # As `init_state()` returns it. No pair of a state and inputs has the state's structure.
-        if jtu.tree_structure(state) == jtu.tree_structure(initial):
-            return state, past
-        if jtu.tree_structure(state) != jtu.tree_structure((initial, past)) or any(
-            jnp.shape(a) != jnp.shape(b)
-            for a, b in zip(jtu.tree_leaves(state[1]), jtu.tree_leaves(past), strict=True)
-        ):
-            raise ValueError(
-                "`state` must be what the call or the step before returned, here a pair of the "
-                f"recurrence's state and the last {context} inputs, or `init_state()`: like "
-                f"{eqx.tree_pformat((initial, past))}; got {eqx.tree_pformat(state)}."
-            )
-        return state
 
     def __call__(
         self,
@@ -323,15 +242,56 @@ class RNN(eqx.Module, Generic[Cell]):
             call_part = functools.partial(type(self).__call__, throw=throw)
             return self._over_devices(time, call_part, xs, state, reset, mask)
         prepared = self._prepare(xs, state, reset, mask)
-        solution, packing = self._solve(prepared, mask, throw), prepared.packing
-        ys, final = self.cell.readout(solution.states, prepared.us), solution.final
+        ys, final = self._outputs(prepared, mask, throw)
+        packing = prepared.packing
         if packing is not None:
             nothing = jtu.tree_map(lambda y: jnp.zeros(y.shape[1:], y.dtype), ys)
-            ys = zero_unless(jnp.asarray(mask), packing.expand(ys, nothing))
-            final = packing.last(solution.states, prepared.start)
-        elif mask is not None:
+            ys = packing.expand(ys, nothing)
+        if mask is not None:
             ys = zero_unless(jnp.asarray(mask), ys)
         return ys, final if self.cell.context == 0 else (final, prepared.past)
+
+    def _outputs(self, prepared: Prepared, mask, throw: bool) -> tuple[Any, Any]:
+        """The outputs of what is left without padding, and the last state."""
+        us, start, packing = prepared.us, prepared.start, prepared.packing
+        chunked = self._is_chunked(prepared)
+        size = self.cell.chunk_size if chunked else self.segment_size
+        if size is None:
+            size = default_size(start, us)
+        if self._line.is_cut or num_steps(us) == 0 or (size >= num_steps(us) and not chunked):
+            solution = self._solve(prepared, mask, throw)
+            ys, final = self.cell.readout(solution.states, us), solution.final
+            return ys, final if packing is None else packing.last(solution.states, start)
+        self._check_start(start)
+
+        def solved(state, us, reset):
+            part = prepared._replace(start=state, us=us, reset=reset)
+            solution = self._solve(part, mask, throw=False)
+            return solution.final, self.cell.readout(solution.states, us), solution.result
+
+        outputs = in_segments(
+            self._through_chunk if chunked else solved,
+            self.cell.step,
+            start,
+            self._initial(),
+            us,
+            prepared.reset,
+            size=size,
+            count=None if packing is None else packing.count,
+        )
+        return checked((outputs.ys, outputs.final), outputs.result, throw)
+
+    def _is_chunked(self, prepared: Prepared) -> bool:
+        """Whether chunks of steps are made at once. They start anew from the cell's own state only,
+        and someone who names a solver wants that."""
+        if self.cell.chunk_size is None or self.solver is not None or self.adjoint is not None:
+            return False
+        return self.segment_size is None and (self.learned_state is None or prepared.reset is None)
+
+    def _through_chunk(self, state, us, reset):
+        after, ys = self.cell.through_chunk(state, us, reset)
+        finite = all_finite((after, ys))
+        return after, ys, RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)
 
     def step(
         self, x: PyTree[Any], state: PyTree[Array] | None = None
