@@ -287,6 +287,40 @@ def inputs_that_lie_on_a_mesh_need_no_solver():
         assert run.states.sharding.spec[0] == "time"
 
 
+@check
+def layers_need_no_solver_either():
+    rnn = layers(None)["algebra"]
+    expected = rnn(XS)
+    for kind in ("Auto", "Explicit"):
+        ys, final = rnn(jax.device_put(XS, NamedSharding(mesh_of(8, kind), P("time"))))
+        close((ys, final), expected)
+        assert ys.sharding.spec[0] == "time"
+
+
+@check
+def both_directions():
+    key = jax.random.key(0)
+    cells = prnn.GRU(SIZE, SIZE, key=key), prnn.DiagonalGRU(SIZE, SIZE, key=key)
+
+    @eqx.filter_jit
+    def run(layer, xs, **options):
+        def loss(layer, xs):
+            ys, finals = layer(xs, **options)
+            return jnp.sum(ys**2), (ys, finals)
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
+
+    flags = {"reset": RESET[:LENGTH], "mask": MASK[:LENGTH]}
+    for length, options in ((24, {}), (LENGTH, flags)):
+        expected = run(prnn.Bidirectional(*cells), XS[:length], **options)
+        for kind in ("Auto", "Explicit"):
+            with jax.set_mesh(mesh_of(8, kind)):
+                layer = prnn.Bidirectional(*cells, prnn.TimeSharded("time"))
+                got = run(layer, XS[:length], **options)
+            got, wanted = (eqx.filter(x, eqx.is_array) for x in (got, expected))
+            close(jax.tree.leaves(got), jax.tree.leaves(wanted))
+
+
 def layers(solver):
     key = jax.random.key(0)
     mlp = prnn.ResidualBlock(SIZE, prnn.DiagonalGRU(SIZE, SIZE, key=key), solver, key=key)

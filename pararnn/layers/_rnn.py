@@ -22,8 +22,8 @@ from .._checks import (
     instance_hint,
     to_arrays,
 )
-from .._devices import typed_slice
-from .._line import Line
+from .._devices import mesh_context, typed_slice
+from .._line import AxisName, Line
 from .._mesh import TimeAxis, both, is_manual, over_devices
 from .._misc import num_steps, struct
 from .._packing import Packing, passed_inputs, windows_of_pieces, without_moving, zero_unless
@@ -35,7 +35,7 @@ from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, from_equinox
 from ..scans import Sequential
 from ..scans._named import across
-from ..solvers import AbstractSolver
+from ..solvers import AbstractSolver, TimeSharded
 
 # Covariant, as a module does not change: an `RNN[GRU]` is an `RNN[AbstractCell]`.
 Cell = TypeVar("Cell", bound=AbstractCell, covariant=True)
@@ -249,10 +249,22 @@ class RNN(eqx.Module, Generic[Cell]):
 
         def part(cut, whole, real):
             (xs, reset, mask), (arrays, state) = cut, whole
-            layer = eqx.combine(arrays, rest)
+            layer = eqx.combine(arrays, rest)._cut_along(time.axis)
             return run(layer, xs, state, reset=reset, mask=both(mask, real))
 
-        return over_devices(time, part, (to_arrays("xs", xs), reset, mask), (arrays, state))
+        cut, whole = (to_arrays("xs", xs), reset, mask), (arrays, state)
+        with mesh_context((cut, whole)):
+            return over_devices(time, part, cut, whole)
+
+    def _cut_along(self, axis: AxisName) -> "RNN[Cell]":
+        """This layer, which says where time is cut: on each device the inputs do not tell."""
+        if any(p is not None and p.axis is not None for p in (self.solver, self.adjoint)):
+            return self
+        learned = self.learned_state
+        new = RNN(
+            self.cell, TimeSharded(axis), adjoint=self.adjoint, learn_init=learned is not None
+        )
+        return new if learned is None else eqx.tree_at(lambda r: r.learned_state, new, learned)
 
     @property
     def _line(self) -> Line:
