@@ -1,20 +1,18 @@
-"""Checks that time may lie on several devices; `test_time_sharded.py` runs this file in a process
+"""Checks that time may lie on several devices; `test_time_sharding.py` runs this file in a process
 of its own.
 """
 
 import functools
-import re
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import several_devices
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pararnn as prnn
-from pararnn.diagnostics import select_adjoint
 
 several_devices.start(8)
 
@@ -289,165 +287,32 @@ def inputs_that_lie_on_a_mesh_need_no_solver():
         assert run.states.sharding.spec[0] == "time"
 
 
+class Elman(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, h, x):
+        return elman(self.weight, h, x)
+
+
 @check
-def layers_need_no_solver_either():
-    rnn = layers(None)["algebra"]
-    expected = rnn(XS)
+def weights_lie_on_the_mesh():
+    """Of a step that is a module, or a method of one, on explicit axes too."""
+
+    def loss(step, xs, solver):
+        return jnp.sum(prnn.solve(step, xs, INIT, solver=solver).states ** 3)
+
+    def run(weight, xs, solver):
+        return eqx.filter_jit(eqx.filter_value_and_grad(loss))(Elman(weight), xs, solver)
+
+    expected = run(WEIGHT, XS, prnn.Sequential())
     for kind in ("Auto", "Explicit"):
-        ys, final = rnn(jax.device_put(XS, NamedSharding(mesh_of(8, kind), P("time"))))
-        close((ys, final), expected)
-        assert ys.sharding.spec[0] == "time"
-
-
-@check
-def both_directions():
-    key = jax.random.key(0)
-    cells = prnn.GRU(SIZE, SIZE, key=key), prnn.DiagonalGRU(SIZE, SIZE, key=key)
-
-    @eqx.filter_jit
-    def run(layer, xs, **options):
-        def loss(layer, xs):
-            ys, finals = layer(xs, **options)
-            return jnp.sum(ys**2), (ys, finals)
-
-        return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
-
-    flags = {"reset": RESET[:LENGTH], "mask": MASK[:LENGTH]}
-    for length, options in ((24, {}), (LENGTH, flags)):
-        expected = run(prnn.Bidirectional(*cells), XS[:length], **options)
-        for kind in ("Auto", "Explicit"):
-            with jax.set_mesh(mesh_of(8, kind)):
-                layer = prnn.Bidirectional(*cells, prnn.TimeSharded("time"))
-                got = run(layer, XS[:length], **options)
-            got, wanted = (eqx.filter(x, eqx.is_array) for x in (got, expected))
-            close(jax.tree.leaves(got), jax.tree.leaves(wanted))
-
-
-def layers(solver):
-    key = jax.random.key(0)
-    mlp = prnn.ResidualBlock(SIZE, prnn.DiagonalGRU(SIZE, SIZE, key=key), solver, key=key)
-    return {
-        "gru": prnn.RNN(prnn.GRU(SIZE, SIZE, key=key), solver),
-        "convolution": prnn.RNN(prnn.M2RNN(SIZE, 2, 3, 2, key=key), solver),
-        "affine": prnn.RNN(prnn.LRU(SIZE, SIZE, key=key), solver),
-        "algebra": prnn.RNN(prnn.MinMax(SIZE, SIZE, key=key), solver, learn_init=True),
-        "stack": prnn.Stack([mlp, prnn.MinMaxBlock(SIZE, SIZE, solver, key=key)]),
-    }
-
-
-def layer_agrees(name, kind):
-    mask, reset = MASK[:LENGTH], RESET[:LENGTH]
-    padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
-    solver = prnn.AssociativeScan() if name in ("affine", "algebra") else None
-    for xs, options in ((XS, {}), (padded, {"mask": mask, "reset": reset})):
-
-        @eqx.filter_jit
-        def run(layer, xs, options=options):
-            def loss(layer, xs):
-                ys, final = layer(xs, **options)
-                ys, state = layer(xs, final, **options)  # go on from there
-                return jnp.sum(ys**2), (ys, final, state)
-
-            return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
-
-        expected = run(layers(None)[name], xs)
-        with jax.set_mesh(mesh_of(8, kind)):
-            got = run(layers(prnn.TimeSharded("time", solver))[name], xs)
-        got, expected = (eqx.filter(x, eqx.is_array) for x in (got, expected))
+        mesh = mesh_of(8, kind)
+        weight = jax.device_put(WEIGHT, NamedSharding(mesh, P()))
+        xs = jax.device_put(XS, NamedSharding(mesh, P("time")))
+        with jax.set_mesh(mesh):
+            got = run(weight, xs, prnn.TimeSharded("time"))
+            assert prnn.select_solver(Elman(weight), xs, INIT)[0].axis == "time"
         close(jax.tree.leaves(got), jax.tree.leaves(expected))
-
-
-for _name in layers(None):
-    CHECKS[f"layer {_name}"] = functools.partial(layer_agrees, _name, "Auto")
-CHECKS["layer convolution, explicit"] = functools.partial(layer_agrees, "convolution", "Explicit")
-
-
-def program(layer, xs):
-    """What is run for the layer's outputs and their gradient, as text."""
-
-    def loss(layer, xs):
-        return jnp.sum(layer(xs, throw=False)[0] ** 2)
-
-    arrays, rest = eqx.partition(layer, eqx.is_array)
-    run = jax.value_and_grad(lambda arrays, xs: loss(eqx.combine(arrays, rest), xs))
-    return re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(run)(arrays, xs)))
-
-
-@check
-def what_is_selected_runs():
-    """Passed back, it is the same program."""
-    cell = prnn.GRU(SIZE, SIZE, key=jax.random.key(0))
-    for kind, length in (("Auto", LENGTH), ("Explicit", 24)):
-        xs = XS[:length]
-        with jax.set_mesh(mesh_of(8, kind)):
-            for solver, adjoint in ((None, None), (prnn.Newton(), prnn.Newton())):
-                asked = prnn.RNN(cell, prnn.TimeSharded("time", solver), adjoint=adjoint)
-                selected, reason = prnn.select_solver(asked, xs)
-                assert ("128 steps early" if solver is None else "layer was made") in reason
-                complete = prnn.RNN(cell, selected, adjoint=select_adjoint(asked, xs)[0])
-                assert selected.solver != solver and complete.adjoint != adjoint
-                assert program(complete, xs) == program(asked, xs)
-
-
-@check
-def what_is_selected_is_that_of_a_part():
-    """Wherever the mesh comes from, of whatever devices it is, and where the code runs on each."""
-    step = functools.partial(elman, WEIGHT)
-    rnn = prnn.RNN(prnn.GRU(SIZE, SIZE, key=jax.random.key(0)))
-    part = jax.ShapeDtypeStruct((640, SIZE), float)
-
-    def selected(recurrence, xs):
-        init = None if recurrence is rnn else INIT
-        solver, reason = prnn.select_solver(recurrence, xs, init, platform="cuda")
-        return solver, select_adjoint(recurrence, xs, init, platform="cuda"), reason
-
-    for recurrence in (step, rnn):
-        inner, adjoint, _ = selected(recurrence, part)
-        for kind in ("Auto", "Explicit"):
-            kinds = (getattr(AxisType, kind),)
-            for mesh in (mesh_of(8, kind), AbstractMesh((64,), ("time",), axis_types=kinds)):
-                lies = NamedSharding(mesh, P("time"))
-                xs = jax.ShapeDtypeStruct((640 * mesh.size, SIZE), float, sharding=lies)
-                solver, here, reason = selected(recurrence, xs)
-                assert solver == prnn.TimeSharded("time", inner) and here == adjoint
-                assert f"20 chunks of 32 steps on each of {mesh.size} devices" in reason
-    layer = prnn.RNN(rnn.cell, prnn.TimeSharded("time"))
-    with jax.sharding.use_abstract_mesh(AbstractMesh((64,), ("time",))):
-        xs = jax.ShapeDtypeStruct((640 * 64, SIZE), float)
-        solver, _ = prnn.select_solver(layer, xs, platform="cuda")
-    assert solver == prnn.TimeSharded("time", inner)
-    seen = []
-
-    def on_each(xs):
-        seen.append(prnn.select_solver(layer, xs, platform="cuda")[0])
-        return xs
-
-    mapped = jax.shard_map(on_each, mesh=mesh_of(8), in_specs=P("time"), out_specs=P("time"))
-    jax.eval_shape(mapped, jax.ShapeDtypeStruct((640 * 8, SIZE), float))
-    assert seen == [solver]
-
-
-@check
-def selecting_refuses_what_solving_does():
-    cell = prnn.GRU(SIZE, SIZE, key=jax.random.key(0))
-    along = NamedSharding(mesh_of(8), P("time"))
-    lying = jax.ShapeDtypeStruct(XS.shape, XS.dtype, sharding=along)
-    for solver, xs, message in (
-        (prnn.TimeSharded("time"), XS, "needs a mesh with this axis, but there is no mesh"),
-        (prnn.TimeSharded("space"), lying, "the mesh has the axes"),
-        (prnn.Newton(), lying, "Use `solver=pararnn.TimeSharded"),
-    ):
-        raises(message, prnn.select_solver, prnn.RNN(cell, solver), xs)
-        raises(message, select_adjoint, prnn.RNN(cell, solver), xs)
-
-
-def raises(message, function, *args, **options):
-    try:
-        function(*args, **options)
-    except ValueError as error:
-        assert message in str(error), error
-    else:
-        raise AssertionError(message)
 
 
 @check

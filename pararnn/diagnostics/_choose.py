@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
@@ -145,9 +146,11 @@ def _choose_across(problem: Problem, time: TimeAxis, platform: str, batch: int) 
     """The choice for the part of one device, made where `solve` makes it: on that device. Nothing
     is run, hence a mesh of any devices will do."""
     choices: list[Choice] = []
+    arrays, rest = eqx.partition(problem.step, eqx.is_array)
 
-    def choose_part(us, init, real):
-        step = precise(ExplainedStep(problem.step))
+    def choose_part(us, whole, real):
+        arrays, init = whole
+        step = precise(ExplainedStep(eqx.combine(arrays, rest)))
         step, _, axes = convert_step(step, us, init, varying_axes((us, init)))
         us, init = place((us, init), axes)
         part = Recurrence(
@@ -163,12 +166,11 @@ def _choose_across(problem: Problem, time: TimeAxis, platform: str, batch: int) 
         choices.append(choose(part, solver, adjoint, platform=platform, batch=batch))
         return (), ()
 
-    def choose_here(us, init):
-        return choose_part(us, init, None)
+    def choose_anywhere(us, whole):
+        if time.mesh is None:
+            return choose_part(us, whole, None)
+        return over_devices(time, choose_part, us, whole)
 
-    def choose_on_each(us, init):
-        return over_devices(time, choose_part, us, init)
-
-    jax.eval_shape(choose_here if time.mesh is None else choose_on_each, problem.us, problem.init)
+    jax.eval_shape(choose_anywhere, problem.us, (arrays, problem.init))
     choice = choices[0]
     return choice._replace(solver=TimeSharded(time.axis, choice.solver))
