@@ -37,11 +37,17 @@ def mesh_context(tree: PyTree[Any]) -> contextlib.AbstractContextManager[Any]:
     """A context in which constants are made on the mesh of the arrays, if its axes are explicit and
     no mesh is set. JAX would refuse to combine them otherwise."""
     if jax.sharding.get_abstract_mesh().empty:
-        for x in _arrays(tree):
-            mesh = jax.typeof(x).sharding.mesh
-            if is_explicit(mesh):
-                return jax.sharding.use_abstract_mesh(mesh)
+        for sharding in map(_type_sharding, jtu.tree_leaves(tree)):
+            if isinstance(sharding, jax.sharding.NamedSharding) and is_explicit(sharding.mesh):
+                return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
     return contextlib.nullcontext()
+
+
+def _type_sharding(x: Any) -> Any:
+    """What the type of an array, or of the description of one, says of where it lies."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.sharding
+    return jax.typeof(x).sharding if eqx.is_array(x) else None
 
 
 def varying_axes(tree: PyTree[Any]) -> frozenset[Any]:
@@ -149,10 +155,7 @@ def typed_result(
 ) -> PyTree[jax.ShapeDtypeStruct]:
     """What `fn(tree)` returns, as by `jax.eval_shape`; which however leaves the mesh out if some of
     its axes are manual and the others automatic."""
-    shardings = [
-        x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
-        for x in jtu.tree_leaves(tree)
-    ]
+    shardings = map(_type_sharding, jtu.tree_leaves(tree))
     meshes = [s.mesh for s in shardings if s is not None and not s.mesh.empty]
 
     def complete(new):

@@ -125,6 +125,7 @@ def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | Abst
 
 def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolver, str]:
     length, size = recurrence.length, recurrence.size
+    where = f" on each of {recurrence.line.count} devices" if recurrence.line.is_cut else ""
     if recurrence.line.is_cut and platform == "cpu":
         return default_across(recurrence, platform), (
             "On CPU devices, the part of each starts 128 steps early: if the state is forgotten by "
@@ -150,7 +151,7 @@ def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolve
         solver = AssociativeScan(algebra=recurrence.algebra)
         return solver, "The cell's steps compose exactly: one associative scan."
     if length < _MIN_LENGTH:
-        return Sequential(), f"The sequence is short: {length} steps."
+        return Sequential(), f"The sequence is short: {length} steps{where}."
     if recurrence.is_affine:
         return AssociativeScan(), (
             "The step is affine in the state: one associative scan solves it without iterating."
@@ -167,7 +168,7 @@ def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolve
     assert chunk_size is not None
     reason = (
         f"{platform}: the Jacobian is {type(structure).__name__} with {seeds} tangents per sweep; "
-        f"Newton over {math.ceil(length / chunk_size)} chunks of {chunk_size} steps"
+        f"Newton over {math.ceil(length / chunk_size)} chunks of {chunk_size} steps{where}"
     )
     if solver.overlap:
         reason += f", which start {solver.overlap} steps early: if the state is forgotten by then"

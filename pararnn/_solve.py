@@ -187,15 +187,18 @@ def _solve(step, xs, init, reset, reset_state, mask, guess, known, policy, throw
     if policy.time is None or policy.time.mesh is None:
         return _solve_here(step, xs, init, reset, reset_state, mask, guess, known, policy, throw)
 
+    # Arguments as far as they can be: on explicit axes JAX lets nothing be closed over.
+    arrays, rest = eqx.partition(step, eqx.is_array)
+
     def solve_part(cut, whole, real):
-        (xs, reset, mask, guess), (init, reset_state) = cut, whole
-        mask = both(mask, real)
+        (xs, reset, mask, guess), (arrays, init, reset_state) = cut, whole
+        step, mask = eqx.combine(arrays, rest), both(mask, real)
         solution = _solve_here(
             step, xs, init, reset, reset_state, mask, guess, known, policy, throw
         )
         return solution.states, (solution.final, solution.result, solution.stats)
 
-    cut, whole = (xs, reset, mask, guess), (init, reset_state)
+    cut, whole = (xs, reset, mask, guess), (arrays, init, reset_state)
     states, rest = over_devices(policy.time, solve_part, cut, whole)
     return Solution(states, *rest)
 

@@ -1,4 +1,4 @@
-"""Checks that time may lie on several devices; `test_time_sharded.py` runs this file in a process
+"""Checks that time may lie on several devices; `test_time_sharding.py` runs this file in a process
 of its own.
 """
 
@@ -288,43 +288,32 @@ def inputs_that_lie_on_a_mesh_need_no_solver():
         assert run.states.sharding.spec[0] == "time"
 
 
-def layers(solver):
-    key = jax.random.key(0)
-    mlp = prnn.ResidualBlock(SIZE, prnn.DiagonalGRU(SIZE, SIZE, key=key), solver, key=key)
-    return {
-        "gru": prnn.RNN(prnn.GRU(SIZE, SIZE, key=key), solver),
-        "convolution": prnn.RNN(prnn.M2RNN(SIZE, 2, 3, 2, key=key), solver),
-        "affine": prnn.RNN(prnn.LRU(SIZE, SIZE, key=key), solver),
-        "algebra": prnn.RNN(prnn.MinMax(SIZE, SIZE, key=key), solver, learn_init=True),
-        "stack": prnn.Stack([mlp, prnn.MinMaxBlock(SIZE, SIZE, solver, key=key)]),
-    }
+class Elman(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, h, x):
+        return elman(self.weight, h, x)
 
 
-def layer_agrees(name, kind):
-    mask, reset = MASK[:LENGTH], RESET[:LENGTH]
-    padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
-    solver = prnn.AssociativeScan() if name in ("affine", "algebra") else None
-    for xs, options in ((XS, {}), (padded, {"mask": mask, "reset": reset})):
+@check
+def weights_lie_on_the_mesh():
+    """Of a step that is a module, or a method of one, on explicit axes too."""
 
-        @eqx.filter_jit
-        def run(layer, xs, options=options):
-            def loss(layer, xs):
-                ys, final = layer(xs, **options)
-                ys, state = layer(xs, final, **options)  # go on from there
-                return jnp.sum(ys**2), (ys, final, state)
+    def loss(step, xs, solver):
+        return jnp.sum(prnn.solve(step, xs, INIT, solver=solver).states ** 3)
 
-            return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
+    def run(weight, xs, solver):
+        return eqx.filter_jit(eqx.filter_value_and_grad(loss))(Elman(weight), xs, solver)
 
-        expected = run(layers(None)[name], xs)
-        with jax.set_mesh(mesh_of(8, kind)):
-            got = run(layers(prnn.TimeSharded("time", solver))[name], xs)
-        got, expected = (eqx.filter(x, eqx.is_array) for x in (got, expected))
+    expected = run(WEIGHT, XS, prnn.Sequential())
+    for kind in ("Auto", "Explicit"):
+        mesh = mesh_of(8, kind)
+        weight = jax.device_put(WEIGHT, NamedSharding(mesh, P()))
+        xs = jax.device_put(XS, NamedSharding(mesh, P("time")))
+        with jax.set_mesh(mesh):
+            got = run(weight, xs, prnn.TimeSharded("time"))
+            assert prnn.select_solver(Elman(weight), xs, INIT)[0].axis == "time"
         close(jax.tree.leaves(got), jax.tree.leaves(expected))
-
-
-for _name in layers(None):
-    CHECKS[f"layer {_name}"] = functools.partial(layer_agrees, _name, "Auto")
-CHECKS["layer convolution, explicit"] = functools.partial(layer_agrees, "convolution", "Explicit")
 
 
 def compiled(step, weights, shapes, init, solver, count):

@@ -1,7 +1,7 @@
-"""Time on several devices: solves, derivatives and layers, against one device.
+"""Time on several devices: solves, derivatives, layers and tools, against one device.
 
-All in `on_a_cut_line.py`, once and in a process of its own: how many devices JAX sees is settled
-when it starts.
+All in files that end in `on_a_cut_line.py`, each once and in a process of its own: how many devices
+JAX sees is settled when it starts.
 """
 
 import pathlib
@@ -12,13 +12,18 @@ import several_devices
 
 import pararnn as prnn
 
-SCRIPT = pathlib.Path(__file__).parent / "on_a_cut_line.py"
+TESTS = pathlib.Path(__file__).parent
 
 
-def test_time_on_several_devices():
-    """One test for all checks, as several processes that run tests would each make them."""
-    found, run = several_devices.outcomes(SCRIPT)
-    assert len(found) > 40 and run.returncode == 0, run.stderr[-4000:]
+@pytest.mark.parametrize(
+    ("script", "least"),
+    [("on_a_cut_line", 40), ("layers_on_a_cut_line", 8), ("tools_on_a_cut_line", 7)],
+)
+def test_time_on_several_devices(script, least):
+    """One test for all checks of a file, as several processes that run tests would each make
+    them."""
+    found, run = several_devices.outcomes(TESTS / f"{script}.py")
+    assert len(found) >= least and run.returncode == 0, run.stderr[-4000:]
     wrong = {name: error for name, error in found.items() if error is not None}
     assert not wrong, wrong
 

@@ -8,13 +8,23 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from .._line import AxisName
 from .._misc import num_steps, raveler, time_slice
 from .._norms import agreement_tolerance
 from .._recurrence import scan_states
-from ..solvers import AbstractSolver, AssociativeScan, Jacobi, Newton, QuasiNewton, Sequential
+from ..solvers import (
+    AbstractSolver,
+    AssociativeScan,
+    Jacobi,
+    Newton,
+    QuasiNewton,
+    Sequential,
+    TimeSharded,
+)
 from ..structures import detect_structure, is_affine
 from ._agreement import Agreement
 from ._compare import Spread, compare
+from ._places import Places, axis_of, find_places
 from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
 from ._table import fill, fit, number, spread_text
 
@@ -55,8 +65,9 @@ class Benchmark:
         - `forward`, and `gradient` if measured (forward and gradient together), each with `seconds`
             and `ratio` (time over that of the baseline, pair by pair), both with `median`, `lower`
             and `upper` quartile; `compile_seconds`, once; `temporary_bytes`, the memory that the
-            compiled function takes beside its arguments and results; and with `costs=True` also
-            `flops` and `bytes`, the latter as if nothing were fused: an upper bound;
+            compiled function takes beside its arguments and results, per device as the compiler
+            says; and with `costs=True` also `flops` and `bytes`, the latter as if nothing were
+            fused: an upper bound; both only of what runs on one device;
         - `iterations`, `sequential_steps` (the critical path), `chunk_size`, `fallback`, as in
             [`pararnn.Stats`][];
         - `error` and `gradient_error`, to the baseline: of the states as [`pararnn.verify`][]
@@ -80,7 +91,10 @@ class Benchmark:
             ratios = ["/ lax.scan", *(spread_text(c["ratio"]) for c in cells)]
             times.append([milliseconds, ratios])
             known = [cost for cost in _COSTS if cells[0].get(cost[1]) is not None]
-            columns = [[name, *(number(c[key] / unit) for c in cells)] for name, key, unit in known]
+            columns = [
+                [name, *(number(c[key] / unit) if key in c else "" for c in cells)]
+                for name, key, unit in known
+            ]
             if columns:
                 columns[0][0] = f"{kind}: {columns[0][0]}"
                 costs.append(columns)
@@ -172,11 +186,15 @@ def _describe(solver: AbstractSolver | None) -> str:
     if solver is None:
         return "default"
     changed = [
-        f"{f.name}={getattr(solver, f.name)!r}"
+        (f.name, getattr(solver, f.name))
         for f in dataclasses.fields(solver)  # pyright: ignore[reportArgumentType]
         if getattr(solver, f.name) != f.default
     ]
-    return f"{type(solver).__name__}({', '.join(changed)})"
+    texts = (
+        f"{name}={_describe(value) if isinstance(value, AbstractSolver) else repr(value)}"
+        for name, value in changed
+    )
+    return f"{type(solver).__name__}({', '.join(texts)})"
 
 
 def benchmark(
@@ -196,6 +214,10 @@ def benchmark(
     Time (in turns: A B A B …), compile time, memory, operations and bytes, iterations, critical
     path, and the error against the sequential run. Runs outside of `jit`, on concrete arrays.
 
+    What cuts time along an axis of a mesh (a [`pararnn.TimeSharded`][] among the `solvers`, or that
+    of the layer) runs on that mesh, which is the one that is set or that of `xs`, with the inputs
+    placed there beforehand; all else, the scan too, runs on one device, the first of the mesh.
+
     **Arguments:**
 
     - `recurrence`: a step function `step(state, x)`; or a cell or an [`pararnn.RNN`][]. What is
@@ -203,7 +225,8 @@ def benchmark(
     - `xs`, `init`: for a step function, as for [`pararnn.solve`][]; for a cell or a layer, the
         inputs of the layer, and the state to start from, which may be left out. At least one step.
     - `solvers`: what to measure; `None` in it is what `solve` chooses. `None` instead of it is the
-        layer's solver or the choice of `solve`, and the usual solvers with several chunk sizes.
+        layer's solver or the choice of `solve`, and the usual solvers with several chunk sizes; and
+        if `xs` is sharded along time, `TimeSharded` by itself and with `Newton()`.
     - `batch_size`: measures `jax.vmap` over so many sequences: `xs`, which is one sequence here
         too, and `xs` rolled along time by further and further. `None` measures `xs` without `vmap`.
     - `gradient`: whether to measure forward and gradient too, with the solver as `adjoint` (or the
@@ -223,7 +246,7 @@ def benchmark(
     `ValueError` or `TypeError` naming the argument, as [`pararnn.solve`][] does.
     """
     options = (solvers, batch_size, gradient, repetitions, costs, progress)
-    return _benchmark(make_problem(recurrence, xs, init), *options, title="benchmark")
+    return _benchmark(recurrence, xs, init, *options, title="benchmark")
 
 
 def tune(
@@ -254,34 +277,47 @@ def tune(
     if solvers is not None:
         solvers = [Sequential(), *(s for s in solvers if s != Sequential())]
     options = (solvers, batch_size, gradient, repetitions, False, progress)
-    return _benchmark(make_problem(recurrence, xs, init), *options, title="tune")
+    return _benchmark(recurrence, xs, init, *options, title="tune")
 
 
 def _benchmark(
-    one: Problem, solvers, batch_size, gradient, repetitions, costs, progress, title
+    recurrence, xs, init, solvers, batch_size, gradient, repetitions, costs, progress, title
 ) -> Benchmark:
-    if num_steps(one.us) == 0:
-        raise ValueError("`xs` must have at least one step to measure anything; got 0.")
     check_batch_size(batch_size)
     if isinstance(repetitions, bool) or not isinstance(repetitions, int) or repetitions < 1:
         raise ValueError(f"`repetitions` must be a positive Python int; got {repetitions!r}.")
     for solver in solvers or ():
         if solver is not None and not isinstance(solver, AbstractSolver):
             raise TypeError(f"`solvers` must be solver instances or None; got {solver!r}.")
-    if solvers is None:
-        solvers = [one.solver] if costs or one.solver is not None else []
-        solvers += [Sequential(), *_usual_solvers(one)]
+    places = find_places(recurrence, xs, init, solvers or ())
+    with places.one_device():
+        one = make_problem(*places.on_one((recurrence, xs, init)))
+        if num_steps(one.us) == 0:
+            raise ValueError("`xs` must have at least one step to measure anything; got 0.")
+        if solvers is None:
+            solvers = [one.solver] if costs or one.solver is not None else []
+            solvers += [Sequential(), *_usual_solvers(one), *_solvers_along(places.lies)]
+        options = (gradient, repetitions, costs, title if progress else None)
+        return _measured(one, places, solvers, batch_size, *options)
+
+
+def _measured(
+    one: Problem, places: Places, solvers, batch_size, gradient, repetitions, costs, title
+) -> Benchmark:
     problem = one if batch_size is None else one.batched(batch_size)
 
     def scan(step, us, init):
         return scan_states(step if batch_size is None else jax.vmap(step), us, init), None
 
+    args = (one.step, problem.us, problem.init)
     runs: dict[str, Any] = {"lax.scan": scan}
+    elsewhere: dict[str, Any] = {}
     for solver in solvers:
-        run = _run(one, solver)
-        if batch_size is not None:
-            run = _over_batch(run)
-        runs[_describe(solver)] = run
+        name, run = _describe(solver), _run(one, solver)
+        runs[name] = run if batch_size is None else _over_batch(run)
+        axis = axis_of(solver, one.adjoint)
+        if axis is not None:
+            elsewhere[name] = places.along(axis, args)
     known: list[Agreement] = []
 
     def judge(states, expected):
@@ -291,12 +327,13 @@ def _benchmark(
 
     baseline, *rows = compare(
         runs,
-        (one.step, problem.us, problem.init),
+        args,
         gradient=gradient,
         repetitions=repetitions,
         costs=costs,
-        title=title if progress else None,
+        title=title,
         judge=judge,
+        elsewhere=elsewhere,
     )
     tolerance = agreement_tolerance(raveler(problem.init)[3])
     named = {_describe(solver): solver for solver in solvers}
@@ -323,6 +360,10 @@ def _over_batch(run):
         return jax.vmap(lambda u, h: run(step, u, h), in_axes=(1, 0), out_axes=(1, 0))(us, init)
 
     return batched
+
+
+def _solvers_along(axis: AxisName | None) -> list[AbstractSolver]:
+    return [] if axis is None else [TimeSharded(axis), TimeSharded(axis, Newton())]
 
 
 def _usual_solvers(problem: Problem) -> list[AbstractSolver]:

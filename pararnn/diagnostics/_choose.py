@@ -2,14 +2,21 @@
 
 from typing import Any
 
+import equinox as eqx
+import jax
 from jaxtyping import PyTree
 
 from .._algebra import AbstractAlgebra
+from .._checks import ExplainedStep
+from .._devices import convert_step, mesh_context, place, varying_axes
+from .._line import Line
+from .._mesh import TimeAxis, over_devices
+from .._misc import num_steps
 from .._platform import check_platform
-from .._recurrence import Recurrence
-from .._select import Choice, choose
+from .._recurrence import Recurrence, precise
+from .._select import Choice, choose, time_axis, within
 from ..adjoints import AbstractAdjoint
-from ..solvers import AbstractSolver
+from ..solvers import AbstractSolver, TimeSharded
 from ..structures import AbstractStructure
 from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
 
@@ -29,17 +36,27 @@ def select_solver(
     It is complete, the chunk size and the scan included: passed to `solve`, with the adjoint of
     [`pararnn.select_adjoint`][], it is the program of that platform on any other.
 
+    Where the steps of the sequence lie on several devices, because `xs` is sharded along its
+    leading axis or the layer's solver is a [`pararnn.TimeSharded`][], it is a `TimeSharded` with
+    what was chosen for the part of one device. Nothing is run: the mesh, set or that of `xs`, may
+    be abstract, of more devices than there are here. What would 64 GPUs run?
+
+        mesh = jax.sharding.AbstractMesh((64,), ("time",))
+        time = jax.NamedSharding(mesh, jax.P("time"))
+        xs = jax.ShapeDtypeStruct((65536, 32), jnp.float32, sharding=time)
+        solver, reason = select_solver(step, xs, init, platform="cuda")
+
     **Arguments:**
 
     - `recurrence`: a step function `step(state, x)`; or a cell or an [`pararnn.RNN`][].
     - `xs`, `init`: for a step function, as for [`pararnn.solve`][]; for a cell or a layer, the
-        inputs of the layer, and `init` may be left out. Only shapes and dtypes matter, so
-        `jax.ShapeDtypeStruct`s will do.
+        inputs of the layer, and `init` may be left out. Only shapes, dtypes and shardings matter,
+        so `jax.ShapeDtypeStruct`s will do.
     - `structure`, `algebra`: as for [`pararnn.solve`][].
     - `platform`: `"cpu"`, `"gpu"`, `"cuda"`, `"rocm"` or `"tpu"`; `None` is
         `jax.default_backend()`.
-    - `batch_size`: how many such sequences there are at once. The choice does not depend on it; the
-        reason says how to measure whether it should.
+    - `batch_size`: how many such sequences there are at once. The choice does not depend on it; on
+        one device, the reason says how to measure whether it should.
 
     **Returns:**
 
@@ -47,7 +64,8 @@ def select_solver(
 
     **Raises:**
 
-    `ValueError` or `TypeError`, naming the argument.
+    `ValueError` or `TypeError`, naming the argument; as `solve` does, for a `TimeSharded` where
+    there is no mesh.
     """
     problem, choice = _choose(
         recurrence,
@@ -58,10 +76,10 @@ def select_solver(
         platform=platform,
         batch_size=batch_size,
     )
-    reason = choice.reason
-    if problem.solver is not None:
+    reason, alone = choice.reason, choice.solver.axis is None
+    if within(problem.solver) is not None:
         reason = "The layer was made with this solver."
-    elif batch_size is not None and batch_size > 1 and not choice.solver.stepwise:
+    elif batch_size is not None and batch_size > 1 and alone and not choice.solver.stepwise:
         reason += (
             f" A batch of {batch_size} is not taken into account: where it keeps the device busy, "
             f"Sequential() can be faster; `tune(…, batch_size={batch_size})` measures it."
@@ -81,7 +99,8 @@ def select_adjoint(
     """What `solve(..., adjoint=None)` would use for the derivative, or what a layer uses, and why.
 
     It is complete, as what [`pararnn.select_solver`][] returns, which has the same arguments; the
-    `batch_size` counts here.
+    `batch_size` counts here. Where the steps lie on several devices, it is what runs on each, to be
+    passed to `solve` beside that solver.
 
     **Returns:**
 
@@ -94,7 +113,7 @@ def select_adjoint(
     problem, choice = _choose(
         recurrence, xs, init, structure=structure, platform=platform, batch_size=batch_size
     )
-    if problem.adjoint is not None:
+    if within(problem.adjoint) is not None:
         return choice.adjoint, "The layer was made with this adjoint."
     return choice.adjoint, choice.adjoint_reason
 
@@ -104,9 +123,15 @@ def _choose(
 ) -> tuple[Problem, Choice]:
     check_batch_size(batch_size)
     platform = check_platform(platform)
-    problem = make_problem(
-        recurrence, xs, init, structure=structure, algebra=algebra, abstract=True
-    )
+    batch = 1 if batch_size is None else batch_size
+    with mesh_context((xs, init, recurrence)):
+        problem = make_problem(
+            recurrence, xs, init, structure=structure, algebra=algebra, abstract=True
+        )
+        arrays = problem.xs, (problem.layer, problem.state)
+        time = time_axis(problem.solver, problem.adjoint, arrays) if num_steps(problem.us) else None
+        if time is not None:
+            return problem, _choose_across(problem, time, platform, batch)
     stated = Recurrence(
         problem.step,
         problem.us,
@@ -114,5 +139,38 @@ def _choose(
         structure=problem.structure,
         algebra=problem.algebra,
     )
-    batch = 1 if batch_size is None else batch_size
     return problem, choose(stated, problem.solver, problem.adjoint, platform=platform, batch=batch)
+
+
+def _choose_across(problem: Problem, time: TimeAxis, platform: str, batch: int) -> Choice:
+    """The choice for the part of one device, made where `solve` makes it: on that device. Nothing
+    is run, hence a mesh of any devices will do."""
+    choices: list[Choice] = []
+    arrays, rest = eqx.partition(problem.step, eqx.is_array)
+
+    def choose_part(us, whole, real):
+        arrays, init = whole
+        step = precise(ExplainedStep(eqx.combine(arrays, rest)))
+        step, _, axes = convert_step(step, us, init, varying_axes((us, init)))
+        us, init = place((us, init), axes)
+        part = Recurrence(
+            step,
+            us,
+            init,
+            structure=problem.structure,
+            algebra=problem.algebra,
+            parts=Line(time.axis),
+            mask=real,
+        )
+        solver, adjoint = within(problem.solver), within(problem.adjoint)
+        choices.append(choose(part, solver, adjoint, platform=platform, batch=batch))
+        return (), ()
+
+    def choose_anywhere(us, whole):
+        if time.mesh is None:
+            return choose_part(us, whole, None)
+        return over_devices(time, choose_part, us, whole)
+
+    jax.eval_shape(choose_anywhere, problem.us, (arrays, problem.init))
+    choice = choices[0]
+    return choice._replace(solver=TimeSharded(time.axis, choice.solver))

@@ -1,7 +1,9 @@
 """Measuring functions against a baseline, in turns, on this machine."""
 
+import contextlib
 import functools
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from .._misc import real_leaves
@@ -75,6 +78,7 @@ def compare(
     costs: bool = True,
     title: str | None = None,
     judge: Callable[[Any, Any], float] = relative_error,
+    elsewhere: Mapping[str, tuple[Mesh, tuple[Any, ...]]] = types.MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Measures functions that compute the same states; the first is the baseline.
 
@@ -88,44 +92,47 @@ def compare(
         and complex arrays in `args`.
     - `repetitions`, `limit`: as for `interleaved`.
     - `costs`: whether to count operations and bytes, which compiles and runs each function anew.
+        Not of those that run on a mesh: what they do on each device is not seen.
     - `title`: of a progress bar; `None` for no bar.
     - `judge`: the error of states, given those of the baseline too.
+    - `elsewhere`: of runs on a mesh: by name, the mesh, and `args` as they lie there.
 
     **Returns:**
 
     One dictionary per function, with the keys that [`pararnn.Benchmark`][] describes.
     """
-    arrays, static = eqx.partition(args, eqx.is_array)
     kinds = ("forward", "gradient") if gradient else ("forward",)
     rows: dict[str, dict[str, Any]] = {name: {"name": name} for name in runs}
     jax.block_until_ready(jax.jit(lambda x: x + 1)(1))  # the first compilation of a process is slow
     weights: Any = None
+    shardings: dict[str, Any] = {}
     total = len(kinds) * (len(runs) + repetitions)
     with tqdm(total=total, desc=title, disable=title is None, leave=False) as bar:
         for kind in kinds:
             calls: dict[str, Callable[[], Any]] = {}
             expected: Any = None
             for name, run in runs.items():
+                mesh, own = elsewhere.get(name, (None, args))
+                arrays, static = eqx.partition(own, eqx.is_array)
                 if kind == "forward":
                     function, inputs = _forward(run, static), (arrays,)
                 else:
-                    function, inputs = _gradient(run, static), (arrays, weights)
-                start = time.perf_counter()
-                compiled = jax.jit(function).lower(*inputs).compile()
-                row: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
-                row["temporary_bytes"] = temporary_bytes(compiled)
-                calls[name] = functools.partial(compiled, *inputs)
-                results, other = calls[name]()
+                    here = weights if mesh is None else jax.device_put(weights, shardings[name])
+                    function, inputs = _gradient(run, static), (arrays, here)
+                row, calls[name] = _compiled(function, inputs, costs, mesh)
+                results, other = jax.block_until_ready(calls[name]())
+                if kind == "forward":
+                    shardings[name] = [x.sharding for x in real_leaves(results)]
                 if expected is None:
                     expected = results
+                if mesh is not None:
+                    results = jax.device_put(results, jax.tree.map(lambda x: x.sharding, expected))
                 if kind == "forward":
                     weights = _weights(results) if weights is None else weights
                     rows[name].update(_statistics(other))
                     rows[name]["error"] = judge(results, expected)
                 else:
                     rows[name]["gradient_error"] = relative_error(results, expected)
-                if costs:
-                    row.update(count(function, *inputs)._asdict())
                 rows[name][kind] = row
                 bar.update()
             times = interleaved(calls, repetitions, warm_up=False, limit=limit, tick=bar.update)
@@ -133,6 +140,20 @@ def compare(
                 rows[name][kind]["seconds"] = spread(times[name])
                 rows[name][kind]["ratio"] = ratio(times, name, next(iter(runs)))
     return list(rows.values())
+
+
+def _compiled(
+    function: Callable[..., Any], inputs: tuple[Any, ...], costs: bool, mesh: Mesh | None
+) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """What can be said of a function before it is timed, and a call of it."""
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        start = time.perf_counter()
+        compiled = jax.jit(function).lower(*inputs).compile()
+        row: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
+    row["temporary_bytes"] = temporary_bytes(compiled)
+    if costs and mesh is None:
+        row.update(count(function, *inputs)._asdict())
+    return row, functools.partial(compiled, *inputs)
 
 
 def _forward(run, static):

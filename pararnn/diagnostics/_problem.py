@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._algebra import AbstractAlgebra
-from .._misc import num_steps
+from .._misc import num_steps, struct
 from .._solution import Solution
 from .._solve import solve
 from ..adjoints import AbstractAdjoint
@@ -122,8 +122,10 @@ def make_problem(
         return Problem(
             recurrence, xs, init, solver, adjoint, structure, algebra, layer=None, xs=xs, state=init
         )
-    prepare = eqx.filter_eval_shape if abstract else _call
-    prepared = prepare(_prepare, layer, xs, init)
+    if abstract:  # wherever the inputs lie: what is asked of the result are its shapes
+        prepared = eqx.filter_eval_shape(_prepare, layer, *struct((xs, init)))
+    else:
+        prepared = _call(_prepare, layer, xs, init)
     cell = layer.cell
     return Problem(
         cell.step,

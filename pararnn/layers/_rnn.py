@@ -19,8 +19,8 @@ from .._checks import (
     instance_hint,
     to_arrays,
 )
-from .._devices import typed_slice
-from .._line import Line
+from .._devices import mesh_context, typed_slice
+from .._line import AxisName, Line
 from .._mesh import TimeAxis, both, is_manual, over_devices
 from .._misc import num_steps, struct
 from .._norms import all_finite
@@ -33,7 +33,7 @@ from .._solve import solve
 from .._traits import check_unmasked
 from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, from_equinox
-from ..solvers import AbstractSolver
+from ..solvers import AbstractSolver, TimeSharded
 from ._prepared import Prepared, no_inputs, prepare
 from ._segments import default_size, in_segments
 
@@ -195,10 +195,26 @@ class RNN(eqx.Module, Generic[Cell]):
 
         def part(cut, whole, real):
             (xs, reset, mask), (arrays, state) = cut, whole
-            layer = eqx.combine(arrays, rest)
+            layer = eqx.combine(arrays, rest)._cut_along(time.axis)
             return run(layer, xs, state, reset=reset, mask=both(mask, real))
 
-        return over_devices(time, part, (to_arrays("xs", xs), reset, mask), (arrays, state))
+        cut, whole = (to_arrays("xs", xs), reset, mask), (arrays, state)
+        with mesh_context((cut, whole)):
+            return over_devices(time, part, cut, whole)
+
+    def _cut_along(self, axis: AxisName) -> "RNN[Cell]":
+        """This layer, which says where time is cut: on each device the inputs do not tell."""
+        if any(p is not None and p.axis is not None for p in (self.solver, self.adjoint)):
+            return self
+        learned = self.learned_state
+        new = RNN(
+            self.cell,
+            TimeSharded(axis),
+            adjoint=self.adjoint,
+            learn_init=learned is not None,
+            segment_size=self.segment_size,
+        )
+        return new if learned is None else eqx.tree_at(lambda r: r.learned_state, new, learned)
 
     @property
     def _line(self) -> Line:

@@ -287,5 +287,7 @@ def _kept(chunks: Chunks, starts, ends, states, defects, norms, scale) -> Float[
     deviated = chunks.deviated_ends(starts, states, factor.astype(defects.dtype) * defects)
     count = len(deviated)
     left = chunks.tolerance.norm(deviated - ends[:count], scale[:count])
+    # The first chunk of all starts where it must. It has no defect, and may have no scale either.
+    left = jnp.where(chunks.is_first[:count], 0, left)
     left, tried = line.totals([jnp.sum(left), jnp.sum(norms[:count])])
     return jnp.where(tried > 0, left / (factor * tried), jnp.inf)

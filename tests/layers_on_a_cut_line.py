@@ -1,0 +1,99 @@
+"""Checks that layers run where time lies on several devices; `test_time_sharding.py` runs this file
+in a process of its own.
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import several_devices
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from on_a_cut_line import LENGTH, MASK, RESET, SIZE, XS, close, mesh_of
+
+import pararnn as prnn
+
+CHECKS = {}
+
+
+def check(fn):
+    CHECKS[fn.__name__] = fn
+    return fn
+
+
+@check
+def layers_need_no_solver_either():
+    rnn = layers(None)["algebra"]
+    expected = rnn(XS)
+    for kind in ("Auto", "Explicit"):
+        ys, final = rnn(jax.device_put(XS, NamedSharding(mesh_of(8, kind), P("time"))))
+        close((ys, final), expected)
+        assert ys.sharding.spec[0] == "time"
+
+
+@check
+def both_directions():
+    key = jax.random.key(0)
+    cells = prnn.GRU(SIZE, SIZE, key=key), prnn.DiagonalGRU(SIZE, SIZE, key=key)
+
+    @eqx.filter_jit
+    def run(layer, xs, **options):
+        def loss(layer, xs):
+            ys, finals = layer(xs, **options)
+            return jnp.sum(ys**2), (ys, finals)
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
+
+    flags = {"reset": RESET[:LENGTH], "mask": MASK[:LENGTH]}
+    for length, options in ((24, {}), (LENGTH, flags)):
+        expected = run(prnn.Bidirectional(*cells), XS[:length], **options)
+        for kind in ("Auto", "Explicit"):
+            with jax.set_mesh(mesh_of(8, kind)):
+                layer = prnn.Bidirectional(*cells, prnn.TimeSharded("time"))
+                got = run(layer, XS[:length], **options)
+            got, wanted = (eqx.filter(x, eqx.is_array) for x in (got, expected))
+            close(jax.tree.leaves(got), jax.tree.leaves(wanted))
+
+
+def layers(solver):
+    key = jax.random.key(0)
+    mlp = prnn.ResidualBlock(SIZE, prnn.DiagonalGRU(SIZE, SIZE, key=key), solver, key=key)
+    return {
+        "gru": prnn.RNN(prnn.GRU(SIZE, SIZE, key=key), solver),
+        "convolution": prnn.RNN(prnn.M2RNN(SIZE, 2, 3, 2, key=key), solver),
+        "affine": prnn.RNN(prnn.LRU(SIZE, SIZE, key=key), solver),
+        "algebra": prnn.RNN(prnn.MinMax(SIZE, SIZE, key=key), solver, learn_init=True),
+        "stack": prnn.Stack([mlp, prnn.MinMaxBlock(SIZE, SIZE, solver, key=key)]),
+    }
+
+
+def layer_agrees(name, kind):
+    mask, reset = MASK[:LENGTH], RESET[:LENGTH]
+    padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
+    solver = prnn.AssociativeScan() if name in ("affine", "algebra") else None
+    for xs, options in ((XS, {}), (padded, {"mask": mask, "reset": reset})):
+
+        @eqx.filter_jit
+        def run(layer, xs, options=options):
+            def loss(layer, xs):
+                ys, final = layer(xs, **options)
+                ys, state = layer(xs, final, **options)  # go on from there
+                return jnp.sum(ys**2), (ys, final, state)
+
+            return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
+
+        expected = run(layers(None)[name], xs)
+        with jax.set_mesh(mesh_of(8, kind)):
+            got = run(layers(prnn.TimeSharded("time", solver))[name], xs)
+        got, expected = (eqx.filter(x, eqx.is_array) for x in (got, expected))
+        close(jax.tree.leaves(got), jax.tree.leaves(expected))
+
+
+for _name in layers(None):
+    CHECKS[f"layer {_name}"] = functools.partial(layer_agrees, _name, "Auto")
+CHECKS["layer convolution, explicit"] = functools.partial(layer_agrees, "convolution", "Explicit")
+
+
+if __name__ == "__main__":
+    several_devices.run_checks(CHECKS)
