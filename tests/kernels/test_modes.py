@@ -19,6 +19,10 @@ CELLS = {
     "MinMax": (prnn.MinMax, {}),
     "LRU": (prnn.LRU, {}),
     "PiecewiseLinearRNN": (prnn.PiecewiseLinearRNN, {}),
+    "S5": (prnn.S5, {}),
+    "S4D": (prnn.S4D, {}),
+    "SelectiveSSM": (prnn.SelectiveSSM, {}),
+    "LMU": (prnn.LMU, {"order": 3, "theta": 4.5}),
 }
 LENGTH = 11
 FUSED = prnn.sweeps.Fused(interpret=True)
