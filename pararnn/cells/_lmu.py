@@ -207,6 +207,7 @@ def _discretised(order: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
     system[:-1, -1] = (-1.0) ** np.arange(order)
     system[:-1] *= (2 * np.arange(order)[:, None] + 1) / theta
     exponential = scipy.linalg.expm(system)
+    exponential.setflags(write=False)  # all callers share it
     return exponential[:-1, :-1], exponential[:-1, -1]
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._base import AbstractCell, check_inputs, head_sizes
 from ._parts import inverse_softplus, normal, project_heads, wide, zero_state
 
-# How much faster the fastest forgetting is than that of `decay` alone: c in the paper.
+# c in the paper: a step with an open gate forgets as much as so many steps by exp(-softplus(Λ)).
 _POWER = 8.0
 
 
