@@ -12,7 +12,8 @@ import jax.tree_util as jtu
 import pararnn as prnn
 from pararnn.diagnostics import compare, scan_states
 
-# From a size, the number of state elements, to a cell whose inputs have as many features.
+# From a size, the number of state elements, to a cell whose inputs have as many features. For S4D
+# and SelectiveSSM it is the number of rows of the state, a matrix.
 CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "Elman": lambda size, **kw: prnn.Elman(size, size, **kw),
     "GRU": lambda size, **kw: prnn.GRU(size, size, **kw),
@@ -25,6 +26,14 @@ CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "PiecewiseLinearRNN": lambda size, **kw: prnn.PiecewiseLinearRNN(size, size, **kw),
     "M2RNN": lambda size, **kw: prnn.M2RNN(size, 1, 4, size // 4, **kw),
     "DeltaNet": lambda size, **kw: prnn.DeltaNet(size, 1, 4, size // 4, **kw),
+    "S5": lambda size, **kw: prnn.S5(size, size, **kw),
+    "S4D": lambda size, **kw: prnn.S4D(size, **kw),
+    "RGLRU": lambda size, **kw: prnn.RGLRU(size, **kw),
+    "MinGRU": lambda size, **kw: prnn.MinGRU(size, size, **kw),
+    "MinLSTM": lambda size, **kw: prnn.MinLSTM(size, size, **kw),
+    "SelectiveSSM": lambda size, **kw: prnn.SelectiveSSM(size, **kw),
+    "LinearLMU": lambda size, **kw: prnn.LinearLMU(size, size, size, size, **kw),
+    "LMU": lambda size, **kw: prnn.LMU(size, size // 2, size // 2, size // 2, **kw),
 }
 EQUINOX = "equinox"
 

@@ -20,9 +20,13 @@ from ._solve import solve as solve
 from .adjoints import AbstractAdjoint as AbstractAdjoint
 from .adjoints import ClippedAdjoint as ClippedAdjoint
 from .cells import GRU as GRU
+from .cells import LMU as LMU
 from .cells import LRU as LRU
 from .cells import LSTM as LSTM
 from .cells import M2RNN as M2RNN
+from .cells import RGLRU as RGLRU
+from .cells import S4D as S4D
+from .cells import S5 as S5
 from .cells import SLSTM as SLSTM
 from .cells import AbstractCell as AbstractCell
 from .cells import ClampAlgebra as ClampAlgebra
@@ -32,8 +36,12 @@ from .cells import DiagonalLSTM as DiagonalLSTM
 from .cells import Elman as Elman
 from .cells import EquinoxGRU as EquinoxGRU
 from .cells import EquinoxLSTM as EquinoxLSTM
+from .cells import LinearLMU as LinearLMU
+from .cells import MinGRU as MinGRU
+from .cells import MinLSTM as MinLSTM
 from .cells import MinMax as MinMax
 from .cells import PiecewiseLinearRNN as PiecewiseLinearRNN
+from .cells import SelectiveSSM as SelectiveSSM
 from .cells import from_equinox as from_equinox
 from .diagnostics import Benchmark as Benchmark
 from .diagnostics import Lyapunov as Lyapunov

@@ -42,6 +42,14 @@ CELLS = {
     "PiecewiseLinearRNN": _cell(prnn.PiecewiseLinearRNN, 2, 2),
     "LRU": _cell(prnn.LRU, 2, 2),
     "DeltaNet": _cell(prnn.DeltaNet, 2, 1, 2, 2),
+    "S5": _cell(prnn.S5, 2, 2),
+    "S4D": _cell(prnn.S4D, 2, 1),
+    "RGLRU": _cell(prnn.RGLRU, 2),
+    "MinGRU": _cell(prnn.MinGRU, 2, 2),
+    "MinLSTM": _cell(prnn.MinLSTM, 2, 2),
+    "SelectiveSSM": _cell(prnn.SelectiveSSM, 2, 1),
+    "LinearLMU": _cell(prnn.LinearLMU, 2, 2, 2, 3.0),
+    "LMU": _cell(prnn.LMU, 2, 2, 2, 3.0),
     "EquinoxGRU": lambda: prnn.from_equinox(eqx.nn.GRUCell(2, 2, key=jax.random.key(0))),
     "EquinoxLSTM": lambda: prnn.from_equinox(eqx.nn.LSTMCell(2, 2, key=jax.random.key(0))),
 }
@@ -76,7 +84,7 @@ def cell_and_gradients(name):
 
 
 # The adjoints that differ for a state of a single array are those two.
-SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "EquinoxLSTM")
+SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "LMU", "EquinoxLSTM")
 TABLE = [
     (cell, adjoint)
     for cell in CELLS

@@ -164,7 +164,8 @@ _REDUCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..
 
 
 def _reduce(writer, eqn, ins):
-    (value,), axes = ins, set(eqn.params["axes"])
+    # JAX may give the axes of a transposed broadcast as NumPy integers.
+    (value,), axes = ins, {int(axis) for axis in eqn.params["axes"]}
     return [reduced(writer, value, axes, eqn.primitive.name)]
 
 

@@ -6,6 +6,19 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from linear_cells import (
+    numpy_linear_lmu,
+    numpy_lmu,
+    numpy_min_gru,
+    numpy_min_lstm,
+    numpy_rglru,
+    numpy_s4d,
+    numpy_s5,
+    numpy_selective_ssm,
+    sigmoid,
+    silu,
+    softplus,
+)
 
 import pararnn as prnn
 from pararnn import cells
@@ -41,18 +54,6 @@ def run(cell, xs):
 
 
 # --- the formulas, step by step in NumPy; each returns the states and the outputs -------------
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-    return x * sigmoid(x)
-
-
-def softplus(x):
-    return np.log1p(np.exp(x))
 
 
 def heads_to_dense(weight, gates):
@@ -235,6 +236,24 @@ CASES = {
     "PiecewiseLinearRNN": (make(cells.PiecewiseLinearRNN, 4, 6), numpy_plrnn, prnn.Dense),
     "LRU": (make(cells.LRU, 4, 6, 5), numpy_lru, heads(2, 6, 6)),
     "DeltaNet": (make(cells.DeltaNet, 4, 2, 3, 5, 6), numpy_delta_net, rows((2, 3, 5), 1)),
+    "S5": (make(cells.S5, 4, 6), numpy_s5, heads(2, 6, 6)),
+    "S5-outputs": (make(cells.S5, 4, 6, 5), numpy_s5, heads(2, 6, 6)),
+    "S4D": (make(cells.S4D, 4, 3), numpy_s4d, heads(2, 12, 12)),
+    "RGLRU": (make(cells.RGLRU, 4, num_heads=2), numpy_rglru, prnn.Diagonal),
+    "MinGRU": (make(cells.MinGRU, 4, 6), numpy_min_gru, prnn.Diagonal),
+    "MinLSTM": (make(cells.MinLSTM, 4, 6), numpy_min_lstm, prnn.Diagonal),
+    "SelectiveSSM": (make(cells.SelectiveSSM, 4, 3, dt_rank=2), numpy_selective_ssm, prnn.Diagonal),
+    "SelectiveSSM-bare": (
+        make(cells.SelectiveSSM, 4, 3, conv_width=0),
+        numpy_selective_ssm,
+        prnn.Diagonal,
+    ),
+    "LinearLMU": (
+        make(cells.LinearLMU, 4, 6, 5, 7.5, memory_size=2),
+        numpy_linear_lmu,
+        heads(1, 10, 2),
+    ),
+    "LMU": (make(cells.LMU, 4, 6, 5, 7.5), numpy_lmu, prnn.Dense),
 }
 CELLS = {name: case[0] for name, case in CASES.items()}
 KEY = jax.random.key(0)
@@ -303,7 +322,7 @@ def solve_and_differentiate(cell, xs, solver):
 
 
 # Of each class, the member with the more particular structure.
-ONE_PER_CLASS = {type(cell): name for name, cell in CELLS.items() if name != "M2RNN-bare"}
+ONE_PER_CLASS = {type(cell): name for name, cell in CELLS.items() if not name.endswith("-bare")}
 
 
 @pytest.mark.parametrize("name", ONE_PER_CLASS.values())
@@ -324,7 +343,7 @@ def test_projection_and_readout_are_local(name):
     """Projecting a window of inputs, or reading out one step, gives the numbers of the whole: so
     streaming agrees with the parallel call. Inputs before the first count as zeros."""
     cell, xs = CELLS[name], inputs(8)
-    assert cell.context == (3 if name == "M2RNN" else 0)
+    assert cell.context == (3 if name in ("M2RNN", "SelectiveSSM") else 0)
     project, readout = eqx.filter_jit(cell.project), eqx.filter_jit(cell.readout)
     us, (states, ys) = project(xs), run(cell, xs)
     padded = jnp.concatenate([jnp.zeros((cell.context, INPUTS)), xs])
@@ -355,7 +374,8 @@ def dtypes(cell, x_dtype):
 
 @each_cell
 def test_dtypes(name):
-    kind = "complex64" if name == "LRU" else "float32"
+    complex_state = any(jnp.iscomplexobj(h) for h in jtu.tree_leaves(CELLS[name].init_state()))
+    kind = "complex64" if complex_state else "float32"
     for dtype in (jnp.float32, jnp.bfloat16):
         cell = cast(CELLS[name], dtype)
         if dtype == jnp.float32:  # all dtypes agree: holds under strict promotion too
@@ -368,7 +388,8 @@ def test_dtypes(name):
 @eqx.filter_jit
 def initial(dtype):
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
-    sizes = {cells.M2RNN: (4, 3, 3, 5), cells.DeltaNet: (4, 3, 3, 5)}
+    sizes: dict[type, tuple] = {cells.M2RNN: (4, 3, 3, 5), cells.DeltaNet: (4, 3, 3, 5)}
+    sizes |= {cells.RGLRU: (4,), cells.LinearLMU: (4, 6, 5, 7.5), cells.LMU: (4, 6, 5, 7.5)}
     made = {type(cell): sizes.get(type(cell), (4, 6)) for cell in CELLS.values()}
     return {cls.__name__: cls(*s, dtype=dtype, key=key) for cls, s in made.items()}
 

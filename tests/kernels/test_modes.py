@@ -19,6 +19,11 @@ CELLS = {
     "MinMax": (prnn.MinMax, {}),
     "LRU": (prnn.LRU, {}),
     "PiecewiseLinearRNN": (prnn.PiecewiseLinearRNN, {}),
+    "S5": (prnn.S5, {}),
+    "S4D": (prnn.S4D, {}),
+    "SelectiveSSM": (prnn.SelectiveSSM, {}),
+    # Small, as the kernel of its second derivatives takes long to compile.
+    "LMU": (lambda *_, key: prnn.LMU(4, 1, 2, 4.5, key=key), {}),
 }
 LENGTH = 11
 FUSED = prnn.sweeps.Fused(interpret=True)

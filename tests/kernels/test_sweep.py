@@ -35,6 +35,14 @@ CELLS = {
     "LRU 48": (prnn.LRU, (48,), {}),
     "M2RNN": (prnn.M2RNN, (3, 2, 4), {}),
     "DeltaNet": (prnn.DeltaNet, (2, 4, 4), {}),
+    "S5 48": (prnn.S5, (48,), {}),
+    "S4D": (prnn.S4D, (3,), {}),
+    "RGLRU": (prnn.RGLRU, (), {}),
+    "MinGRU 48": (prnn.MinGRU, (48,), {}),
+    "MinLSTM 3": (prnn.MinLSTM, (3,), {}),
+    "SelectiveSSM": (prnn.SelectiveSSM, (4,), {}),
+    "LinearLMU": (prnn.LinearLMU, (3, 5, 7.5), {"memory_size": 2}),
+    "LMU": (prnn.LMU, (3, 5, 7.5), {}),
 }
 
 

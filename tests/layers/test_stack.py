@@ -278,6 +278,14 @@ CELLS = {
     "PiecewiseLinearRNN": prnn.PiecewiseLinearRNN,
     "M2RNN": lambda *sizes, key: prnn.M2RNN(WIDTH, 1, 2, 2, conv_width=2, key=key),
     "DeltaNet": lambda *sizes, key: prnn.DeltaNet(WIDTH, 1, 2, 2, key=key),
+    "S5": prnn.S5,
+    "S4D": prnn.S4D,
+    "RGLRU": lambda *sizes, key: prnn.RGLRU(WIDTH, key=key),
+    "MinGRU": prnn.MinGRU,
+    "MinLSTM": prnn.MinLSTM,
+    "SelectiveSSM": prnn.SelectiveSSM,
+    "LinearLMU": lambda *sizes, key: prnn.LinearLMU(*sizes, 3, 5.0, key=key),
+    "LMU": lambda *sizes, key: prnn.LMU(*sizes, 3, 5.0, key=key),
     "EquinoxLSTM": lambda *sizes, key: prnn.from_equinox(eqx.nn.LSTMCell(*sizes, key=key)),
 }
 LAYERS = {
@@ -324,7 +332,7 @@ def test_bfloat16(name):
     assert ys.dtype == (jnp.bfloat16 if "block" in name else jnp.float32)
     # The other leaves of a state are past inputs.
     dtypes = {x.dtype.name for x in jtu.tree_leaves(state)} - {"bfloat16"}
-    assert dtypes == {"complex64" if name == "LRU" else "float32"}
+    assert dtypes == {"complex64" if name in ("LRU", "S5", "S4D") else "float32"}
     eps = float(jnp.finfo(jnp.bfloat16).eps)
     assert relative_distance(ys, expected) <= 2 * eps
     assert relative_distance(grads, expected_grads) <= 4 * eps

@@ -1,0 +1,222 @@
+"""Diagonal state-space models: one system for all features (S5), or one for each (S4D)."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float, PRNGKeyArray
+
+from ._base import AbstractCell, check_inputs, check_sizes
+from ._parts import log_uniform, normal, wide
+
+
+class S5(AbstractCell):
+    r"""A diagonal state-space model with all features as its inputs and outputs (Smith, Warrington,
+    Linderman, *Simplified state space layers for sequence modeling*, ICLR 2023). Of the system in
+    continuous time
+
+    $$\dot h = Λ h + B x, \qquad y = 2\,\mathrm{Re}(C h) + D x,$$
+
+    where $Λ$ is complex and diagonal, and one of each pair of conjugate states is kept, the step is
+    exact for inputs that are held constant over the time $Δ$ of a step (zero-order hold):
+
+    $$h_t = \bar Λ ⊙ h_{t-1} + \bar B x_t, \qquad \bar Λ = e^{ΛΔ}, \quad
+    \bar B = Λ^{-1} (\bar Λ - 1) B, \quad Λ = -e^ν + iω.$$
+
+    $Δ$ is each state's own. This parametrisation keeps $|\bar Λ| < 1$ whatever the parameters. The
+    step is affine in the state, so one pass solves it exactly. The Jacobian consists of 2×2 blocks,
+    the real and the imaginary part of each state. The state has shape `(hidden_size,)` and is
+    complex, complex64 unless the parameters are float64; the output is real, shape
+    `(output_size,)`. Complex matrices are stored as real and imaginary part along a leading axis.
+    """
+
+    weight_x: Float[Array, "2 hidden_size input_size"]
+    weight_o: Float[Array, "2 output_size hidden_size"]
+    skip: Float[Array, " input_size"] | Float[Array, "output_size input_size"]
+    nu: Float[Array, " hidden_size"]
+    omega: Float[Array, " hidden_size"]
+    log_step: Float[Array, " hidden_size"]
+    input_size: int = eqx.field(static=True)
+    hidden_size: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int | None = None,
+        *,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `input_size`: the number of features of inputs.
+        - `hidden_size`: the number of complex states, each of which stands for a conjugate pair.
+        - `output_size`: the number of features of outputs; `None` is `input_size`. If the two are
+            equal, $D$ is diagonal, as in the paper, else a matrix.
+        - `dtype`: of the parameters, which are real.
+        - `key`: for the parameters: $Λ_n = -\tfrac12 + iπn$, the start S4D-Lin of Gu et al. (see
+            [`pararnn.S4D`][]); $Δ$ log-uniform in $(10^{-3}, 10^{-1})$;
+            $B \sim N(0, 1/(2\,\text{input\_size}))$ and $C \sim N(0, 1/(2\,\text{hidden\_size}))$
+            in both parts; $D \sim N(0, 1)$ if it is diagonal, else
+            $N(0, 1/\text{input\_size})$.
+        """
+        output_size = input_size if output_size is None else output_size
+        check_sizes(input_size=input_size, hidden_size=hidden_size, output_size=output_size)
+        key_x, key_o, key_d, key_s = jax.random.split(key, 4)
+        scale = (2 * input_size) ** -0.5
+        self.weight_x = normal(key_x, (2, hidden_size, input_size), scale, dtype)
+        scale = (2 * hidden_size) ** -0.5
+        self.weight_o = normal(key_o, (2, output_size, hidden_size), scale, dtype)
+        if output_size == input_size:
+            self.skip = normal(key_d, (input_size,), 1.0, dtype)
+        else:
+            self.skip = normal(key_d, (output_size, input_size), input_size**-0.5, dtype)
+        stored = self.skip.dtype
+        self.nu, self.omega = _init_rates((hidden_size,), stored)
+        self.log_step = _init_log_step(key_s, hidden_size, stored)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+
+    def init_state(self) -> Complex[Array, " hidden_size"]:
+        return _zero_state((self.hidden_size,), self.nu)
+
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Array]:
+        r"""$\bar B x$ and $D x$."""
+        check_inputs(xs, self.input_size)
+        gain = _gain(self.nu, self.omega, self.log_step)
+        real, imag = (wide(xs @ part.T) for part in self.weight_x)
+        skip = jnp.expand_dims(self.skip, 0) * xs if self.skip.ndim == 1 else xs @ self.skip.T
+        return [jnp.expand_dims(gain, 0) * jax.lax.complex(real, imag), skip]
+
+    def step(
+        self, state: Complex[Array, " hidden_size"], u: list[Array]
+    ) -> Complex[Array, " hidden_size"]:
+        return _multiplier(self.nu, self.omega, self.log_step) * state + u[0]
+
+    def readout(
+        self, states: Complex[Array, "L hidden_size"], us: list[Array]
+    ) -> Float[Array, "L output_size"]:
+        real, imag = self.weight_o
+        return 2 * (states.real @ real.T - states.imag @ imag.T) + us[1]
+
+
+class S4D(AbstractCell):
+    r"""A diagonal state-space model for each feature (Gu, Goel, Gupta, Ré, *On the parameterization
+    and initialization of diagonal state space models*, NeurIPS 2022). Feature $x$, a scalar, drives
+    `state_size` complex states, each of which stands for a conjugate pair:
+
+    $$h_t = \bar Λ ⊙ h_{t-1} + \bar B x_t, \qquad y_t = 2\,\mathrm{Re}(C^\top h_t) + D x_t,$$
+
+    discretised with a zero-order hold, as in [`pararnn.S5`][]; $Δ$ is each feature's own. Only the
+    product of $B$ and $C$ matters, hence $B = 1$. Features do not meet: mix them before or after.
+
+    The step is affine in the state, so one pass solves it exactly. The Jacobian consists of 2×2
+    blocks, the real and the imaginary part of each state. The state has shape
+    `(input_size, state_size)` and is complex, complex64 unless the parameters are float64; the
+    output is real, shape `(input_size,)`.
+    """
+
+    weight_o: Float[Array, "2 input_size state_size"]
+    skip: Float[Array, " input_size"]
+    nu: Float[Array, "input_size state_size"]
+    omega: Float[Array, "input_size state_size"]
+    log_step: Float[Array, "input_size 1"]
+    input_size: int = eqx.field(static=True)
+    state_size: int = eqx.field(static=True)
+
+    def __init__(
+        self, input_size: int, state_size: int = 32, *, dtype: Any = None, key: PRNGKeyArray
+    ):
+        r"""**Arguments:**
+
+        - `input_size`: the number of features of inputs and outputs.
+        - `state_size`: the number of complex states of each feature, half of the paper's $N$.
+        - `dtype`: of the parameters, which are real.
+        - `key`: for the parameters: $Λ_n = -\tfrac12 + iπn$, called S4D-Lin in the paper; $Δ$
+            log-uniform in $(10^{-3}, 10^{-1})$; $C \sim N(0, 1/2)$ in both parts;
+            $D \sim N(0, 1)$.
+        """
+        check_sizes(input_size=input_size, state_size=state_size)
+        key_o, key_d, key_s = jax.random.split(key, 3)
+        self.weight_o = normal(key_o, (2, input_size, state_size), 0.5**0.5, dtype)
+        self.skip = normal(key_d, (input_size,), 1.0, dtype)
+        stored = self.skip.dtype
+        self.nu, self.omega = _init_rates((input_size, state_size), stored)
+        self.log_step = jnp.expand_dims(_init_log_step(key_s, input_size, stored), 1)
+        self.input_size = input_size
+        self.state_size = state_size
+
+    def init_state(self) -> Complex[Array, "input_size state_size"]:
+        return _zero_state((self.input_size, self.state_size), self.nu)
+
+    def project(self, xs: Float[Array, "L input_size"]) -> Float[Array, "L input_size"]:
+        r"""$x$ itself. The step multiplies by $\bar B$: the product has `state_size` times as many
+        numbers."""
+        check_inputs(xs, self.input_size)
+        return wide(xs)
+
+    def step(
+        self, state: Complex[Array, "input_size state_size"], u: Float[Array, " input_size"]
+    ) -> Complex[Array, "input_size state_size"]:
+        rates, x = (self.nu, self.omega, self.log_step), jnp.expand_dims(u, 1)
+        gain = _gain(*rates)
+        return _multiplier(*rates) * state + jax.lax.complex(gain.real * x, gain.imag * x)
+
+    def readout(
+        self,
+        states: Complex[Array, "L input_size state_size"],
+        us: Float[Array, "L input_size"],
+    ) -> Float[Array, "L input_size"]:
+        real, imag = (jnp.expand_dims(wide(part), 0) for part in self.weight_o)
+        y = 2 * jnp.sum(states.real * real - states.imag * imag, axis=-1)
+        return y + jnp.expand_dims(wide(self.skip), 0) * us
+
+
+# --- the discretisation -----------------------------------------------------------------------
+
+
+def _init_rates(
+    shape: tuple[int, ...], dtype: Any
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    r"""$ν$ and $ω$ of $Λ_n = -\tfrac12 + iπn$, with $n$ along the last axis."""
+    omega = jnp.broadcast_to(math.pi * jnp.arange(float(shape[-1])), shape)
+    return jnp.full(shape, math.log(0.5), dtype), omega.astype(dtype)
+
+
+def _init_log_step(key: PRNGKeyArray, size: int, dtype: Any) -> Float[Array, " size"]:
+    return jnp.log(log_uniform(key, (size,), 1e-3, 0.1)).astype(dtype)
+
+
+def _zero_state(shape: tuple[int, ...], like: Array) -> Complex[Array, "..."]:
+    zero = jnp.zeros(shape, wide(like).dtype)
+    return jax.lax.complex(zero, zero)
+
+
+def _exponent(nu, omega, log_step):
+    """The real and the imaginary part of $ΛΔ$."""
+    step = jnp.exp(wide(log_step))
+    return -jnp.exp(wide(nu)) * step, wide(omega) * step
+
+
+def _multiplier(nu: Array, omega: Array, log_step: Array) -> Complex[Array, "..."]:
+    r"""$\bar Λ = e^{ΛΔ}$."""
+    real, imag = _exponent(nu, omega, log_step)
+    radius = jnp.exp(real)
+    return jax.lax.complex(radius * jnp.cos(imag), radius * jnp.sin(imag))
+
+
+def _gain(nu: Array, omega: Array, log_step: Array) -> Complex[Array, "..."]:
+    r"""$Λ^{-1} (\bar Λ - 1)$, without cancellation where $ΛΔ$ is small:
+    $\mathrm{Re}(e^{a+ib} - 1) = (e^a - 1) \cos b - 2 \sin^2(b/2)$."""
+    real, imag = _exponent(nu, omega, log_step)
+    above_one = jax.lax.complex(
+        jnp.expm1(real) * jnp.cos(imag) - 2 * jnp.sin(imag / 2) ** 2,
+        jnp.exp(real) * jnp.sin(imag),
+    )
+    decay, omega = jnp.exp(wide(nu)), wide(omega)
+    # 1/Λ = conj(Λ)/|Λ|², as generated kernels do not divide complex numbers.
+    square = decay**2 + omega**2
+    return above_one * jax.lax.complex(-decay / square, -omega / square)
