@@ -290,14 +290,3 @@ def test_select_solver_says_why(platform, kind):
     assert isinstance(solver, kind) and len(reason) > 20
     affine, _ = prnn.select_solver(lambda h, x: 0.5 * h + x, xs, init, platform="gpu")
     assert isinstance(affine, prnn.AssociativeScan)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_state_without_a_scale_tells_nothing_of_what_is_kept(seed):
-    """The first chunk starts where it must: from zeros, whose rounding is infinitely large."""
-    cell = prnn.SLSTM(8, 8, num_heads=2, key=jax.random.key(seed), dtype=jnp.float32)
-    us = cell.project(jax.random.normal(jax.random.key(2), (512, 8), jnp.float32))
-    stats = prnn.solve(
-        cell.step, us, cell.init_state(), solver=prnn.QuasiNewton(chunk_size=1), throw=False
-    ).stats
-    assert not stats.fallback and stats.iterations < 20
