@@ -123,14 +123,14 @@ def make_problem(
             recurrence, xs, init, solver, adjoint, structure, algebra, layer=None, xs=xs, state=init
         )
     if abstract:  # wherever the inputs lie: what is asked of the result are its shapes
-        prepared = eqx.filter_eval_shape(_prepare, layer, *struct((xs, init)))
+        us, start = eqx.filter_eval_shape(_prepare, layer, *struct((xs, init)))
     else:
-        prepared = _call(_prepare, layer, xs, init)
+        us, start = _call(_prepare, layer, xs, init)
     cell = layer.cell
     return Problem(
         cell.step,
-        prepared.us,
-        prepared.start,
+        us,
+        start,
         _only("solver", solver, layer.solver),
         _only("adjoint", adjoint, layer.adjoint),
         cell.structure if structure is None else structure,
@@ -161,7 +161,8 @@ def _call(function, *args):
 
 
 def _prepare(layer: RNN, xs: PyTree[Array], state: PyTree[Array] | None) -> Any:
-    return layer._prepare(xs, state)
+    prepared = layer._prepare(xs, state)
+    return prepared.us(layer.cell), prepared.start
 
 
 def _as_layer(recurrence: Any) -> RNN | None:

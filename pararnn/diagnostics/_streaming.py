@@ -32,7 +32,7 @@ def broken_promises(problem: Problem, states: PyTree[Array]) -> tuple[str, ...]:
     if layer is None or num_steps(xs) == 0:
         return ()
     cell, length = layer.cell, num_steps(xs)
-    project = eqx.filter_jit(lambda xs: layer._prepare(xs, problem.state).us)
+    project = eqx.filter_jit(lambda xs: layer._prepare(xs, problem.state).us(layer.cell))
     readout = eqx.filter_jit(lambda pair: cell.readout(*pair))
     ys = readout((states, us))
     wrong = _wrong_length(ys, length)

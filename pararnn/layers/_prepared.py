@@ -18,16 +18,48 @@ from ..scans import Sequential
 from ..scans._named import across
 
 
+class Given(NamedTuple):
+    """What `project` sees: inputs, and the number of the piece that each belongs to, or `None` if
+    all are of one. Those that it is only to look back at come first."""
+
+    inputs: PyTree[Array]
+    piece: Int[Array, " inputs"] | None
+
+
 class Prepared(NamedTuple):
-    """A sequence, ready to be solved: its inputs, what the steps consume, the state to start from,
-    the inputs to carry along, the steps that start anew, and how to undo the removal of padding."""
+    """A sequence, ready to be projected and solved: its inputs, as they are and as `project` sees
+    them, the state to start from, the inputs to carry along, the steps that start anew, and how to
+    undo the removal of padding; on several devices, where each step's projection is instead."""
 
     xs: PyTree[Array]
-    us: PyTree[Array]
+    given: Given
     start: PyTree[Array]
     past: PyTree[Array] | None
     reset: Bool[Array, " L"] | None
     packing: Packing | None
+    places: Int[Array, " L"] | None = None
+
+    def us(self, cell: AbstractCell) -> PyTree[Array]:
+        """What the steps consume."""
+        us, places = project(cell, self.given), self.places
+        return us if places is None else jtu.tree_map(lambda u: u[places], us)
+
+
+def project(cell: AbstractCell, given: Given) -> PyTree[Array]:
+    """What the steps consume, without those of the inputs to look back at."""
+    inputs, piece = given
+    if piece is not None:
+        windows = windows_of_pieces(inputs, piece, cell.context)
+        us = jax.vmap(lambda xs: _projected(cell, xs))(windows)
+        return jtu.tree_map(lambda u: u[:, -1], us)
+    us = _projected(cell, inputs)
+    return jtu.tree_map(lambda u: u[cell.context :], us) if cell.context else us
+
+
+def _projected(cell: AbstractCell, xs: PyTree[Array]) -> PyTree[Array]:
+    us = cell.project(xs)
+    check_projected(us, num_steps(xs))
+    return us
 
 
 def prepare(
@@ -64,25 +96,24 @@ def prepare(
         reset = packing.resets(pieces)
     start, past = _split(cell, initial, state, xs)
     if context == 0:
-        return Prepared(xs, _project(cell, xs), start, None, reset, packing)
+        return Prepared(xs, Given(xs, None), start, None, reset, packing)
     if line.is_cut:
-        us, past = _project_part(cell, line, xs, past, reset, mask)
-        return Prepared(xs, us, start, past, reset, packing)
+        given, past, places = _on_a_line(context, line, xs, past, reset, mask)
+        return Prepared(xs, given, start, past, reset, packing, places)
     extended = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), past, xs)
-    if pieces is None:
-        us = jtu.tree_map(lambda u: u[context:], _project(cell, extended))
-    else:
+    given = Given(extended, None)
+    if pieces is not None:
         piece = jnp.concatenate([jnp.zeros(context, int), jnp.cumsum(pieces)])
-        us = _project_pieces(cell, extended, piece)
+        given = Given(extended, piece)
         extended = zero_unless(piece == piece[context - 1 + count], extended)
     past = jtu.tree_map(lambda x: jax.lax.dynamic_slice_in_dim(x, count, context), extended)
-    return Prepared(xs, us, start, past, reset, packing)
+    return Prepared(xs, given, start, past, reset, packing)
 
 
-def _project_part(cell, line, xs, past, reset, mask):
-    """What the steps of this device consume, and the last inputs of all; past inputs come from
-    other devices."""
-    context, length = cell.context, num_steps(xs)
+def _on_a_line(context: int, line: Line, xs, past, reset, mask):
+    """What `project` sees on this device, where past inputs come from other devices; the last
+    inputs of all; and where padding stands between the inputs, the place of each step's."""
+    length = num_steps(xs)
     reset = jnp.zeros(length, bool) if reset is None else reset
     piece = across(Sequential(), line).cumulative_sum(reset.astype(int))
     total = line.largest(piece[-1])
@@ -92,22 +123,8 @@ def _project_part(cell, line, xs, past, reset, mask):
     held = past, jnp.zeros(context, piece.dtype)
     before, (after, piece_after) = passed_inputs(line, held, inputs, count, context)
     extended, piece = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), before, inputs)
-    us = _project_pieces(cell, extended, piece)
-    if packing is not None:
-        places = jnp.maximum(packing.places, 0)
-        us = jtu.tree_map(lambda u: u[places], us)
-    return us, zero_unless(piece_after == total, after)
-
-
-def _project_pieces(cell, extended: PyTree[Array], piece: Int[Array, " inputs"]):
-    windows = windows_of_pieces(extended, piece, cell.context)
-    return jtu.tree_map(lambda u: u[:, -1], jax.vmap(lambda xs: _project(cell, xs))(windows))
-
-
-def _project(cell, xs: PyTree[Array]) -> PyTree[Array]:
-    us = cell.project(xs)
-    check_projected(us, num_steps(xs))
-    return us
+    places = None if packing is None else jnp.maximum(packing.places, 0)
+    return Given(extended, piece), zero_unless(piece_after == total, after), places
 
 
 def _split(cell, initial, state, xs: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:

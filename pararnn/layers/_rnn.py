@@ -138,7 +138,8 @@ class RNN(eqx.Module, Generic[Cell]):
             states, others = self._over_devices(time, solve_part, xs, state, reset, mask)
             return Solution(states, *others)
         prepared = self._prepare(xs, state, reset, mask)
-        solution, packing = self._solve(prepared, mask, throw), prepared.packing
+        solution = self._solve(prepared, prepared.us(self.cell), mask, throw)
+        packing = prepared.packing
         if packing is None:
             return solution
         states = packing.expand(solution.states, prepared.start)
@@ -153,15 +154,15 @@ class RNN(eqx.Module, Generic[Cell]):
                 f"{struct(jtu.tree_map(jnp.asarray, start))}."
             )
 
-    def _solve(self, prepared: Prepared, mask, throw: bool) -> Solution:
+    def _solve(self, prepared: Prepared, us: PyTree[Array], mask, throw: bool) -> Solution:
         start, initial = prepared.start, self._initial()
         self._check_start(start)
         if prepared.packing is not None:
-            check_unmasked(self.cell.step, start, typed_slice(prepared.us))
+            check_unmasked(self.cell.step, start, typed_slice(us))
         try:
             return solve(
                 self.cell.step,
-                prepared.us,
+                us,
                 start,
                 solver=self.solver,
                 adjoint=self.adjoint,
@@ -269,38 +270,50 @@ class RNN(eqx.Module, Generic[Cell]):
 
     def _outputs(self, prepared: Prepared, mask, throw: bool) -> tuple[Any, Any]:
         """The outputs of what is left without padding, and the last state."""
-        us, start, packing = prepared.us, prepared.start, prepared.packing
+        length, start, packing = num_steps(prepared.xs), prepared.start, prepared.packing
         chunked = self._is_chunked(prepared)
-        size = self.cell.chunk_size if chunked else self.segment_size
-        if size is None:
-            size = default_size(start, us)
-        if self._line.is_cut or num_steps(us) == 0 or (size >= num_steps(us) and not chunked):
-            solution = self._solve(prepared, mask, throw)
+        size = self.cell.chunk_size if chunked else self._segment_size(prepared)
+        assert size is not None
+        if not chunked and size >= length:
+            us = prepared.us(self.cell)
+            solution = self._solve(prepared, us, mask, throw)
             ys, final = self.cell.readout(solution.states, us), solution.final
             return ys, final if packing is None else packing.last(solution.states, start)
         self._check_start(start)
 
         def solved(state, us, reset):
-            part = prepared._replace(start=state, us=us, reset=reset)
-            solution = self._solve(part, mask, throw=False)
+            part = prepared._replace(start=state, reset=reset)
+            solution = self._solve(part, us, mask, throw=False)
             return solution.final, self.cell.readout(solution.states, us), solution.result
 
         outputs = in_segments(
+            self.cell,
             self._through_chunk if chunked else solved,
-            self.cell.step,
+            prepared.given,
             start,
             self._initial(),
-            us,
             prepared.reset,
+            length=length,
             size=size,
             count=None if packing is None else packing.count,
         )
         return checked((outputs.ys, outputs.final), outputs.result, throw)
 
+    def _segment_size(self, prepared: Prepared) -> int:
+        length = num_steps(prepared.xs)
+        if self._line.is_cut or length == 0:
+            return length
+        if self.segment_size is not None:
+            return self.segment_size
+        us = eqx.filter_eval_shape(lambda: _unstack_one(prepared.us(self.cell)))
+        return default_size(prepared.start, us, length)
+
     def _is_chunked(self, prepared: Prepared) -> bool:
         """Whether chunks of steps are made at once. They start anew from the cell's own state only,
         and someone who names a solver wants that."""
         if self.cell.chunk_size is None or self.solver is not None or self.adjoint is not None:
+            return False
+        if self._line.is_cut or num_steps(prepared.xs) == 0:
             return False
         return self.segment_size is None and (self.learned_state is None or prepared.reset is None)
 
@@ -328,13 +341,14 @@ class RNN(eqx.Module, Generic[Cell]):
         `(y, state)`.
         """
         prepared = self._prepare(_stack_one(x), state)
-        new = self.cell.step(prepared.start, _unstack_one(prepared.us))
+        us = prepared.us(self.cell)
+        new = self.cell.step(prepared.start, _unstack_one(us))
         try:
             check_new_state(new, prepared.start)
         except StateDtypeError as error:
             blame_inputs(error, self.cell, prepared.xs)
             raise
-        y = _unstack_one(self.cell.readout(_stack_one(new), prepared.us))
+        y = _unstack_one(self.cell.readout(_stack_one(new), us))
         return y, new if self.cell.context == 0 else (new, prepared.past)
 
 

@@ -2,8 +2,8 @@
 
 A state that is a matrix is many times larger than what a step consumes and gives. Where only
 outputs are wanted, a sequence is gone through in segments: a segment's states are gone when its
-outputs are made, and the derivative computes them once more, from the state before the segment,
-which is kept.
+outputs are made, and so is what was projected for it; the derivative computes them once more, from
+the state before the segment, which is kept.
 """
 
 import math
@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .._misc import bool_where, num_steps
 from .._platform import chosen_platform
 from .._solution import RESULTS
+from ..cells import AbstractCell
+from ._prepared import Given, project
 
 # From so many times the numbers that a step consumes on, its state is not worth keeping.
 _LARGE = 4
@@ -38,11 +41,16 @@ class Outputs(NamedTuple):
     result: RESULTS
 
 
-def default_size(state: PyTree[Any], us: PyTree[Any]) -> int:
+def default_size(state: PyTree[Any], us: PyTree[Any], length: int) -> int:
     """How many steps' states to have at once: all, unless they are large; then, on a CPU, as many
-    as there are segments."""
-    length = num_steps(us)
-    consumed = sum(u.size for u in jtu.tree_leaves(us)) / max(length, 1)
+    as there are segments.
+
+    **Arguments:**
+
+    - `state`, `us`: a state, and what one step consumes; shapes are enough.
+    - `length`: how many steps there are.
+    """
+    consumed = sum(u.size for u in jtu.tree_leaves(us))
     if sum(h.size for h in jtu.tree_leaves(state)) < _LARGE * consumed:
         return length
     least = 1 if chosen_platform(None) == "cpu" else _LEAST_ON_ACCELERATORS
@@ -50,13 +58,14 @@ def default_size(state: PyTree[Any], us: PyTree[Any]) -> int:
 
 
 def in_segments(
+    cell: AbstractCell,
     through: Through,
-    step: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]],
+    given: Given,
     start: PyTree[Array],
     initial: PyTree[Array],
-    us: PyTree[Array],
     reset: Bool[Array, " L"] | None,
     *,
+    length: int,
     size: int,
     count: Int[Array, ""] | None,
 ) -> Outputs:
@@ -64,24 +73,28 @@ def in_segments(
 
     **Arguments:**
 
-    - `through`: makes some steps.
-    - `step`: makes one, for what is left when a segment is cut short.
+    - `through`: makes some steps of the cell.
+    - `given`: what its `project` sees.
     - `start`, `initial`: the states before the first step, and where a step starts anew.
-    - `us`, `reset`: what the steps consume, and which start anew, if any.
-    - `size`: how many steps a segment has.
+    - `reset`: which steps start anew, if any.
+    - `length`: how many steps there are.
+    - `size`: how many a segment has.
     - `count`: how many of the steps, from the first on, lead to the final state; `None` is all.
     """
-    length = num_steps(us)
     size = min(size, length)
     if size == length and count is None:
-        final, ys, result = through(start, us, reset)
+        final, ys, result = through(start, project(cell, given), reset)
         return Outputs(ys, final, result)
-    rows = jtu.tree_map(lambda x: _cut(x, size), (us, reset))
+    rows = (
+        jtu.tree_map(lambda x: _cut(x, length, size, cell.context), given),
+        jtu.tree_map(lambda x: _cut(x, length, size, 0), reset),
+    )
 
     # Recomputed in the derivative, so that only the states between segments are kept.
     @jax.checkpoint  # pyright: ignore[reportUntypedFunctionDecorator]
     def segment(state, inputs):
-        after, ys, result = through(state, *inputs)
+        given, reset = inputs
+        after, ys, result = through(state, project(cell, given), reset)
         return after, (ys, state, result)
 
     final, (ys, before, results) = jax.lax.scan(segment, start, rows)
@@ -90,16 +103,21 @@ def in_segments(
         count = jnp.asarray(length if count is None else count)
         place = jnp.maximum(count - 1, 0) // size
         state, (left, anew) = jtu.tree_map(lambda x: x[place], (before, rows))
-        final = _some_steps(step, state, initial, left, anew, count - place * size)
+        us = project(cell, left)
+        final = _some_steps(cell.step, state, initial, us, anew, count - place * size)
     return Outputs(ys, final, _worst(results))
 
 
-def _cut(x: Array, size: int) -> Array:
-    """Into segments, the last one filled up with copies of the last step."""
-    surplus = -len(x) % size
+def _cut(x: Array, length: int, size: int, context: int) -> Array:
+    """Into segments, each with the `context` rows before it; the last one is filled up with copies
+    of the last row."""
+    surplus = -length % size
     if surplus:
         x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (surplus, *x.shape[1:]))])
-    return x.reshape(-1, size, *x.shape[1:])
+    if context == 0:
+        return x.reshape(-1, size, *x.shape[1:])
+    first = np.arange(0, length, size)
+    return x[np.expand_dims(first, 1) + np.expand_dims(np.arange(size + context), 0)]
 
 
 def _some_steps(step, state, initial, us, reset, count: Int[Array, ""]) -> PyTree[Array]:

@@ -1,0 +1,144 @@
+"""Outputs in segments, without all states: the numbers of the whole, for less memory."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from systems import error, normal
+
+import pararnn as prnn
+from pararnn.diagnostics import temporary_bytes
+from pararnn.layers._segments import default_size
+
+LENGTH, INPUTS = 23, 3
+KEY = jax.random.key(0)
+CELL = prnn.M2RNN(INPUTS, 2, 4, 2, key=KEY)
+XS = normal(1, (LENGTH, INPUTS))
+RESET = jnp.asarray(np.random.default_rng(2).random(LENGTH) < 0.15)
+MASK = jnp.asarray(np.random.default_rng(3).random(LENGTH) < 0.7)
+
+
+class Doubling(prnn.AbstractCell):
+    """Affine, and through several steps at once."""
+
+    rate: jax.Array
+    chunk_size = 4
+
+    def init_state(self):
+        return jnp.zeros(2)
+
+    def step(self, state, u):
+        return self.rate * state + u
+
+    def readout(self, states, us):
+        return 2 * states
+
+    def through_chunk(self, state, us, reset):
+        def one(state, inputs):
+            u, anew = inputs
+            state = self.step(jnp.where(anew, 0, state), u)
+            return state, state
+
+        reset = jnp.zeros(len(us), bool) if reset is None else reset
+        state, states = jax.lax.scan(one, state, (us, reset))
+        return state, self.readout(states, us)
+
+
+def outcome(rnn, xs, state=None, **options):
+    """Outputs, what follows, and the gradient of both."""
+
+    def loss(args):
+        rnn, xs, state = args
+        ys, final = rnn(xs, state, **options)
+        total = sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(final))
+        return total + jnp.sum(ys**2), (ys, final)
+
+    run = eqx.filter_jit(eqx.filter_value_and_grad(loss, has_aux=True))
+    return jax.tree.leaves(eqx.filter(run((rnn, xs, state)), eqx.is_array))
+
+
+@pytest.mark.parametrize("solver", [None, prnn.Newton(chunk_size=4)], ids=["default", "Newton"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reset": RESET}, {"mask": MASK}, {"reset": RESET, "mask": MASK}],
+    ids=["plain", "reset", "mask", "reset and mask"],
+)
+def test_segments_give_the_numbers_of_the_whole(solver, options):
+    learned = bool(options)
+    whole, parts = (
+        prnn.RNN(CELL, solver, learn_init=learned, segment_size=size) for size in (LENGTH, 7)
+    )
+    assert error(outcome(parts, XS, **options), outcome(whole, XS, **options)) <= 1e-10
+
+
+def test_all_may_be_padding():
+    nothing = jnp.zeros(LENGTH, bool)
+    ys, (final, past) = prnn.RNN(CELL, segment_size=7)(XS, mask=nothing)
+    assert not jnp.any(ys) and error(final, CELL.init_state()) == 0 and not jnp.any(past)
+
+
+@pytest.mark.parametrize("length", [1, 4, 10, 12])
+def test_a_cell_goes_through_chunks(length):
+    """Chunks that are full and that are not; a state to continue from; a batch."""
+    cell, xs = Doubling(jnp.array([0.9, -0.5])), normal(4, (length, 2))
+    state = jnp.ones(2)
+    for options in ({}, {"mask": MASK[:length]}, {"reset": RESET[:length]}):
+        chunked = outcome(prnn.RNN(cell), xs, state, **options)
+        assert error(chunked, outcome(prnn.RNN(cell, prnn.Sequential()), xs, state, **options)) < (
+            1e-12
+        )
+    ys, _ = jax.vmap(prnn.RNN(cell))(jnp.stack([xs, 2 * xs]))
+    assert error(ys[1], prnn.RNN(cell)(2 * xs)[0]) <= 1e-12
+
+
+def test_a_learned_state_is_started_from_within_chunks():
+    cell, xs = Doubling(jnp.array([0.9, -0.5])), normal(4, (LENGTH, 2))
+    layer = prnn.RNN(cell, learn_init=True)
+    layer = eqx.tree_at(lambda r: r.learned_state, layer, jnp.array([3.0, 4.0]))
+    expected = prnn.solve(cell.step, xs, layer.learned_state, reset=RESET, solver=prnn.Sequential())
+    assert error(layer(xs, reset=RESET)[0], 2 * expected.states) <= 1e-12
+
+
+def test_only_large_states_are_left_out():
+    def size(cell):
+        us = jax.eval_shape(cell.project, jax.ShapeDtypeStruct((1, 4), float))
+        return default_size(cell.init_state(), us, 10_000)
+
+    assert size(prnn.GRU(4, 8, key=KEY)) == 10_000
+    assert size(prnn.M2RNN(4, 2, 64, 16, key=KEY)) == 100
+
+
+def test_memory_is_that_of_some_states(optimised):
+    length, cell = 4096, prnn.M2RNN(4, 2, 16, 16, dtype=jnp.float32, key=KEY)
+    xs = jax.ShapeDtypeStruct((length, 4), jnp.float32)
+    arrays, static = eqx.partition(cell, eqx.is_array)
+
+    def states_needed(size):
+        def loss(arrays, xs):
+            layer = prnn.RNN(eqx.combine(arrays, static), segment_size=size)
+            return jnp.sum(layer(xs, throw=False)[0] ** 2)
+
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        needed = temporary_bytes(run.lower(arrays, xs).compile())
+        assert needed is not None
+        return needed / cell.init_state().nbytes
+
+    assert states_needed(length) >= length
+    # The states between 64 segments, and those of one a few times over.
+    assert states_needed(64) <= 64 + 10 * 64
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True])
+def test_wrong_sizes_are_refused(size, as_users_run_it):
+    with pytest.raises((TypeError, ValueError), match="`segment_size`"):
+        prnn.RNN(CELL, segment_size=size)
+
+
+def test_a_segment_that_overflows_is_told_of():
+    layer, xs = prnn.RNN(CELL, segment_size=7), XS.at[9].set(jnp.inf)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="not finite"):
+        layer(xs)
+    with pytest.raises(Exception, match="not finite"):
+        jax.block_until_ready(jax.jit(lambda xs: layer(xs)[0])(xs))
+    assert not jnp.all(jnp.isfinite(layer(xs, throw=False)[0]))
