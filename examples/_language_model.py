@@ -3,7 +3,6 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -14,13 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 import pararnn as prnn
 
+from ._cells import CELLS
 from ._text import Windows
-
-CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
-    "diagonal-gru": prnn.DiagonalGRU,
-    "gru": prnn.GRU,
-    "elman": prnn.Elman,
-}
 
 
 class LanguageModel(eqx.Module):
@@ -78,7 +72,7 @@ class LanguageModel(eqx.Module):
 
 def _make_block(cell: str, width: int, key: PRNGKeyArray) -> prnn.ResidualBlock:
     key_cell, key_mlp = jax.random.split(key)
-    made = CELLS[cell](width, width, dtype=jnp.float32, key=key_cell)
+    made = CELLS[cell](width, key_cell)
     return prnn.ResidualBlock(width, made, dtype=jnp.float32, key=key_mlp)
 
 

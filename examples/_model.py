@@ -1,6 +1,5 @@
 """A small sequence model: an embedding, residual blocks with a recurrence in each, a readout."""
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -10,37 +9,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import pararnn as prnn
 
+from ._cells import CELLS
+
 _float32 = jnp.float32
 
 
-def _m2rnn(width: int, key: PRNGKeyArray) -> prnn.M2RNN:
-    """Heads of 16 x 16 that start as machines rather than as slow averages: recurrent matrices that
-    turn the state instead of keeping it, forget gates half open, each step's own letter before the
-    convolution blurs it, and keys and values large enough for the tanh to bend."""
-    key_cell, key_turn = jax.random.split(key)
-    heads = max(1, width // 16)
-    cell = prnn.M2RNN(width, heads, 16, 16, width, dtype=_float32, key=key_cell)
-    turns = jax.random.orthogonal(key_turn, 16, (heads,), dtype=_float32)
-    zeros = jnp.zeros(heads, _float32)
-    present = jnp.zeros_like(cell.weight_conv).at[-1].set(1)
-    return eqx.tree_at(
-        lambda c: (c.weight_h, c.a_log, c.bias_f, c.weight_conv, c.weight_k, c.weight_v),
-        cell,
-        (turns, zeros, zeros, present, 4 * cell.weight_k, 4 * cell.weight_v),
-    )
-
-
-# From the width of the inputs and outputs and a key to a cell.
-CELLS: dict[str, Callable[[int, PRNGKeyArray], prnn.AbstractCell]] = {
-    "elman": lambda n, key: prnn.Elman(n, n, dtype=_float32, key=key),
-    "gru": lambda n, key: prnn.GRU(n, n, dtype=_float32, key=key),
-    "lstm": lambda n, key: prnn.LSTM(n, n, dtype=_float32, key=key),
-    "diagonal-gru": lambda n, key: prnn.DiagonalGRU(n, n, dtype=_float32, key=key),
-    "diagonal-lstm": lambda n, key: prnn.DiagonalLSTM(n, n, dtype=_float32, key=key),
-    "minmax": lambda n, key: prnn.MinMax(n, n, dtype=_float32, key=key),
-    "m2rnn": _m2rnn,
-    "lru": lambda n, key: prnn.LRU(n, n, dtype=_float32, key=key),
-}
 SOLVERS: dict[str, prnn.AbstractSolver | None] = {
     "auto": None,
     "sequential": prnn.Sequential(),

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 import pararnn as prnn
 
 from ._agreement import report
+from ._cells import CELLS
 from ._language_model import (
-    CELLS,
     LanguageModel,
     bits_per_character,
     load,

@@ -35,9 +35,9 @@ from jaxtyping import Array, Float, Int
 
 import pararnn as prnn
 
+from ._cells import CELLS
 from ._harness import Metrics, State, check_resumable, fit
 from ._language_model import (
-    CELLS,
     LanguageModel,
     cross_entropy,
     make_optimiser,

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import char_lm, custom_cell
+from examples import char_lm, compare_cells, custom_cell
 from examples._agreement import Agreement, check
+from examples._cells import CELLS
 from examples._language_model import LanguageModel, load
 from examples._text import all_windows, load_text
 
@@ -105,3 +106,36 @@ def test_custom_cell_does_what_it_says(capsys):
     (newton, steps, finished), (speculative, few, unfinished) = said
     assert (newton, finished, speculative, unfinished) == ("Newton", "True", "Speculative", "False")
     assert int(steps) >= 300 and int(few) <= 150
+
+
+def test_cells_are_compared(tmp_path, capsys):
+    small = "--steps 2 --parameters 9000 --depth 1 --length 20 --batch 2".split()
+    small += ["--output", str(tmp_path)]
+    compare_cells.main(["--cells", "elman", *small])
+    before = json.loads((tmp_path / "cells.json").read_text())["rows"]
+    compare_cells.main(["--cells", "elman", "min-gru", *small])
+    rows = json.loads((tmp_path / "cells.json").read_text())["rows"]
+    assert list(rows) == ["elman", "min-gru"] and rows["elman"] == before["elman"]
+    for row in rows.values():
+        assert 8000 < row["parameters"] < 10_000 and len(row["loss"]) == 2
+        assert row["bits_per_character"] < 10 and row["seconds_per_step"] > 0
+    assert capsys.readouterr().out.count("| min-gru |") == 1
+    assert (tmp_path / "cells.png").exists()
+    with pytest.raises(SystemExit, match="other options"):
+        compare_cells.main(["--cells", "elman", *small, "--lr", "0.1"])
+    compare_cells.main(["--cells", "lru", *small, "--budget", "1e-9"])
+    assert "The budget is spent before lru" in capsys.readouterr().out
+
+
+def test_every_cell_of_the_examples_is_made():
+    for name, make in CELLS.items():
+        cell = make(32, jax.random.key(0))
+        us = jax.eval_shape(cell.project, jax.ShapeDtypeStruct((8, 32), jnp.float32))
+        states = jax.eval_shape(
+            lambda us, cell=cell: jax.vmap(cell.step)(
+                jax.tree.map(lambda h: jnp.stack([h] * 8), cell.init_state()), us
+            ),
+            us,
+        )
+        ys = jax.eval_shape(cell.readout, states, us)
+        assert ys.shape == (8, 32) and ys.dtype == jnp.float32, name

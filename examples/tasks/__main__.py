@@ -6,7 +6,8 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from .._model import CELLS, SOLVERS
+from .._cells import CELLS
+from .._model import SOLVERS
 from .._options import number
 from . import TASKS
 from ._train import Options, evaluate, train
