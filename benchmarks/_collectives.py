@@ -12,7 +12,7 @@ _KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduc
 
 
 class Collective(NamedTuple):
-    """A collective, as it stands in the program once.
+    """A collective of one array, as it stands in the program once.
 
     - `kind`: as HLO names it.
     - `nbytes`: what each device gives to it.
@@ -42,8 +42,9 @@ def _found(hlo: Hlo, name: str, loops: tuple[str, ...]) -> Iterator[Collective]:
             continue
         kind = one.opcode.removesuffix("-start")
         if kind in _KINDS:
-            operands = [computation.instructions[name] for name in one.operands]
-            yield Collective(kind, sum(operand.size for operand in operands), loops)
+            # Of several arrays, which between CPUs go one after another.
+            for operand in one.operands:
+                yield Collective(kind, computation.instructions[operand].size, loops)
             continue
         for called in one.called():
             if called in hlo.computations:
