@@ -39,6 +39,12 @@ def test_all_python_blocks_are_examples():
     assert _EXAMPLES.keys() == _CHECKS.keys()
 
 
+def test_pages_show_what_is_run_here():
+    for page in (_ROOT / "docs").glob("*.md"):
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+            assert block in _EXAMPLES.values(), page.name
+
+
 def test_first_example_is_short():
     assert len([line for line in _EXAMPLES["train"].splitlines() if line.strip()]) <= 15
 
