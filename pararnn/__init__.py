@@ -55,6 +55,7 @@ from .diagnostics import verify as verify
 from .layers import RNN as RNN
 from .layers import AbstractBlock as AbstractBlock
 from .layers import Bidirectional as Bidirectional
+from .layers import GatedBlock as GatedBlock
 from .layers import MinMaxBlock as MinMaxBlock
 from .layers import ResidualBlock as ResidualBlock
 from .layers import Stack as Stack

@@ -18,9 +18,9 @@ from ..cells import AbstractCell, ClampAlgebra, MinMax
 from ..solvers import AbstractSolver
 from ._rnn import RNN
 
-_Flags = Bool[Array | np.ndarray, " L"]
-_Sequence = Float[Array, "L width"]
-_Vector = Float[Array, " width"]
+Flags = Bool[Array | np.ndarray, " L"]
+Sequence = Float[Array, "L width"]
+Vector = Float[Array, " width"]
 
 
 class AbstractBlock(eqx.Module):
@@ -31,20 +31,20 @@ class AbstractBlock(eqx.Module):
     """
 
     @abc.abstractmethod
-    def init_state(self, x: _Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
+    def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
         """A `state` for the call and for `step` which starts anew; `x` as for [`pararnn.RNN`][]."""
 
     @abc.abstractmethod
     def __call__(
         self,
-        xs: _Sequence,
+        xs: Sequence,
         state: PyTree[Array] | None = None,
         *,
-        reset: _Flags | None = None,
-        mask: _Flags | None = None,
+        reset: Flags | None = None,
+        mask: Flags | None = None,
         key: PRNGKeyArray | None = None,
         throw: bool = True,
-    ) -> tuple[_Sequence, PyTree[Array]]:
+    ) -> tuple[Sequence, PyTree[Array]]:
         """The whole sequence at once.
 
         **Arguments:**
@@ -64,11 +64,11 @@ class AbstractBlock(eqx.Module):
     @abc.abstractmethod
     def step(
         self,
-        x: _Vector,
+        x: Vector,
         state: PyTree[Array] | None = None,
         *,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[_Vector, PyTree[Array]]:
+    ) -> tuple[Vector, PyTree[Array]]:
         """The streaming form: one input in, one output and the state for the next call out. Without
         dropout, the numbers of the parallel call."""
 
@@ -90,15 +90,15 @@ class _GatedMLP(eqx.Module):
         )
         self.activation = activation
 
-    def __call__(self, x: _Vector) -> _Vector:
+    def __call__(self, x: Vector) -> Vector:
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-def _norm(width: int, dtype: Any) -> eqx.nn.RMSNorm:
+def make_norm(width: int, dtype: Any) -> eqx.nn.RMSNorm:
     return eqx.nn.RMSNorm(width, use_bias=False, dtype=dtype)
 
 
-def _add(x: Array, branch: Array, dropout: eqx.nn.Dropout, key: PRNGKeyArray | None) -> Array:
+def add_branch(x: Array, branch: Array, dropout: eqx.nn.Dropout, key: PRNGKeyArray | None) -> Array:
     """A residual connection, in the dtype of `x`: the states of a cell are wider than bfloat16."""
     if branch.shape != x.shape:
         raise ValueError(
@@ -155,50 +155,50 @@ class ResidualBlock(AbstractBlock):
         - `dtype`: of the parameters of norms and MLP.
         - `key`: for the parameters of the MLP.
         """
-        self.norm = _norm(width, dtype)
+        self.norm = make_norm(width, dtype)
         self.rnn = RNN(cell, solver, adjoint=adjoint, learn_init=learn_init)
         hidden_size = 2 * width if mlp_size is None else mlp_size
-        self.mlp_norm = _norm(width, dtype) if hidden_size else None
+        self.mlp_norm = make_norm(width, dtype) if hidden_size else None
         self.mlp = _GatedMLP(width, hidden_size, jax.nn.silu, dtype, key) if hidden_size else None
         self.dropout = eqx.nn.Dropout(dropout)
 
-    def init_state(self, x: _Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
+    def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
         return self.rnn.init_state(None if x is None else jax.eval_shape(self.norm, x))
 
     def __call__(
         self,
-        xs: _Sequence,
+        xs: Sequence,
         state: PyTree[Array] | None = None,
         *,
-        reset: _Flags | None = None,
-        mask: _Flags | None = None,
+        reset: Flags | None = None,
+        mask: Flags | None = None,
         key: PRNGKeyArray | None = None,
         throw: bool = True,
-    ) -> tuple[_Sequence, PyTree[Array]]:
+    ) -> tuple[Sequence, PyTree[Array]]:
         check_sequence("block", xs)
         key_rnn, key_mlp = (None, None) if key is None else jax.random.split(key)
         if mask is not None:
             xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
         normed = jax.vmap(self.norm)(xs)
         ys, state = self.rnn(normed, state, reset=reset, mask=mask, throw=throw)
-        xs = _add(xs, ys, self.dropout, key_rnn)
+        xs = add_branch(xs, ys, self.dropout, key_rnn)
         if self.mlp is not None and self.mlp_norm is not None:
             ys = jax.vmap(self.mlp)(jax.vmap(self.mlp_norm)(xs))
-            xs = _add(xs, ys, self.dropout, key_mlp)
+            xs = add_branch(xs, ys, self.dropout, key_mlp)
         return xs, state
 
     def step(
         self,
-        x: _Vector,
+        x: Vector,
         state: PyTree[Array] | None = None,
         *,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[_Vector, PyTree[Array]]:
+    ) -> tuple[Vector, PyTree[Array]]:
         key_rnn, key_mlp = (None, None) if key is None else jax.random.split(key)
         y, state = self.rnn.step(self.norm(x), state)
-        x = _add(x, y, self.dropout, key_rnn)
+        x = add_branch(x, y, self.dropout, key_rnn)
         if self.mlp is not None and self.mlp_norm is not None:
-            x = _add(x, self.mlp(self.mlp_norm(x)), self.dropout, key_mlp)
+            x = add_branch(x, self.mlp(self.mlp_norm(x)), self.dropout, key_mlp)
         return x, state
 
 
@@ -219,12 +219,12 @@ class _Cascade(AbstractCell):
     def __init__(self, width, hidden_size, mlp_size, dtype, key):
         keys = jax.random.split(key, 4)
         self.neuron = MinMax(width, hidden_size, width, dtype=dtype, key=keys[0])
-        self.conv_norm = _norm(width, dtype)
+        self.conv_norm = make_norm(width, dtype)
         self.conv_past = eqx.nn.Linear(width, width, use_bias=False, dtype=dtype, key=keys[1])
         self.conv_present = eqx.nn.Linear(width, width, use_bias=False, dtype=dtype, key=keys[2])
-        self.mlp_norm = _norm(width, dtype)
+        self.mlp_norm = make_norm(width, dtype)
         self.mlp = _GatedMLP(width, mlp_size, jax.nn.relu, dtype, keys[3])
-        self.neuron_norm = _norm(width, dtype)
+        self.neuron_norm = make_norm(width, dtype)
 
     @property
     def context(self) -> int:
@@ -233,7 +233,7 @@ class _Cascade(AbstractCell):
     def init_state(self) -> Float[Array, " hidden_size"]:
         return self.neuron.init_state()
 
-    def project(self, xs: _Sequence) -> list[Float[Array, "L hidden_size"]]:
+    def project(self, xs: Sequence) -> list[Float[Array, "L hidden_size"]]:
         present = jax.vmap(self.conv_norm)(xs)
         past = jnp.concatenate([jnp.zeros_like(present[:1]), present])[:-1]
         xs = xs + jax.vmap(self.conv_present)(present) + jax.vmap(self.conv_past)(past)
@@ -247,7 +247,7 @@ class _Cascade(AbstractCell):
 
     def readout(
         self, states: Float[Array, "L hidden_size"], us: list[Float[Array, "L hidden_size"]]
-    ) -> _Sequence:
+    ) -> Sequence:
         return self.neuron.readout(states, us)
 
 
@@ -295,31 +295,31 @@ class MinMaxBlock(AbstractBlock):
         self.rnn = RNN(cell, solver, adjoint=adjoint, learn_init=learn_init)
         self.dropout = eqx.nn.Dropout(dropout)
 
-    def init_state(self, x: _Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
+    def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
         return self.rnn.init_state(x)
 
     def __call__(
         self,
-        xs: _Sequence,
+        xs: Sequence,
         state: PyTree[Array] | None = None,
         *,
-        reset: _Flags | None = None,
-        mask: _Flags | None = None,
+        reset: Flags | None = None,
+        mask: Flags | None = None,
         key: PRNGKeyArray | None = None,
         throw: bool = True,
-    ) -> tuple[_Sequence, PyTree[Array]]:
+    ) -> tuple[Sequence, PyTree[Array]]:
         check_sequence("block", xs)
         if mask is not None:
             xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
         ys, state = self.rnn(xs, state, reset=reset, mask=mask, throw=throw)
-        return _add(xs, ys, self.dropout, key), state
+        return add_branch(xs, ys, self.dropout, key), state
 
     def step(
         self,
-        x: _Vector,
+        x: Vector,
         state: PyTree[Array] | None = None,
         *,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[_Vector, PyTree[Array]]:
+    ) -> tuple[Vector, PyTree[Array]]:
         y, state = self.rnn.step(x, state)
-        return _add(x, y, self.dropout, key), state
+        return add_branch(x, y, self.dropout, key), state

@@ -26,6 +26,7 @@ from .._misc import num_steps, struct
 from .._norms import all_finite
 from .._outcome import checked
 from .._packing import zero_unless
+from .._recurrence import precise
 from .._select import time_axis
 from .._settings import check_positive_int
 from .._solution import RESULTS, Solution
@@ -318,7 +319,7 @@ class RNN(eqx.Module, Generic[Cell]):
         return self.segment_size is None and (self.learned_state is None or prepared.reset is None)
 
     def _through_chunk(self, state, us, reset):
-        after, ys = self.cell.through_chunk(state, us, reset)
+        after, ys = precise(self.cell.through_chunk)(state, us, reset)
         finite = all_finite((after, ys))
         return after, ys, RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)
 

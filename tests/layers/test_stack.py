@@ -33,12 +33,16 @@ def minmax(key, **options):
     return prnn.MinMaxBlock(WIDTH, 3, mlp_size=5, key=key, **options)
 
 
+def mamba(key, **options):
+    return prnn.GatedBlock.mamba(WIDTH, state_size=2, key=key, **options)
+
+
 def stack(key, **options):
     keys = jax.random.split(key)
     return prnn.Stack([para(keys[0], **options), minmax(keys[1], **options)])
 
 
-BLOCKS = {"ParaRNN": para, "M2RNN": matrix, "MinMax": minmax, "Stack": stack}
+BLOCKS = {"ParaRNN": para, "M2RNN": matrix, "MinMax": minmax, "Mamba": mamba, "Stack": stack}
 over_blocks = pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS.keys())
 
 
@@ -103,6 +107,21 @@ def test_values_of_the_minmax_block():
     assert error(got, jnp.asarray(xs + ys)) <= 1e-10
 
 
+def test_values_of_the_gated_block():
+    made, xs = block(mamba), np.asarray(inputs())
+    cell, n = made.rnn.cell, rms(made.norm, xs)
+    us = cell.project(jnp.asarray(linear(made.inputs, n)))
+    states, h = [], cell.init_state()
+    for t in range(LENGTH):
+        h = cell.step(h, jtu.tree_map(lambda u, t=t: u[t], us))
+        states.append(h)
+    ys = np.asarray(cell.readout(jnp.stack(states), us))
+    gate = linear(made.gate, n)
+    expected = xs + linear(made.output, ys * gate * sigmoid(gate))
+    got, _ = eqx.filter_jit(made)(jnp.asarray(xs))
+    assert error(got, jnp.asarray(expected)) <= 1e-10
+
+
 @over_blocks
 def test_streaming_and_carrying(make):
     """One call, two calls, and one step at a time agree."""
@@ -135,7 +154,7 @@ MASK = np.asarray([1, 1, 1, 0, 1, 1, 1, 0, 0], bool)
 IDS = np.asarray([0, 0, 0, 0, 1, 1, 1, 2, 2])
 
 
-@pytest.mark.parametrize("make", [stack, matrix], ids=["Stack", "M2RNN"])
+@pytest.mark.parametrize("make", [stack, matrix, mamba], ids=["Stack", "M2RNN", "Mamba"])
 def test_pieces_and_padding(make):
     made, xs = block(make), inputs()
     garbage = jnp.where(MASK[:, None], xs, jnp.nan)
@@ -295,6 +314,7 @@ LAYERS = {
     },
     "ParaRNN block": para,
     "MinMax block": minmax,
+    "Mamba block": mamba,
 }
 
 

@@ -1,0 +1,131 @@
+"""A residual block whose recurrence is gated from outside, as that of Mamba."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from .._checks import check_flags, check_sequence
+from .._packing import zero_unless
+from ..adjoints import AbstractAdjoint
+from ..cells import AbstractCell, SelectiveSSM
+from ..solvers import AbstractSolver
+from ._blocks import AbstractBlock, Flags, Sequence, Vector, add_branch, make_norm
+from ._rnn import RNN
+
+
+class GatedBlock(AbstractBlock):
+    r"""One residual branch, whose recurrence sees a projection of the inputs, and is multiplied by
+    another one:
+
+    $$y = x + W_o \left(\mathrm{RNN}(W_x n) ⊙ φ(W_g n)\right), \qquad n = \mathrm{RMSNorm}(x).$$
+
+    With [`pararnn.SelectiveSSM`][], which has the short convolution inside, this is the block of
+    Mamba (Gu, Dao, *Mamba: linear-time sequence modeling with selective state spaces*, 2023), which
+    `GatedBlock.mamba` makes. Dropout is applied to what the branch adds.
+    """
+
+    norm: eqx.nn.RMSNorm
+    inputs: eqx.nn.Linear
+    gate: eqx.nn.Linear
+    rnn: RNN[AbstractCell]
+    output: eqx.nn.Linear
+    dropout: eqx.nn.Dropout
+    activation: Callable[[Array], Array] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        width: int,
+        inner_size: int,
+        cell: AbstractCell,
+        solver: AbstractSolver | None = None,
+        *,
+        adjoint: AbstractSolver | AbstractAdjoint | None = None,
+        learn_init: bool = False,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `width`: the number of features of inputs and outputs.
+        - `inner_size`: the number of features that the cell takes and gives.
+        - `cell`, `solver`, `adjoint`, `learn_init`: as for [`pararnn.RNN`][].
+        - `activation`: of the gate, elementwise.
+        - `dropout`: the probability of each number that the branch adds to be dropped.
+        - `dtype`: of the parameters of norm and projections.
+        - `key`: for the parameters of the projections.
+        """
+        keys = jax.random.split(key, 3)
+
+        def linear(inputs, outputs, key):
+            return eqx.nn.Linear(inputs, outputs, use_bias=False, dtype=dtype, key=key)
+
+        self.norm = make_norm(width, dtype)
+        self.inputs = linear(width, inner_size, keys[0])
+        self.gate = linear(width, inner_size, keys[1])
+        self.rnn = RNN(cell, solver, adjoint=adjoint, learn_init=learn_init)
+        self.output = linear(inner_size, width, keys[2])
+        self.dropout = eqx.nn.Dropout(dropout)
+        self.activation = activation
+
+    @classmethod
+    def mamba(
+        cls,
+        width: int,
+        solver: AbstractSolver | None = None,
+        *,
+        expand: int = 2,
+        state_size: int = 16,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ) -> "GatedBlock":
+        """The block of Mamba.
+
+        **Arguments:**
+
+        - `width`, `solver`, `dropout`, `dtype`, `key`: as for the block.
+        - `expand`: how many times as many features the cell has.
+        - `state_size`: the number of state elements for each of these.
+        """
+        key_cell, key_block = jax.random.split(key)
+        inner_size = expand * width
+        cell = SelectiveSSM(inner_size, state_size, dtype=dtype, key=key_cell)
+        return cls(width, inner_size, cell, solver, dropout=dropout, dtype=dtype, key=key_block)
+
+    def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
+        seen = None if x is None else jax.eval_shape(lambda x: self.inputs(self.norm(x)), x)
+        return self.rnn.init_state(seen)
+
+    def _gated(self, y: Array, normed: Array) -> Array:
+        gate = self.activation(self.gate(normed))
+        return self.output((y * gate.astype(y.dtype)).astype(normed.dtype))
+
+    def __call__(
+        self,
+        xs: Sequence,
+        state: PyTree[Array] | None = None,
+        *,
+        reset: Flags | None = None,
+        mask: Flags | None = None,
+        key: PRNGKeyArray | None = None,
+        throw: bool = True,
+    ) -> tuple[Sequence, PyTree[Array]]:
+        check_sequence("block", xs)
+        if mask is not None:
+            xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
+        normed = jax.vmap(self.norm)(xs)
+        us = jax.vmap(self.inputs)(normed)
+        ys, state = self.rnn(us, state, reset=reset, mask=mask, throw=throw)
+        return add_branch(xs, jax.vmap(self._gated)(ys, normed), self.dropout, key), state
+
+    def step(
+        self, x: Vector, state: PyTree[Array] | None = None, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Vector, PyTree[Array]]:
+        normed = self.norm(x)
+        y, state = self.rnn.step(self.inputs(normed), state)
+        return add_branch(x, self._gated(y, normed), self.dropout, key), state
