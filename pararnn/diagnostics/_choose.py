@@ -84,6 +84,12 @@ def select_solver(
             f" A batch of {batch_size} is not taken into account: where it keeps the device busy, "
             f"Sequential() can be faster; `tune(…, batch_size={batch_size})` measures it."
         )
+    layer = problem.layer
+    if layer is not None and layer.goes_through_chunks:
+        reason += (
+            f" That is for the states: a call of the layer, which returns outputs, goes through "
+            f"chunks of {layer.cell.chunk_size} steps by products of matrices."
+        )
     return choice.solver, reason
 
 

@@ -310,13 +310,18 @@ class RNN(eqx.Module, Generic[Cell]):
         return default_size(prepared.start, us, length)
 
     def _is_chunked(self, prepared: Prepared) -> bool:
-        """Whether chunks of steps are made at once. They start anew from the cell's own state only,
-        and someone who names a solver wants that."""
+        """Whether chunks of steps are made at once. They start anew from the cell's own state."""
+        if self._line.is_cut or num_steps(prepared.xs) == 0 or not self.goes_through_chunks:
+            return False
+        return self.learned_state is None or prepared.reset is None
+
+    @property
+    def goes_through_chunks(self) -> bool:
+        """Whether a call makes chunks of steps at once, as the cell can, instead of solving for the
+        states: someone who names a solver wants these."""
         if self.cell.chunk_size is None or self.solver is not None or self.adjoint is not None:
             return False
-        if self._line.is_cut or num_steps(prepared.xs) == 0:
-            return False
-        return self.segment_size is None and (self.learned_state is None or prepared.reset is None)
+        return self.segment_size is None
 
     def _through_chunk(self, state, us, reset):
         after, ys = precise(self.cell.through_chunk)(state, us, reset)

@@ -88,6 +88,8 @@ def test_a_cell_goes_through_chunks(length):
         assert error(chunked, outcome(prnn.RNN(cell, prnn.Sequential()), xs, state, **options)) < (
             1e-12
         )
+    assert "chunks of 4 steps" in prnn.select_solver(cell, xs)[1]
+    assert "chunks of 4" not in prnn.select_solver(prnn.RNN(cell, prnn.Sequential()), xs)[1]
     ys, _ = jax.vmap(prnn.RNN(cell))(jnp.stack([xs, 2 * xs]))
     assert error(ys[1], prnn.RNN(cell)(2 * xs)[0]) <= 1e-12
 
