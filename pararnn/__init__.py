@@ -30,6 +30,8 @@ from .cells import S5 as S5
 from .cells import SLSTM as SLSTM
 from .cells import AbstractCell as AbstractCell
 from .cells import ClampAlgebra as ClampAlgebra
+from .cells import ConvLSTM as ConvLSTM
+from .cells import ConvS5 as ConvS5
 from .cells import DeltaNet as DeltaNet
 from .cells import DiagonalGRU as DiagonalGRU
 from .cells import DiagonalLSTM as DiagonalLSTM

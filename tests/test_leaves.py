@@ -50,6 +50,8 @@ CELLS = {
     "SelectiveSSM": _cell(prnn.SelectiveSSM, 2, 1),
     "LinearLMU": _cell(prnn.LinearLMU, 2, 2, 2, 3.0),
     "LMU": _cell(prnn.LMU, 2, 2, 2, 3.0),
+    "ConvLSTM": _cell(prnn.ConvLSTM, 2, 1, (1, 2)),
+    "ConvS5": _cell(prnn.ConvS5, 2, 1, (1, 2)),
     "EquinoxGRU": lambda: prnn.from_equinox(eqx.nn.GRUCell(2, 2, key=jax.random.key(0))),
     "EquinoxLSTM": lambda: prnn.from_equinox(eqx.nn.LSTMCell(2, 2, key=jax.random.key(0))),
 }
@@ -71,7 +73,8 @@ def one_leaf_gradients(run, leaves, differentiable):
 def cell_and_gradients(name):
     """A cell, what enters its recurrence, and the gradients by differentiating the scan."""
     cell = CELLS[name]()
-    us = cell.project(normal(0, (LENGTH, 2)))
+    shape = (2, *getattr(cell, "image_shape", ()))
+    us = cell.project(normal(0, (LENGTH, *shape)))
     init = jtu.tree_map(lambda h: h + 0.1, cell.init_state())
 
     leaves = range(len(jtu.tree_leaves(init)))
@@ -84,7 +87,7 @@ def cell_and_gradients(name):
 
 
 # The adjoints that differ for a state of a single array are those two.
-SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "LMU", "EquinoxLSTM")
+SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "LMU", "ConvLSTM", "EquinoxLSTM")
 TABLE = [
     (cell, adjoint)
     for cell in CELLS

@@ -4,6 +4,8 @@ from ._adapters import EquinoxGRU as EquinoxGRU
 from ._adapters import EquinoxLSTM as EquinoxLSTM
 from ._adapters import from_equinox as from_equinox
 from ._base import AbstractCell as AbstractCell
+from ._conv import ConvLSTM as ConvLSTM
+from ._conv import ConvS5 as ConvS5
 from ._deltanet import DeltaNet as DeltaNet
 from ._elman import Elman as Elman
 from ._gru import GRU as GRU

@@ -11,7 +11,7 @@ from linear_cells import legendre_memory, softplus
 import pararnn as prnn
 from pararnn.cells._lmu import _discretised
 from pararnn.cells._rglru import _complement
-from pararnn.cells._s5 import _gain
+from pararnn.cells._zero_order_hold import gain
 
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
 CELLS = {
@@ -108,7 +108,7 @@ def test_gain_of_slow_states():
     exact = [x.astype(np.longdouble) for x in low]
     eigenvalues, step = -np.exp(exact[0]) + 1j * exact[1], np.exp(exact[2])
     expected = (np.exp(eigenvalues * step) - 1) / eigenvalues
-    got = np.asarray(_gain(*map(jnp.asarray, low)), complex)
+    got = np.asarray(gain(*map(jnp.asarray, low)), complex)
     close(got / expected.astype(complex), np.ones(5), 1e-6)
 
 
