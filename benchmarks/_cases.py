@@ -40,6 +40,7 @@ CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "SelectiveSSM": lambda size, **kw: prnn.SelectiveSSM(size, **kw),
     "LinearLMU": lambda size, **kw: prnn.LinearLMU(size, size, size, size, **kw),
     "LMU": lambda size, **kw: prnn.LMU(size, size // 2, size // 2, size // 2, **kw),
+    "PLSTM": lambda size, **kw: prnn.PLSTM(size, 1, 4, size // 4, **kw),
     "ConvLSTM": lambda size, **kw: prnn.ConvLSTM(_channels(size), _channels(size), (4, 4), **kw),
     "ConvS5": lambda size, **kw: prnn.ConvS5(_channels(size), _channels(size), (4, 4), **kw),
 }

@@ -24,6 +24,7 @@ from .cells import LMU as LMU
 from .cells import LRU as LRU
 from .cells import LSTM as LSTM
 from .cells import M2RNN as M2RNN
+from .cells import PLSTM as PLSTM
 from .cells import RGLRU as RGLRU
 from .cells import S4D as S4D
 from .cells import S5 as S5

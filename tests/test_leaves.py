@@ -50,6 +50,7 @@ CELLS = {
     "SelectiveSSM": _cell(prnn.SelectiveSSM, 2, 1),
     "LinearLMU": _cell(prnn.LinearLMU, 2, 2, 2, 3.0),
     "LMU": _cell(prnn.LMU, 2, 2, 2, 3.0),
+    "PLSTM": _cell(prnn.PLSTM, 2, 1, 2, 2),
     "ConvLSTM": _cell(prnn.ConvLSTM, 2, 1, (1, 2)),
     "ConvS5": _cell(prnn.ConvS5, 2, 1, (1, 2)),
     "EquinoxGRU": lambda: prnn.from_equinox(eqx.nn.GRUCell(2, 2, key=jax.random.key(0))),

@@ -22,6 +22,7 @@ from ._minrnn import MinGRU as MinGRU
 from ._minrnn import MinLSTM as MinLSTM
 from ._parts import causal_convolution as causal_convolution
 from ._plrnn import PiecewiseLinearRNN as PiecewiseLinearRNN
+from ._plstm import PLSTM as PLSTM
 from ._rglru import RGLRU as RGLRU
 from ._s5 import S4D as S4D
 from ._s5 import S5 as S5

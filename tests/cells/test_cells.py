@@ -12,6 +12,7 @@ from linear_cells import (
     numpy_lmu,
     numpy_min_gru,
     numpy_min_lstm,
+    numpy_plstm,
     numpy_rglru,
     numpy_s4d,
     numpy_s5,
@@ -260,6 +261,7 @@ CASES = {
         heads(1, 10, 2),
     ),
     "LMU": (make(cells.LMU, 4, 6, 5, 7.5), numpy_lmu, prnn.Dense),
+    "PLSTM": (make(cells.PLSTM, 4, 2, 3, 5, 6), numpy_plstm, prnn.Diagonal),
     "ConvLSTM": (make(cells.ConvLSTM, 2, 2, (3, 4)), numpy_conv_lstm, prnn.Dense),
     "ConvLSTM-pixels": (make(cells.ConvLSTM, 2, 2, (2, 3), 1), numpy_conv_lstm, heads(4, 6, 6)),
     "ConvS5": (make(cells.ConvS5, 2, 2, (3, 4), 3), numpy_conv_s5, heads(2, 24, 24)),
@@ -357,7 +359,7 @@ def test_projection_and_readout_are_local(name):
     """Projecting a window of inputs, or reading out one step, gives the numbers of the whole: so
     streaming agrees with the parallel call. Inputs before the first count as zeros."""
     cell, xs = CELLS[name], inputs(8, cell=CELLS[name])
-    assert cell.context == (3 if name in ("M2RNN", "SelectiveSSM") else 0)
+    assert cell.context == {"M2RNN": 3, "SelectiveSSM": 3, "PLSTM": 1}.get(name, 0)
     project, readout = eqx.filter_jit(cell.project), eqx.filter_jit(cell.readout)
     us, (states, ys) = project(xs), run(cell, xs)
     padded = jnp.concatenate([jnp.zeros((cell.context, *xs.shape[1:])), xs])
@@ -404,6 +406,7 @@ def initial(dtype):
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
     sizes: dict[type, tuple] = {cells.M2RNN: (4, 3, 3, 5), cells.DeltaNet: (4, 3, 3, 5)}
     sizes |= {cells.RGLRU: (4,), cells.LinearLMU: (4, 6, 5, 7.5), cells.LMU: (4, 6, 5, 7.5)}
+    sizes |= {cells.PLSTM: (4, 3, 3, 5)}
     sizes |= {cells.ConvLSTM: (2, 3, (3, 4)), cells.ConvS5: (2, 3, (3, 4))}
     made = {type(cell): sizes.get(type(cell), (4, 6)) for cell in CELLS.values()}
     return {cls.__name__: cls(*s, dtype=dtype, key=key) for cls, s in made.items()}

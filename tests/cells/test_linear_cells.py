@@ -23,6 +23,7 @@ CELLS = {
     "SelectiveSSM": lambda **k: prnn.SelectiveSSM(4, 3, **k),
     "LinearLMU": lambda **k: prnn.LinearLMU(4, 6, 5, 7.5, memory_size=2, **k),
     "LMU": lambda **k: prnn.LMU(4, 6, 5, 7.5, **k),
+    "PLSTM": lambda **k: prnn.PLSTM(4, 2, 3, 2, **k),
 }
 
 
@@ -229,6 +230,7 @@ def test_memory_is_not_trained():
         (lambda: prnn.LinearLMU(4, 6, 5, 0.0, key=KEY), "`theta` must be positive and finite"),
         (lambda: prnn.LinearLMU(4, 6, 5, 7, memory_size=0, key=KEY), "`memory_size`"),
         (lambda: prnn.LMU(4, 6, 0, 7.0, key=KEY), "`order` must be at least 1"),
+        (lambda: prnn.PLSTM(4, 2, 0, 2, key=KEY), "`key_size` must be at least 1"),
         (lambda: prnn.LMU(4, 6, 5, float("inf"), key=KEY), "`theta` must be positive and finite"),
     ],
 )
