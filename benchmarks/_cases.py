@@ -41,6 +41,8 @@ CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "LinearLMU": lambda size, **kw: prnn.LinearLMU(size, size, size, size, **kw),
     "LMU": lambda size, **kw: prnn.LMU(size, size // 2, size // 2, size // 2, **kw),
     "PLSTM": lambda size, **kw: prnn.PLSTM(size, 1, 4, size // 4, **kw),
+    "Titans": lambda size, **kw: prnn.Titans(size, 4, 4, size // 16, **kw),
+    "TitansChunked": lambda size, **kw: prnn.TitansChunked(size, 4, 4, size // 16, **kw),
     "ConvLSTM": lambda size, **kw: prnn.ConvLSTM(_channels(size), _channels(size), (4, 4), **kw),
     "ConvS5": lambda size, **kw: prnn.ConvS5(_channels(size), _channels(size), (4, 4), **kw),
 }

@@ -45,6 +45,8 @@ from .cells import MinLSTM as MinLSTM
 from .cells import MinMax as MinMax
 from .cells import PiecewiseLinearRNN as PiecewiseLinearRNN
 from .cells import SelectiveSSM as SelectiveSSM
+from .cells import Titans as Titans
+from .cells import TitansChunked as TitansChunked
 from .cells import from_equinox as from_equinox
 from .diagnostics import Benchmark as Benchmark
 from .diagnostics import Lyapunov as Lyapunov

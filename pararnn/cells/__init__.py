@@ -28,3 +28,5 @@ from ._s5 import S4D as S4D
 from ._s5 import S5 as S5
 from ._selective_ssm import SelectiveSSM as SelectiveSSM
 from ._slstm import SLSTM as SLSTM
+from ._titans import Titans as Titans
+from ._titans import TitansChunked as TitansChunked

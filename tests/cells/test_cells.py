@@ -21,6 +21,7 @@ from linear_cells import (
     silu,
     softplus,
 )
+from memory_cells import numpy_titans, numpy_titans_chunked
 
 import pararnn as prnn
 from pararnn import cells
@@ -262,6 +263,12 @@ CASES = {
     ),
     "LMU": (make(cells.LMU, 4, 6, 5, 7.5), numpy_lmu, prnn.Dense),
     "PLSTM": (make(cells.PLSTM, 4, 2, 3, 5, 6), numpy_plstm, prnn.Diagonal),
+    "Titans": (make(cells.Titans, 4, 2, 2, 3, 5), numpy_titans, prnn.Dense),
+    "TitansChunked": (
+        make(cells.TitansChunked, 4, 2, 2, 3, 5, chunk_length=4),
+        numpy_titans_chunked,
+        prnn.Dense,
+    ),
     "ConvLSTM": (make(cells.ConvLSTM, 2, 2, (3, 4)), numpy_conv_lstm, prnn.Dense),
     "ConvLSTM-pixels": (make(cells.ConvLSTM, 2, 2, (2, 3), 1), numpy_conv_lstm, heads(4, 6, 6)),
     "ConvS5": (make(cells.ConvS5, 2, 2, (3, 4), 3), numpy_conv_s5, heads(2, 24, 24)),
@@ -407,6 +414,7 @@ def initial(dtype):
     sizes: dict[type, tuple] = {cells.M2RNN: (4, 3, 3, 5), cells.DeltaNet: (4, 3, 3, 5)}
     sizes |= {cells.RGLRU: (4,), cells.LinearLMU: (4, 6, 5, 7.5), cells.LMU: (4, 6, 5, 7.5)}
     sizes |= {cells.PLSTM: (4, 3, 3, 5)}
+    sizes |= {cells.Titans: (4, 2, 2, 3), cells.TitansChunked: (4, 2, 2, 3)}
     sizes |= {cells.ConvLSTM: (2, 3, (3, 4)), cells.ConvS5: (2, 3, (3, 4))}
     made = {type(cell): sizes.get(type(cell), (4, 6)) for cell in CELLS.values()}
     return {cls.__name__: cls(*s, dtype=dtype, key=key) for cls, s in made.items()}
