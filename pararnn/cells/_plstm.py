@@ -1,11 +1,12 @@
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._base import AbstractCell, check_inputs, check_sizes
+from ._decays import decays, pieces
 from ._parts import init_linear, merge_heads, split_heads, wide, zero_state
 
 _State = Float[Array, "num_heads key_size value_size"]
@@ -29,9 +30,12 @@ class PLSTM(AbstractCell):
 
     As an output reads the memory before its step, that is the state: $C_{t-1}$ at step $t$, made
     of the one before by the gates of step $t-1$. So `project` looks at one past input. The step is
-    affine in the state, so one pass solves it exactly; the Jacobian is diagonal. The state has at
-    least float32.
+    affine in the state, so one pass solves it exactly; the Jacobian is diagonal. Without a solver
+    named, a layer makes chunks of steps by products of matrices and keeps the states between chunks
+    only. The state has at least float32.
     """
+
+    chunk_size: ClassVar[int | None] = 64
 
     weight_q: Float[Array, "num_heads*key_size input_size"]
     weight_k: Float[Array, "num_heads*key_size input_size"]
@@ -96,27 +100,28 @@ class PLSTM(AbstractCell):
         return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        """What the step before passes on, $S k$, $v$ and $T$; and how this one reads, $M q$ and $D$
-        times what is direct."""
+        r"""What the step before passes on, $S k$, $v$ and $\log T$; and how this one reads, $M q$
+        and $D$ times what is direct."""
         check_inputs(xs, self.input_size)
         seen = jnp.pad(xs, ((1, 0), (0, 0)))
         k = wide(split_heads(seen @ self.weight_k.T, self.num_heads))
         v = wide(split_heads(seen @ self.weight_v.T, self.num_heads))
-        source, transition = (self._gate(seen[:-1], index) for index in (0, 1))
-        mark, direct = (self._gate(xs, index) for index in (2, 3))
+        source = jax.nn.sigmoid(self._gate(seen[:-1], 0))
+        log_kept = jax.nn.log_sigmoid(self._gate(seen[:-1], 1))
+        mark, direct = (jax.nn.sigmoid(self._gate(xs, index)) for index in (2, 3))
         q = wide(split_heads(xs @ self.weight_q.T, self.num_heads)) * self.key_size**-0.5
         own = direct * jnp.sum(q * k[1:], axis=-1, keepdims=True) * v[1:]
-        return [source * k[:-1], v[:-1], transition, mark * q, own]
+        return [source * k[:-1], v[:-1], log_kept, mark * q, own]
 
     def _gate(self, xs: Array, index: int) -> Float[Array, "L num_heads 1"]:
         raw = wide(xs @ self.weight_gates[index].T)
         raw = raw + jnp.expand_dims(wide(self.bias_gates[index]), 0)
-        return jnp.expand_dims(jax.nn.sigmoid(raw), 2)
+        return jnp.expand_dims(raw, 2)
 
     def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
-        k, v, transition, _, _ = u
+        k, v, log_kept, _, _ = u
         written = jnp.expand_dims(k, 2) * jnp.expand_dims(v, 1)
-        return jnp.expand_dims(transition, 2) * state + written
+        return jnp.expand_dims(jnp.exp(log_kept), 2) * state + written
 
     def readout(
         self,
@@ -125,6 +130,19 @@ class PLSTM(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         *_, q, own = us
         return self._output(jnp.einsum("lnk,lnkv->lnv", q, states) + own)
+
+    def through_chunk(
+        self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+    ) -> tuple[_State, Float[Array, "T output_size"]]:
+        k, v, log_kept, q, own = us
+        piece = pieces(reset, len(k))
+        kept, since = jax.vmap(decays, (1, None))(log_kept[:, :, 0], piece)
+        since = jnp.where(jnp.expand_dims(piece == 0, 0), since, 0)  # the others start from zero
+        weights = kept * jnp.einsum("tnk,snk->nts", q, k)
+        arrived = jnp.expand_dims(since.T, 2) * jnp.einsum("tnk,nkv->tnv", q, state)
+        y = jnp.einsum("nts,snv->tnv", weights, v) + arrived + own
+        after = jnp.einsum("snk,snv->nkv", jnp.expand_dims(kept[:, -1].T, 2) * k, v)
+        return jnp.expand_dims(since[:, -1], (1, 2)) * state + after, self._output(y)
 
     def _output(self, y: Float[Array, "L num_heads value_size"]) -> Float[Array, "L output_size"]:
         """From what is read to outputs."""
