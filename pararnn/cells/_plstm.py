@@ -134,15 +134,16 @@ class PLSTM(AbstractCell):
     def through_chunk(
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
-        k, v, log_kept, q, own = us
-        piece = pieces(reset, len(k))
-        kept, since = jax.vmap(decays, (1, None))(log_kept[:, :, 0], piece)
+        *us, own = us
+        k, v, log_kept, q = (jnp.moveaxis(u, 1, 0) for u in us)  # heads first, as products have it
+        piece = pieces(reset, len(own))
+        kept, since = jax.vmap(decays, (0, None))(log_kept[:, :, 0], piece)
         since = jnp.where(jnp.expand_dims(piece == 0, 0), since, 0)  # the others start from zero
-        weights = kept * jnp.einsum("tnk,snk->nts", q, k)
-        arrived = jnp.expand_dims(since.T, 2) * jnp.einsum("tnk,nkv->tnv", q, state)
-        y = jnp.einsum("nts,snv->tnv", weights, v) + arrived + own
-        after = jnp.einsum("snk,snv->nkv", jnp.expand_dims(kept[:, -1].T, 2) * k, v)
-        return jnp.expand_dims(since[:, -1], (1, 2)) * state + after, self._output(y)
+        weights = kept * (q @ jnp.swapaxes(k, 1, 2))
+        y = weights @ v + jnp.expand_dims(since, 2) * (q @ state)
+        after = jnp.swapaxes(jnp.expand_dims(kept[:, -1], 2) * k, 1, 2) @ v
+        after = jnp.expand_dims(since[:, -1], (1, 2)) * state + after
+        return after, self._output(jnp.moveaxis(y, 0, 1) + own)
 
     def _output(self, y: Float[Array, "L num_heads value_size"]) -> Float[Array, "L output_size"]:
         """From what is read to outputs."""
