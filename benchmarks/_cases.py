@@ -12,8 +12,14 @@ import jax.tree_util as jtu
 import pararnn as prnn
 from pararnn.diagnostics import compare, scan_states
 
+
+def _channels(size: int) -> int:
+    return max(size // 16, 1)
+
+
 # From a size, the number of state elements, to a cell whose inputs have as many features. For S4D
-# and SelectiveSSM it is the number of rows of the state, a matrix.
+# and SelectiveSSM it is the number of rows of the state, a matrix; of cells of images, the numbers
+# of an image of 4 × 4 pixels.
 CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "Elman": lambda size, **kw: prnn.Elman(size, size, **kw),
     "GRU": lambda size, **kw: prnn.GRU(size, size, **kw),
@@ -34,6 +40,11 @@ CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "SelectiveSSM": lambda size, **kw: prnn.SelectiveSSM(size, **kw),
     "LinearLMU": lambda size, **kw: prnn.LinearLMU(size, size, size, size, **kw),
     "LMU": lambda size, **kw: prnn.LMU(size, size // 2, size // 2, size // 2, **kw),
+    "PLSTM": lambda size, **kw: prnn.PLSTM(size, 1, 4, size // 4, **kw),
+    "Titans": lambda size, **kw: prnn.Titans(size, 4, 4, size // 16, **kw),
+    "TitansChunked": lambda size, **kw: prnn.TitansChunked(size, 4, 4, size // 16, **kw),
+    "ConvLSTM": lambda size, **kw: prnn.ConvLSTM(_channels(size), _channels(size), (4, 4), **kw),
+    "ConvS5": lambda size, **kw: prnn.ConvS5(_channels(size), _channels(size), (4, 4), **kw),
 }
 EQUINOX = "equinox"
 
@@ -84,8 +95,8 @@ def measure(case: Case, *, repetitions: int, limit: float, title: str | None) ->
     key_cell, key_x = jax.random.split(jax.random.key(0))
     cell = CELLS[case.cell](case.size, dtype=dtype, key=key_cell)
     # Time comes first, then the batch: the layout that a scan takes without transposing.
-    shape = (case.length, case.batch, case.size) if case.batch > 1 else (case.length, case.size)
-    xs = jax.random.normal(key_x, shape, dtype)
+    shape = (case.length, case.batch) if case.batch > 1 else (case.length,)
+    xs = jax.random.normal(key_x, (*shape, *_input_shape(cell, case.size)), dtype)
 
     def over_batch(function):
         if case.batch == 1:
@@ -121,6 +132,12 @@ def measure(case: Case, *, repetitions: int, limit: float, title: str | None) ->
         "floor_bytes": {"forward": read + written, "gradient": 2 * read + written},
         "rows": rows,
     }
+
+
+def _input_shape(cell, size: int) -> tuple[int, ...]:
+    if isinstance(cell, (prnn.ConvLSTM, prnn.ConvS5)):
+        return cell.input_channels, *cell.image_shape
+    return (size,)
 
 
 def _bytes(tree):

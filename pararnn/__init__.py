@@ -24,12 +24,15 @@ from .cells import LMU as LMU
 from .cells import LRU as LRU
 from .cells import LSTM as LSTM
 from .cells import M2RNN as M2RNN
+from .cells import PLSTM as PLSTM
 from .cells import RGLRU as RGLRU
 from .cells import S4D as S4D
 from .cells import S5 as S5
 from .cells import SLSTM as SLSTM
 from .cells import AbstractCell as AbstractCell
 from .cells import ClampAlgebra as ClampAlgebra
+from .cells import ConvLSTM as ConvLSTM
+from .cells import ConvS5 as ConvS5
 from .cells import DeltaNet as DeltaNet
 from .cells import DiagonalGRU as DiagonalGRU
 from .cells import DiagonalLSTM as DiagonalLSTM
@@ -42,6 +45,8 @@ from .cells import MinLSTM as MinLSTM
 from .cells import MinMax as MinMax
 from .cells import PiecewiseLinearRNN as PiecewiseLinearRNN
 from .cells import SelectiveSSM as SelectiveSSM
+from .cells import Titans as Titans
+from .cells import TitansChunked as TitansChunked
 from .cells import from_equinox as from_equinox
 from .diagnostics import Benchmark as Benchmark
 from .diagnostics import Lyapunov as Lyapunov

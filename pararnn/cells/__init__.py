@@ -4,6 +4,8 @@ from ._adapters import EquinoxGRU as EquinoxGRU
 from ._adapters import EquinoxLSTM as EquinoxLSTM
 from ._adapters import from_equinox as from_equinox
 from ._base import AbstractCell as AbstractCell
+from ._conv import ConvLSTM as ConvLSTM
+from ._conv import ConvS5 as ConvS5
 from ._deltanet import DeltaNet as DeltaNet
 from ._elman import Elman as Elman
 from ._gru import GRU as GRU
@@ -20,8 +22,11 @@ from ._minrnn import MinGRU as MinGRU
 from ._minrnn import MinLSTM as MinLSTM
 from ._parts import causal_convolution as causal_convolution
 from ._plrnn import PiecewiseLinearRNN as PiecewiseLinearRNN
+from ._plstm import PLSTM as PLSTM
 from ._rglru import RGLRU as RGLRU
 from ._s5 import S4D as S4D
 from ._s5 import S5 as S5
 from ._selective_ssm import SelectiveSSM as SelectiveSSM
 from ._slstm import SLSTM as SLSTM
+from ._titans import Titans as Titans
+from ._titans import TitansChunked as TitansChunked

@@ -1,6 +1,5 @@
 """Diagonal state-space models: one system for all features (S5), or one for each (S4D)."""
 
-import math
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import log_uniform, normal, wide
+from ._parts import normal, wide
+from ._zero_order_hold import complex_zero_state, gain, init_log_step, init_rates, multiplier
 
 
 class S5(AbstractCell):
@@ -75,26 +75,26 @@ class S5(AbstractCell):
         else:
             self.skip = normal(key_d, (output_size, input_size), input_size**-0.5, dtype)
         stored = self.skip.dtype
-        self.nu, self.omega = _init_rates((hidden_size,), stored)
-        self.log_step = _init_log_step(key_s, hidden_size, stored)
+        self.nu, self.omega = init_rates((hidden_size,), stored)
+        self.log_step = init_log_step(key_s, hidden_size, stored)
         self.input_size = input_size
         self.hidden_size = hidden_size
 
     def init_state(self) -> Complex[Array, " hidden_size"]:
-        return _zero_state((self.hidden_size,), self.nu)
+        return complex_zero_state((self.hidden_size,), self.nu)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Array]:
         r"""$\bar B x$ and $D x$."""
         check_inputs(xs, self.input_size)
-        gain = _gain(self.nu, self.omega, self.log_step)
+        scale = gain(self.nu, self.omega, self.log_step)
         real, imag = (wide(xs @ part.T) for part in self.weight_x)
         skip = jnp.expand_dims(self.skip, 0) * xs if self.skip.ndim == 1 else xs @ self.skip.T
-        return [jnp.expand_dims(gain, 0) * jax.lax.complex(real, imag), skip]
+        return [jnp.expand_dims(scale, 0) * jax.lax.complex(real, imag), skip]
 
     def step(
         self, state: Complex[Array, " hidden_size"], u: list[Array]
     ) -> Complex[Array, " hidden_size"]:
-        return _multiplier(self.nu, self.omega, self.log_step) * state + u[0]
+        return multiplier(self.nu, self.omega, self.log_step) * state + u[0]
 
     def readout(
         self, states: Complex[Array, "L hidden_size"], us: list[Array]
@@ -144,13 +144,13 @@ class S4D(AbstractCell):
         self.weight_o = normal(key_o, (2, input_size, state_size), 0.5**0.5, dtype)
         self.skip = normal(key_d, (input_size,), 1.0, dtype)
         stored = self.skip.dtype
-        self.nu, self.omega = _init_rates((input_size, state_size), stored)
-        self.log_step = jnp.expand_dims(_init_log_step(key_s, input_size, stored), 1)
+        self.nu, self.omega = init_rates((input_size, state_size), stored)
+        self.log_step = jnp.expand_dims(init_log_step(key_s, input_size, stored), 1)
         self.input_size = input_size
         self.state_size = state_size
 
     def init_state(self) -> Complex[Array, "input_size state_size"]:
-        return _zero_state((self.input_size, self.state_size), self.nu)
+        return complex_zero_state((self.input_size, self.state_size), self.nu)
 
     def project(self, xs: Float[Array, "L input_size"]) -> Float[Array, "L input_size"]:
         r"""$x$ itself. The step multiplies by $\bar B$: the product has `state_size` times as many
@@ -162,8 +162,8 @@ class S4D(AbstractCell):
         self, state: Complex[Array, "input_size state_size"], u: Float[Array, " input_size"]
     ) -> Complex[Array, "input_size state_size"]:
         rates, x = (self.nu, self.omega, self.log_step), jnp.expand_dims(u, 1)
-        gain = _gain(*rates)
-        return _multiplier(*rates) * state + jax.lax.complex(gain.real * x, gain.imag * x)
+        scale = gain(*rates)
+        return multiplier(*rates) * state + jax.lax.complex(scale.real * x, scale.imag * x)
 
     def readout(
         self,
@@ -173,50 +173,3 @@ class S4D(AbstractCell):
         real, imag = (jnp.expand_dims(wide(part), 0) for part in self.weight_o)
         y = 2 * jnp.sum(states.real * real - states.imag * imag, axis=-1)
         return y + jnp.expand_dims(wide(self.skip), 0) * us
-
-
-# --- the discretisation -----------------------------------------------------------------------
-
-
-def _init_rates(
-    shape: tuple[int, ...], dtype: Any
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    r"""$ν$ and $ω$ of $Λ_n = -\tfrac12 + iπn$, with $n$ along the last axis."""
-    omega = jnp.broadcast_to(math.pi * jnp.arange(float(shape[-1])), shape)
-    return jnp.full(shape, math.log(0.5), dtype), omega.astype(dtype)
-
-
-def _init_log_step(key: PRNGKeyArray, size: int, dtype: Any) -> Float[Array, " size"]:
-    return jnp.log(log_uniform(key, (size,), 1e-3, 0.1)).astype(dtype)
-
-
-def _zero_state(shape: tuple[int, ...], like: Array) -> Complex[Array, "..."]:
-    zero = jnp.zeros(shape, wide(like).dtype)
-    return jax.lax.complex(zero, zero)
-
-
-def _exponent(nu, omega, log_step):
-    """The real and the imaginary part of $ΛΔ$."""
-    step = jnp.exp(wide(log_step))
-    return -jnp.exp(wide(nu)) * step, wide(omega) * step
-
-
-def _multiplier(nu: Array, omega: Array, log_step: Array) -> Complex[Array, "..."]:
-    r"""$\bar Λ = e^{ΛΔ}$."""
-    real, imag = _exponent(nu, omega, log_step)
-    radius = jnp.exp(real)
-    return jax.lax.complex(radius * jnp.cos(imag), radius * jnp.sin(imag))
-
-
-def _gain(nu: Array, omega: Array, log_step: Array) -> Complex[Array, "..."]:
-    r"""$Λ^{-1} (\bar Λ - 1)$, without cancellation where $ΛΔ$ is small:
-    $\mathrm{Re}(e^{a+ib} - 1) = (e^a - 1) \cos b - 2 \sin^2(b/2)$."""
-    real, imag = _exponent(nu, omega, log_step)
-    above_one = jax.lax.complex(
-        jnp.expm1(real) * jnp.cos(imag) - 2 * jnp.sin(imag / 2) ** 2,
-        jnp.exp(real) * jnp.sin(imag),
-    )
-    decay, omega = jnp.exp(wide(nu)), wide(omega)
-    # 1/Λ = conj(Λ)/|Λ|², as generated kernels do not divide complex numbers.
-    square = decay**2 + omega**2
-    return above_one * jax.lax.complex(-decay / square, -omega / square)

@@ -90,6 +90,20 @@ def numpy_selective_ssm(p, xs):
         yield h, h @ C + p.skip * x
 
 
+def numpy_plstm(p, xs):
+    """The states are the memories before the steps, which the outputs read."""
+    N, K, V = p.num_heads, p.key_size, p.value_size
+    C = np.zeros((N, K, V))
+    for x in xs:
+        q, k = ((w @ x).reshape(N, K) for w in (p.weight_q, p.weight_k))
+        v = (p.weight_v @ x).reshape(N, V)
+        S, T, M, D = (sigmoid(w @ x + b) for w, b in zip(p.weight_gates, p.bias_gates, strict=True))
+        outer = [np.outer(k[n], v[n]) for n in range(N)]
+        y = [q[n] / np.sqrt(K) @ (M[n] * C[n] + D[n] * outer[n]) for n in range(N)]
+        yield C, p.weight_o @ np.concatenate(y)
+        C = np.stack([T[n] * C[n] + S[n] * outer[n] for n in range(N)])
+
+
 def legendre_memory(order, theta):
     """Discretised by the eigenvalues of the continuous system."""
     A, B = np.zeros((order, order)), np.zeros(order)

@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from image_cells import numpy_conv_lstm, numpy_conv_s5
 from linear_cells import (
     numpy_linear_lmu,
     numpy_lmu,
     numpy_min_gru,
     numpy_min_lstm,
+    numpy_plstm,
     numpy_rglru,
     numpy_s4d,
     numpy_s5,
@@ -19,6 +21,7 @@ from linear_cells import (
     silu,
     softplus,
 )
+from memory_cells import numpy_titans, numpy_titans_chunked
 
 import pararnn as prnn
 from pararnn import cells
@@ -41,8 +44,13 @@ def make(cls, *sizes, **options):
     return jtu.tree_map(fill, cell)
 
 
-def inputs(length=LENGTH, seed=0, dtype=None):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((length, INPUTS)), dtype)
+def input_shape(cell):
+    return (cell.input_channels, *cell.image_shape) if hasattr(cell, "image_shape") else (INPUTS,)
+
+
+def inputs(length=LENGTH, seed=0, dtype=None, cell=None):
+    shape = (length, *input_shape(cell))
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 @eqx.filter_jit
@@ -254,6 +262,21 @@ CASES = {
         heads(1, 10, 2),
     ),
     "LMU": (make(cells.LMU, 4, 6, 5, 7.5), numpy_lmu, prnn.Dense),
+    "PLSTM": (make(cells.PLSTM, 4, 2, 3, 5, 6), numpy_plstm, prnn.Diagonal),
+    "Titans": (make(cells.Titans, 4, 2, 2, 3, 5), numpy_titans, prnn.Dense),
+    "TitansChunked": (
+        make(cells.TitansChunked, 4, 2, 2, 3, 5, chunk_length=4),
+        numpy_titans_chunked,
+        prnn.Dense,
+    ),
+    "ConvLSTM": (make(cells.ConvLSTM, 2, 2, (3, 4)), numpy_conv_lstm, prnn.Dense),
+    "ConvLSTM-pixels": (make(cells.ConvLSTM, 2, 2, (2, 3), 1), numpy_conv_lstm, heads(4, 6, 6)),
+    "ConvS5": (make(cells.ConvS5, 2, 2, (3, 4), 3), numpy_conv_s5, heads(2, 24, 24)),
+    "ConvS5-even": (
+        make(cells.ConvS5, 2, 2, (3, 2), kernel_size=2),
+        numpy_conv_s5,
+        heads(2, 12, 12),
+    ),
 }
 CELLS = {name: case[0] for name, case in CASES.items()}
 KEY = jax.random.key(0)
@@ -266,7 +289,7 @@ def close(got, expected, tol):
 
 @each_cell
 def test_formulas(name):
-    cell, xs = CELLS[name], inputs()
+    cell, xs = CELLS[name], inputs(cell=CELLS[name])
     numpy_cell = jtu.tree_map(lambda x: np.asarray(x) if eqx.is_array(x) else x, cell)
     expected = list(CASES[name][1](numpy_cell, np.asarray(xs)))
     expected = jtu.tree_map(lambda *leaves: np.stack(leaves), *expected)
@@ -284,7 +307,7 @@ def some_state(cell, seed=3):
 
 
 def one_input(cell, t=5):
-    return jtu.tree_map(lambda u: u[t], cell.project(inputs(t + 1)))
+    return jtu.tree_map(lambda u: u[t], cell.project(inputs(t + 1, cell=cell)))
 
 
 def jacobian(cell, state, u):
@@ -328,7 +351,7 @@ ONE_PER_CLASS = {type(cell): name for name, cell in CELLS.items() if not name.en
 @pytest.mark.parametrize("name", ONE_PER_CLASS.values())
 def test_parallel_is_sequential(name):
     """Also with weights so large that some cells do not forget any more."""
-    cell, xs = CELLS[name], inputs(23, seed=1)
+    cell, xs = CELLS[name], inputs(23, seed=1, cell=CELLS[name])
     large = jtu.tree_map(lambda x: 4 * x if eqx.is_inexact_array(x) else x, cell)
     for weights in (cell, large):
         expected = solve_and_differentiate(weights, xs, prnn.Sequential())
@@ -342,11 +365,11 @@ def test_parallel_is_sequential(name):
 def test_projection_and_readout_are_local(name):
     """Projecting a window of inputs, or reading out one step, gives the numbers of the whole: so
     streaming agrees with the parallel call. Inputs before the first count as zeros."""
-    cell, xs = CELLS[name], inputs(8)
-    assert cell.context == (3 if name in ("M2RNN", "SelectiveSSM") else 0)
+    cell, xs = CELLS[name], inputs(8, cell=CELLS[name])
+    assert cell.context == {"M2RNN": 3, "SelectiveSSM": 3, "PLSTM": 1}.get(name, 0)
     project, readout = eqx.filter_jit(cell.project), eqx.filter_jit(cell.readout)
     us, (states, ys) = project(xs), run(cell, xs)
-    padded = jnp.concatenate([jnp.zeros((cell.context, INPUTS)), xs])
+    padded = jnp.concatenate([jnp.zeros((cell.context, *xs.shape[1:])), xs])
     for t in (0, 2, 6):
         now = lambda tree, t=t: jtu.tree_map(lambda x: x[t : t + 1], tree)  # noqa: E731
         u = jtu.tree_map(lambda u: u[-1:], project(padded[t : t + cell.context + 1]))
@@ -367,7 +390,7 @@ def dtypes(cell, x_dtype):
         states = jtu.tree_map(lambda h: jnp.broadcast_to(h, (5, *h.shape)), state)
         return state, jax.vmap(cell.step)(states, us), cell.readout(states, us)
 
-    state, new, ys = eqx.filter_eval_shape(shapes, jnp.zeros((5, INPUTS), x_dtype))
+    state, new, ys = eqx.filter_eval_shape(shapes, jnp.zeros((5, *input_shape(cell)), x_dtype))
     assert [h.dtype for h in jtu.tree_leaves(state)] == [h.dtype for h in jtu.tree_leaves(new)]
     return {h.dtype.name for h in jtu.tree_leaves(state)}, ys.dtype.name
 
@@ -390,6 +413,9 @@ def initial(dtype):
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
     sizes: dict[type, tuple] = {cells.M2RNN: (4, 3, 3, 5), cells.DeltaNet: (4, 3, 3, 5)}
     sizes |= {cells.RGLRU: (4,), cells.LinearLMU: (4, 6, 5, 7.5), cells.LMU: (4, 6, 5, 7.5)}
+    sizes |= {cells.PLSTM: (4, 3, 3, 5)}
+    sizes |= {cells.Titans: (4, 2, 2, 3), cells.TitansChunked: (4, 2, 2, 3)}
+    sizes |= {cells.ConvLSTM: (2, 3, (3, 4)), cells.ConvS5: (2, 3, (3, 4))}
     made = {type(cell): sizes.get(type(cell), (4, 6)) for cell in CELLS.values()}
     return {cls.__name__: cls(*s, dtype=dtype, key=key) for cls, s in made.items()}
 
@@ -652,8 +678,10 @@ def test_arguments(make, message):
 
 @each_cell
 def test_input_size(name):
-    with pytest.raises(ValueError, match=r"`xs` must have shape .* = \(L, 4\); got \(5, 3\)"):
-        CELLS[name].project(jnp.zeros((5, 3)))
+    shape = input_shape(CELLS[name])
+    size = str(shape)[1:].rstrip(",)")
+    with pytest.raises(ValueError, match=rf"`xs` must have shape .* = \(L, {size}\); got \(5, 3"):
+        CELLS[name].project(jnp.zeros((5, 3, *shape[1:])))
 
 
 def test_checks():

@@ -11,7 +11,7 @@ from linear_cells import legendre_memory, softplus
 import pararnn as prnn
 from pararnn.cells._lmu import _discretised
 from pararnn.cells._rglru import _complement
-from pararnn.cells._s5 import _gain
+from pararnn.cells._zero_order_hold import gain
 
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
 CELLS = {
@@ -23,6 +23,7 @@ CELLS = {
     "SelectiveSSM": lambda **k: prnn.SelectiveSSM(4, 3, **k),
     "LinearLMU": lambda **k: prnn.LinearLMU(4, 6, 5, 7.5, memory_size=2, **k),
     "LMU": lambda **k: prnn.LMU(4, 6, 5, 7.5, **k),
+    "PLSTM": lambda **k: prnn.PLSTM(4, 2, 3, 2, **k),
 }
 
 
@@ -108,7 +109,7 @@ def test_gain_of_slow_states():
     exact = [x.astype(np.longdouble) for x in low]
     eigenvalues, step = -np.exp(exact[0]) + 1j * exact[1], np.exp(exact[2])
     expected = (np.exp(eigenvalues * step) - 1) / eigenvalues
-    got = np.asarray(_gain(*map(jnp.asarray, low)), complex)
+    got = np.asarray(gain(*map(jnp.asarray, low)), complex)
     close(got / expected.astype(complex), np.ones(5), 1e-6)
 
 
@@ -229,6 +230,7 @@ def test_memory_is_not_trained():
         (lambda: prnn.LinearLMU(4, 6, 5, 0.0, key=KEY), "`theta` must be positive and finite"),
         (lambda: prnn.LinearLMU(4, 6, 5, 7, memory_size=0, key=KEY), "`memory_size`"),
         (lambda: prnn.LMU(4, 6, 0, 7.0, key=KEY), "`order` must be at least 1"),
+        (lambda: prnn.PLSTM(4, 2, 0, 2, key=KEY), "`key_size` must be at least 1"),
         (lambda: prnn.LMU(4, 6, 5, float("inf"), key=KEY), "`theta` must be positive and finite"),
     ],
 )
