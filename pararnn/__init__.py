@@ -28,9 +28,12 @@ from .cells import RGLRU as RGLRU
 from .cells import S4D as S4D
 from .cells import S5 as S5
 from .cells import SLSTM as SLSTM
+from .cells import Aaren as Aaren
 from .cells import AbstractCell as AbstractCell
+from .cells import AttentionAlgebra as AttentionAlgebra
 from .cells import ClampAlgebra as ClampAlgebra
 from .cells import DeltaNet as DeltaNet
+from .cells import DeltaProduct as DeltaProduct
 from .cells import DiagonalGRU as DiagonalGRU
 from .cells import DiagonalLSTM as DiagonalLSTM
 from .cells import Elman as Elman
@@ -42,6 +45,7 @@ from .cells import MinLSTM as MinLSTM
 from .cells import MinMax as MinMax
 from .cells import PiecewiseLinearRNN as PiecewiseLinearRNN
 from .cells import SelectiveSSM as SelectiveSSM
+from .cells import TTTLinear as TTTLinear
 from .cells import from_equinox as from_equinox
 from .diagnostics import Benchmark as Benchmark
 from .diagnostics import Lyapunov as Lyapunov

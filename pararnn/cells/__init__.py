@@ -1,10 +1,13 @@
 """Recurrences with their parameters. They know nothing of solvers."""
 
+from ._aaren import Aaren as Aaren
+from ._aaren import AttentionAlgebra as AttentionAlgebra
 from ._adapters import EquinoxGRU as EquinoxGRU
 from ._adapters import EquinoxLSTM as EquinoxLSTM
 from ._adapters import from_equinox as from_equinox
 from ._base import AbstractCell as AbstractCell
 from ._deltanet import DeltaNet as DeltaNet
+from ._deltanet import DeltaProduct as DeltaProduct
 from ._elman import Elman as Elman
 from ._gru import GRU as GRU
 from ._gru import DiagonalGRU as DiagonalGRU
@@ -25,3 +28,4 @@ from ._s5 import S4D as S4D
 from ._s5 import S5 as S5
 from ._selective_ssm import SelectiveSSM as SelectiveSSM
 from ._slstm import SLSTM as SLSTM
+from ._ttt import TTTLinear as TTTLinear
