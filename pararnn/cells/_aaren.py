@@ -12,9 +12,9 @@ from ._base import AbstractCell, check_inputs, check_sizes
 from ._parts import init_linear, merge_heads, normal, split_heads, wide, zero_state
 
 _State = tuple[
-    Float[Array, "*L heads"], Float[Array, "*L heads"], Float[Array, "*L heads value_size"]
+    Float[Array, "... heads"], Float[Array, "... heads"], Float[Array, "... heads value_size"]
 ]
-_Inputs = tuple[Float[Array, "*L heads"], Float[Array, "*L heads value_size"]]
+_Inputs = tuple[Float[Array, "... heads"], Float[Array, "... heads value_size"]]
 
 
 def _merged(earlier: _State, later: _State) -> _State:

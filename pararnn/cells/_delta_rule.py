@@ -13,7 +13,7 @@ $$u_t + β_t \sum_{s<t} D_{ts} (k_t^\top k_s) u_s = β_t (v_t - G_t S_{in}^\top 
 
 This triangular system is solved once per chunk; all else is products of matrices, the WY form of
 Yang et al., *Parallelizing linear transformers with the delta rule over sequence length*, NeurIPS
-2024. Its inverse has entries of at most 2, as the corrections in between are contractions.
+2024. Its inverse has entries of at most 2, as corrections with β up to 2 lengthen nothing.
 """
 
 from typing import NamedTuple
@@ -25,11 +25,8 @@ from jaxtyping import Array, Bool, Float
 
 from ._parts import wide
 
-# A chunk has about as many rows: with more, products within it outweigh those with the state.
+# A chunk has about as many rows: with more, products within it would outweigh those with the state.
 ROWS = 64
-
-# Logarithms of decays are split into a part of this grain, whose sums are exact, and a small rest.
-_GRAIN = 1 / 256
 
 
 class DeltaInputs(NamedTuple):
@@ -40,11 +37,11 @@ class DeltaInputs(NamedTuple):
     - `alpha`: the decay of each head; `None` is 1.
     """
 
-    query: Float[Array, "*L heads key_size"]
-    keys: list[Float[Array, "*L heads key_size"]]
-    values: list[Float[Array, "*L heads value_size"]]
-    betas: list[Float[Array, "*L heads"]]
-    alpha: Float[Array, "*L heads"] | None
+    query: Float[Array, "... heads key_size"]
+    keys: list[Float[Array, "... heads key_size"]]
+    values: list[Float[Array, "... heads value_size"]]
+    betas: list[Float[Array, "... heads"]]
+    alpha: Float[Array, "... heads"] | None
 
 
 def delta_step(
@@ -78,11 +75,11 @@ def delta_chunk(
     query = jnp.moveaxis(us.query, 1, 0)
     keys, values = (_rows(x) for x in (us.keys, us.values))
     beta = jnp.expand_dims(_rows(us.betas), 2)
-    between, since = _decays(us.alpha, reset, us.query, count)
-    of_state = jnp.expand_dims(since, 2)
+    decays = jnp.repeat(_decays(us.alpha, reset, us.query), count, axis=1)
+    of_state, between = decays[:, :, :1], jnp.repeat(decays[:, :, 1:], count, axis=2)
 
     pairs = keys @ _transposed(keys)
-    lower = jnp.tril(beta * between * pairs, -1)
+    lower = jnp.tril(beta * between * pairs, -1)  # also within a step
     changes = _solved(lower, beta * (values - of_state * (keys @ state)))
 
     last = slice(count - 1, None, count)  # the last correction of each step is what is read
@@ -110,40 +107,26 @@ def _decays(
     alpha: Float[Array, "L heads"] | None,
     reset: Bool[Array, " L"] | None,
     query: Float[Array, "L heads key_size"],
-    count: int,
-) -> tuple[Float[Array, "heads rows rows"], Float[Array, "heads rows"]]:
-    """From each row to each later one (0 to the earlier ones), and from the state before the chunk
-    to each row. What lies before a reset decays to 0."""
+) -> Float[Array, "heads L before"]:
+    """To each step: from the state before the chunk, and from each step; 0 from later steps, and
+    from what lies before a reset."""
     length, num_heads, _ = query.shape
-    size = length * count
-    seen = jnp.tril(jnp.ones((size, size), bool))
-    anew = jnp.zeros(size, int) if reset is None else jnp.repeat(jnp.cumsum(reset), count)
-    seen &= jnp.expand_dims(anew, 1) == jnp.expand_dims(anew, 0)
-    arrives = jnp.broadcast_to(anew == 0, (num_heads, size))
-    seen = jnp.broadcast_to(seen, (num_heads, size, size))
+    times, since = np.arange(length)[:, None], np.arange(-1, length)[None]
+    anew = jnp.zeros(length, int) if reset is None else jnp.cumsum(reset)
+    before = jnp.concatenate([jnp.zeros(1, anew.dtype), anew])
+    seen = jnp.asarray(times >= since)
+    seen &= jnp.expand_dims(anew, 1) == jnp.expand_dims(before, 0)
+    seen = jnp.broadcast_to(seen, (num_heads, *seen.shape))
     if alpha is None:
-        return seen.astype(query.dtype), arrives.astype(query.dtype)
-    coarse, fine = (jnp.repeat(x, count, axis=1) for x in _log_sums(alpha))
-    difference = [jnp.expand_dims(x, 2) - jnp.expand_dims(x, 1) for x in (coarse, fine)]
-    # Chosen before exponentiation: the other differences are positive, and would overflow.
-    between = jnp.exp(jnp.where(seen, difference[0] + difference[1], -jnp.inf))
-    return between, jnp.exp(jnp.where(arrives, coarse + fine, -jnp.inf))
-
-
-def _log_sums(
-    alpha: Float[Array, "L heads"],
-) -> tuple[Float[Array, "heads L"], Float[Array, "heads L"]]:
-    """The logarithm of the decay from the start to each step, as a sum of two: their differences
-    are exact where those of one would lose as many digits as the logarithms have before the point.
-    """
-    log = jnp.log(jnp.maximum(alpha, jnp.finfo(alpha.dtype).tiny)).T
-    grain = jnp.asarray(_GRAIN, alpha.dtype)
-    coarse = jax.lax.stop_gradient(jnp.round(log / grain) * grain)
-    # A product with a triangle of ones, in full precision.
-    until = jnp.asarray(np.triu(np.ones((len(alpha), len(alpha)))), alpha.dtype)
-    both = jnp.stack([coarse, log - coarse])
-    coarse, fine = jnp.matmul(both, jnp.expand_dims(until, 0), precision="highest")
-    return coarse, fine
+        return seen.astype(query.dtype)
+    # Each logarithm is a sum of its own, of terms of one sign: a difference of two sums from the
+    # start of the chunk would lose what small decays have made large, and so would its derivative.
+    log = jnp.expand_dims(jnp.log(jnp.maximum(alpha, jnp.finfo(alpha.dtype).tiny)).T, 2)
+    terms = jnp.expand_dims(jnp.asarray(times > since, log.dtype), 0) * log
+    until = jnp.broadcast_to(jnp.tri(length, dtype=log.dtype), (num_heads, length, length))
+    sums = jnp.matmul(until, terms, precision="highest")
+    # Chosen before exponentiation, in which nothing is positive.
+    return jnp.exp(jnp.where(seen, sums, -jnp.inf))
 
 
 # --- the triangular system --------------------------------------------------------------------

@@ -85,9 +85,7 @@ class TTTLinear(AbstractCell):
         if isinstance(max_rate, bool) or not isinstance(max_rate, (int, float)):
             raise TypeError(f"`max_rate` must be a Python number; got {max_rate!r}.")
         if not 0 < max_rate <= 2:
-            raise ValueError(
-                f"`max_rate` must be in (0, 2]: larger steps diverge; got {max_rate}."
-            )
+            raise ValueError(f"`max_rate` must be in (0, 2]: larger steps diverge; got {max_rate}.")
         keys = jax.random.split(key, 6)
         self.weight_q = init_linear(keys[0], num_heads * key_size, input_size, dtype)
         self.weight_k = init_linear(keys[1], num_heads * key_size, input_size, dtype)

@@ -231,7 +231,9 @@ CASES = {
     ),
     "DeltaProduct": (make(cells.DeltaProduct, 4, 2, 3, 5, 6), numpy_delta_net, rows((2, 3, 5), 1)),
     "DeltaProduct-bare": (
-        make(cells.DeltaProduct, 4, 2, 3, 2, num_factors=3, gated=False, negative_eigenvalues=False),
+        make(
+            cells.DeltaProduct, 4, 2, 3, 2, num_factors=3, gated=False, negative_eigenvalues=False
+        ),
         numpy_delta_net,
         rows((2, 3, 2), 1),
     ),
