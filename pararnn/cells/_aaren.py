@@ -71,8 +71,8 @@ class Aaren(AbstractCell):
     output, of shape `(output_size,)`, is $W_o\, y$ with the $y$ of all heads in one vector. The
     state starts with $u = w = 0$ and an $m$ that is negative, large and finite.
 
-    Steps compose exactly ([`pararnn.AttentionAlgebra`][]), so one associative scan solves it; chunks of
-    steps are made by products of matrices. The Jacobian consists of a block for each head.
+    Steps compose exactly ([`pararnn.AttentionAlgebra`][]), so one associative scan solves it;
+    chunks of steps are made by products of matrices. The Jacobian consists of a block for each head.
     """
 
     chunk_size: ClassVar[int | None] = 64

@@ -1,17 +1,19 @@
 r"""The delta rule, which several cells are made of: one step, and a chunk of steps at once.
 
-Per head, with a state $S$ of shape `(key_size, value_size)`, a step decays it by $α$, then makes one
-correction for each of its $n$ keys, of unit length, one after another:
+Per head, with a state $S$ of shape `(key_size, value_size)`, a step decays it by $α$, then makes
+one correction for each of its $n$ keys, of unit length, one after another:
 
 $$S ← α S, \qquad S ← S + β k (v - S^\top k)^\top, \qquad y = S^\top q.$$
 
 A chunk is made of rows, one per correction. With $D_{ts}$ the decay from row $s$ to row $t$ and
-$G_t$ that from the state before the chunk, $S_{in}$, the change $u_t = β_t (v_t - α_t S_{t-1}^\top k_t)$
-of row $t$ depends on those before it, linearly:
+$G_t$ that from the state before the chunk, $S_{in}$, what row $t$ adds is $k_t u_t^\top$, and
+$u_t = β_t (v_t - α_t S_{t-1}^\top k_t)$ depends on those before it, linearly:
 
 $$u_t + β_t \sum_{s<t} D_{ts} (k_t^\top k_s) u_s = β_t (v_t - G_t S_{in}^\top k_t).$$
 
-This triangular system is solved once per chunk; all else is products of matrices, the WY form of
+This triangular system is solved once per chunk. Then
+$y_t = G_t S_{in}^\top q_t + \sum_{s≤t} D_{ts} (q_t^\top k_s) u_s$, and likewise for the state after
+the chunk: all are products of matrices, the WY form of
 Yang et al., *Parallelizing linear transformers with the delta rule over sequence length*, NeurIPS
 2024. Its inverse has entries of at most 2, as corrections with β up to 2 lengthen nothing.
 """

@@ -25,11 +25,12 @@ class TTTLinear(AbstractCell):
     $η = η_{max}\, σ(w_η x + b_η)$. The output, of shape `(output_size,)`, is $W_o\, y$ with the $y$
     of all heads in one vector. $W$ starts as $W_0$, which is learned.
 
-    This is the delta rule of [`pararnn.DeltaNet`][], not gated, with $β = η$ and another start: no
-    step overshoots while $η < 1$, and all is stable while $η < 2$. It is the exact linear reading of the
-    paper: one token per gradient step, where the paper has 16, whose gradients are all taken at the
-    state before them; and no layer norm in the inner model, which would make the step nonlinear. A
-    residual connection in it would be the same with the identity added to $W_0$.
+    This is the delta rule of [`pararnn.DeltaNet`][], not gated, with $β = η$ and another start. As
+    $k$ has unit length, no step overshoots while $η ≤ 1$, and none diverges while $η ≤ 2$. It is
+    the exactly linear reading of the paper: a gradient step for each token, each at the state that
+    the one before has left, where the paper takes those of several tokens at the state before all
+    of them; and no layer norm in the inner model, which would make the step nonlinear. A residual
+    connection in it would be the same with the identity added to $W_0$.
 
     What the state holds is $W - W_0$, so it starts at zero. The step is affine in it, so one pass
     solves it exactly. The Jacobian consists of `num_heads * value_size` blocks of

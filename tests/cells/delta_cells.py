@@ -1,5 +1,5 @@
-"""The cells made of delta rules, and attention as a recurrence, transcribed to NumPy: each yields the
-states and the outputs, step by step."""
+"""The cells made of delta rules, and attention as a recurrence, transcribed to NumPy: each yields
+the states and the outputs, step by step."""
 
 import numpy as np
 from linear_cells import sigmoid, softplus
