@@ -29,11 +29,14 @@ from .cells import RGLRU as RGLRU
 from .cells import S4D as S4D
 from .cells import S5 as S5
 from .cells import SLSTM as SLSTM
+from .cells import Aaren as Aaren
 from .cells import AbstractCell as AbstractCell
+from .cells import AttentionAlgebra as AttentionAlgebra
 from .cells import ClampAlgebra as ClampAlgebra
 from .cells import ConvLSTM as ConvLSTM
 from .cells import ConvS5 as ConvS5
 from .cells import DeltaNet as DeltaNet
+from .cells import DeltaProduct as DeltaProduct
 from .cells import DiagonalGRU as DiagonalGRU
 from .cells import DiagonalLSTM as DiagonalLSTM
 from .cells import Elman as Elman
@@ -47,6 +50,7 @@ from .cells import PiecewiseLinearRNN as PiecewiseLinearRNN
 from .cells import SelectiveSSM as SelectiveSSM
 from .cells import Titans as Titans
 from .cells import TitansChunked as TitansChunked
+from .cells import TTTLinear as TTTLinear
 from .cells import from_equinox as from_equinox
 from .diagnostics import Benchmark as Benchmark
 from .diagnostics import Lyapunov as Lyapunov

@@ -42,6 +42,9 @@ CELLS = {
     "PiecewiseLinearRNN": _cell(prnn.PiecewiseLinearRNN, 2, 2),
     "LRU": _cell(prnn.LRU, 2, 2),
     "DeltaNet": _cell(prnn.DeltaNet, 2, 1, 2, 2),
+    "DeltaProduct": _cell(prnn.DeltaProduct, 2, 1, 2, 2),
+    "TTTLinear": _cell(prnn.TTTLinear, 2, 1, 2, 2),
+    "Aaren": _cell(prnn.Aaren, 2, 1, 2, 2),
     "S5": _cell(prnn.S5, 2, 2),
     "S4D": _cell(prnn.S4D, 2, 1),
     "RGLRU": _cell(prnn.RGLRU, 2),
@@ -91,7 +94,7 @@ def cell_and_gradients(name):
 
 # The adjoints that differ for a state of a single array are those two; for states of many arrays
 # others are left out, as they take long to compile.
-SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "LMU", "ConvLSTM", "EquinoxLSTM")
+SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "LMU", "ConvLSTM", "Aaren", "EquinoxLSTM")
 MANY = ("Titans", "TitansChunked")
 TABLE = [
     (cell, adjoint)

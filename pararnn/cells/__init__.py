@@ -1,5 +1,7 @@
 """Recurrences with their parameters. They know nothing of solvers."""
 
+from ._aaren import Aaren as Aaren
+from ._aaren import AttentionAlgebra as AttentionAlgebra
 from ._adapters import EquinoxGRU as EquinoxGRU
 from ._adapters import EquinoxLSTM as EquinoxLSTM
 from ._adapters import from_equinox as from_equinox
@@ -7,6 +9,7 @@ from ._base import AbstractCell as AbstractCell
 from ._conv import ConvLSTM as ConvLSTM
 from ._conv import ConvS5 as ConvS5
 from ._deltanet import DeltaNet as DeltaNet
+from ._deltanet import DeltaProduct as DeltaProduct
 from ._elman import Elman as Elman
 from ._gru import GRU as GRU
 from ._gru import DiagonalGRU as DiagonalGRU
@@ -30,3 +33,4 @@ from ._selective_ssm import SelectiveSSM as SelectiveSSM
 from ._slstm import SLSTM as SLSTM
 from ._titans import Titans as Titans
 from ._titans import TitansChunked as TitansChunked
+from ._ttt import TTTLinear as TTTLinear

@@ -1,12 +1,21 @@
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import decay, init_decay, init_linear, merge_heads, split_heads, unit, zero_state
+from ._delta_rule import ROWS, DeltaInputs, delta_chunk, delta_read, delta_step
+from ._parts import (
+    decay,
+    init_decay,
+    init_linear,
+    merge_heads,
+    split_heads,
+    uniform,
+    unit,
+    zero_state,
+)
 
 _State = Float[Array, "num_heads key_size value_size"]
 
@@ -25,20 +34,25 @@ class DeltaNet(AbstractCell):
 
     The step is affine in the state, so one pass solves it exactly. The Jacobian consists of
     `num_heads * value_size` blocks of `key_size × key_size`, the same for all columns of a head.
+    Chunks of steps are made by products of matrices (Yang et al., *Parallelizing linear
+    transformers with the delta rule over sequence length*, NeurIPS 2024).
     """
+
+    chunk_size: ClassVar[int | None] = ROWS
 
     weight_q: Float[Array, "num_heads*key_size input_size"]
     weight_k: Float[Array, "num_heads*key_size input_size"]
     weight_v: Float[Array, "num_heads*value_size input_size"]
-    weight_alpha: Float[Array, "num_heads input_size"]
+    weight_alpha: Float[Array, "num_heads input_size"] | None
     weight_beta: Float[Array, "num_heads input_size"]
     weight_o: Float[Array, "output_size num_heads*value_size"]
-    a_log: Float[Array, " num_heads"]
-    bias_alpha: Float[Array, " num_heads"]
+    a_log: Float[Array, " num_heads"] | None
+    bias_alpha: Float[Array, " num_heads"] | None
     input_size: int = eqx.field(static=True)
     num_heads: int = eqx.field(static=True)
     key_size: int = eqx.field(static=True)
     value_size: int = eqx.field(static=True)
+    negative_eigenvalues: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -48,6 +62,8 @@ class DeltaNet(AbstractCell):
         value_size: int,
         output_size: int | None = None,
         *,
+        gated: bool = True,
+        negative_eigenvalues: bool = False,
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
@@ -57,6 +73,10 @@ class DeltaNet(AbstractCell):
         - `num_heads`: how many matrices the state has.
         - `key_size`, `value_size`: the shape of each.
         - `output_size`: the number of features of outputs; `None` is `input_size`.
+        - `gated`: whether the state decays; if not, $α = 1$, and there are no parameters for it.
+        - `negative_eigenvalues`: whether $β = 2σ(w_β x)$: a step then may reflect the state, as
+            well as erase, which tracks parity (Grazzi et al., *Unlocking state-tracking in linear
+            RNNs through negative eigenvalues*, ICLR 2025).
         - `dtype`: of the parameters; the state has at least float32.
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             their inputs, $A$ and $b_α$ as in Mamba-2.
@@ -73,39 +93,187 @@ class DeltaNet(AbstractCell):
         self.weight_q = init_linear(keys[0], num_heads * key_size, input_size, dtype)
         self.weight_k = init_linear(keys[1], num_heads * key_size, input_size, dtype)
         self.weight_v = init_linear(keys[2], num_heads * value_size, input_size, dtype)
-        self.weight_alpha = init_linear(keys[3], num_heads, input_size, dtype)
         self.weight_beta = init_linear(keys[4], num_heads, input_size, dtype)
         self.weight_o = init_linear(keys[5], output_size, num_heads * value_size, dtype)
-        self.a_log, self.bias_alpha = init_decay(num_heads, dtype, keys[6])
+        self.weight_alpha = self.a_log = self.bias_alpha = None
+        if gated:
+            self.weight_alpha = init_linear(keys[3], num_heads, input_size, dtype)
+            self.a_log, self.bias_alpha = init_decay(num_heads, dtype, keys[6])
         self.input_size = input_size
         self.num_heads = num_heads
         self.key_size = key_size
         self.value_size = value_size
+        self.negative_eigenvalues = negative_eigenvalues
 
     def init_state(self) -> _State:
         return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
 
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        """$q$, $k$, $v$, $α$ and $β$."""
+    def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
+        """$q$, $k$, $v$, $β$ and $α$."""
         check_inputs(xs, self.input_size)
         q = unit(split_heads(xs @ self.weight_q.T, self.num_heads))
         k = unit(split_heads(xs @ self.weight_k.T, self.num_heads))
         v = split_heads(xs @ self.weight_v.T, self.num_heads)
-        alpha = decay(xs @ self.weight_alpha.T, self.a_log, self.bias_alpha)
-        beta = jax.nn.sigmoid(xs @ self.weight_beta.T)
-        return [q, k, v, alpha, beta]
+        beta = _rate(xs @ self.weight_beta.T, self.negative_eigenvalues)
+        alpha = _alpha(xs, self.weight_alpha, self.a_log, self.bias_alpha)
+        return DeltaInputs(q, [k], [v], [beta], alpha)
 
-    def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
-        _, k, v, alpha, beta = u
-        kept = jnp.expand_dims(alpha, (1, 2)) * state
-        held = jnp.einsum("nk,nkv->nv", k, kept)
-        change = jnp.expand_dims(beta, 1) * (v - held)
-        return kept + jnp.expand_dims(k, 2) * jnp.expand_dims(change, 1)
+    def step(self, state: _State, u: DeltaInputs) -> _State:
+        return delta_step(state, u)
+
+    def through_chunk(
+        self, state: _State, us: DeltaInputs, reset: Bool[Array, " L"] | None
+    ) -> tuple[_State, Float[Array, "L output_size"]]:
+        after, y = delta_chunk(state, us, reset)
+        return after, self._output(y)
 
     def readout(
-        self,
-        states: Float[Array, "L num_heads key_size value_size"],
-        us: list[Float[Array, "L ..."]],
+        self, states: Float[Array, "L num_heads key_size value_size"], us: DeltaInputs
     ) -> Float[Array, "L output_size"]:
-        y = jnp.einsum("lnk,lnkv->lnv", us[0], states)
+        return self._output(delta_read(states, us.query))
+
+    def _output(self, y: Float[Array, "L heads value_size"]) -> Float[Array, "L output_size"]:
         return merge_heads(y) @ self.weight_o.T
+
+
+class DeltaProduct(AbstractCell):
+    r"""The delta rule with several corrections per step (Siems et al., *DeltaProduct: improving
+    state-tracking in linear RNNs via Householder products*, 2025). Per head, with the state $S$ of
+    shape `(key_size, value_size)`, a step decays it, then corrects it $n$ times, one after another:
+
+    $$S_0 = α S, \qquad S_j = (I - β_j k_j k_j^\top) S_{j-1} + β_j k_j v_j^\top, \qquad S' = S_n,
+    \qquad y = S'^\top q.$$
+
+    Each correction has a $k_j$, $v_j$ and $β_j$ of its own. With $β$ up to 2, each is a generalised
+    Householder reflection, and a step may permute up to $n + 1$ elements; $n = 1$ is
+    [`pararnn.DeltaNet`][], whose maps these are: $q$, $k_j$, $v_j$ are linear maps of $x$, $q$ and
+    $k_j$ divided by their norms, $β_j = 2σ(w_{βj} x)$,
+    $α = \exp(-A\,\mathrm{softplus}(w_α x + b_α))$, and the output, of shape `(output_size,)`, is
+    $W_o\, y$ with the $y$ of all heads in one vector.
+
+    The step is affine in the state, so one pass solves it exactly. The Jacobian consists of
+    `num_heads * value_size` blocks of `key_size × key_size`, the same for all columns of a head.
+    """
+
+    chunk_size: ClassVar[int | None] = ROWS // 2
+
+    weight_q: Float[Array, "num_heads*key_size input_size"]
+    weight_k: Float[Array, "num_factors num_heads*key_size input_size"]
+    weight_v: Float[Array, "num_factors num_heads*value_size input_size"]
+    weight_alpha: Float[Array, "num_heads input_size"] | None
+    weight_beta: Float[Array, "num_factors num_heads input_size"]
+    weight_o: Float[Array, "output_size num_heads*value_size"]
+    a_log: Float[Array, " num_heads"] | None
+    bias_alpha: Float[Array, " num_heads"] | None
+    input_size: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
+    key_size: int = eqx.field(static=True)
+    value_size: int = eqx.field(static=True)
+    num_factors: int = eqx.field(static=True)
+    negative_eigenvalues: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        input_size: int,
+        num_heads: int,
+        key_size: int,
+        value_size: int,
+        output_size: int | None = None,
+        *,
+        num_factors: int = 2,
+        gated: bool = True,
+        negative_eigenvalues: bool = True,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `input_size`: the number of features of inputs.
+        - `num_heads`: how many matrices the state has.
+        - `key_size`, `value_size`: the shape of each.
+        - `output_size`: the number of features of outputs; `None` is `input_size`.
+        - `num_factors`: how many corrections a step makes, $n$.
+        - `gated`: whether the state decays; if not, $α = 1$, and there are no parameters for it.
+        - `negative_eigenvalues`: whether $β$ is in $(0, 2)$; otherwise it is $σ(w_β x)$.
+        - `dtype`: of the parameters; the state has at least float32.
+        - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
+            their inputs, $A$ and $b_α$ as in Mamba-2.
+        """
+        output_size = input_size if output_size is None else output_size
+        check_sizes(
+            input_size=input_size,
+            num_heads=num_heads,
+            key_size=key_size,
+            value_size=value_size,
+            output_size=output_size,
+            num_factors=num_factors,
+        )
+        keys = jax.random.split(key, 7)
+        limit = input_size**-0.5
+
+        def stacked(key, outputs):
+            return uniform(key, (num_factors, outputs, input_size), limit, dtype)
+
+        self.weight_q = init_linear(keys[0], num_heads * key_size, input_size, dtype)
+        self.weight_k = stacked(keys[1], num_heads * key_size)
+        self.weight_v = stacked(keys[2], num_heads * value_size)
+        self.weight_beta = stacked(keys[4], num_heads)
+        self.weight_o = init_linear(keys[5], output_size, num_heads * value_size, dtype)
+        self.weight_alpha = self.a_log = self.bias_alpha = None
+        if gated:
+            self.weight_alpha = init_linear(keys[3], num_heads, input_size, dtype)
+            self.a_log, self.bias_alpha = init_decay(num_heads, dtype, keys[6])
+        self.input_size = input_size
+        self.num_heads = num_heads
+        self.key_size = key_size
+        self.value_size = value_size
+        self.num_factors = num_factors
+        self.negative_eigenvalues = negative_eigenvalues
+
+    def init_state(self) -> _State:
+        return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
+
+    def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
+        """$q$, all $k_j$, $v_j$ and $β_j$, and $α$."""
+        check_inputs(xs, self.input_size)
+        q = unit(split_heads(xs @ self.weight_q.T, self.num_heads))
+        ks = [unit(split_heads(xs @ weight.T, self.num_heads)) for weight in self.weight_k]
+        vs = [split_heads(xs @ weight.T, self.num_heads) for weight in self.weight_v]
+        betas = [_rate(xs @ weight.T, self.negative_eigenvalues) for weight in self.weight_beta]
+        alpha = _alpha(xs, self.weight_alpha, self.a_log, self.bias_alpha)
+        return DeltaInputs(q, ks, vs, betas, alpha)
+
+    def step(self, state: _State, u: DeltaInputs) -> _State:
+        return delta_step(state, u)
+
+    def through_chunk(
+        self, state: _State, us: DeltaInputs, reset: Bool[Array, " L"] | None
+    ) -> tuple[_State, Float[Array, "L output_size"]]:
+        after, y = delta_chunk(state, us, reset)
+        return after, self._output(y)
+
+    def readout(
+        self, states: Float[Array, "L num_heads key_size value_size"], us: DeltaInputs
+    ) -> Float[Array, "L output_size"]:
+        return self._output(delta_read(states, us.query))
+
+    def _output(self, y: Float[Array, "L heads value_size"]) -> Float[Array, "L output_size"]:
+        return merge_heads(y) @ self.weight_o.T
+
+
+def _rate(raw: Float[Array, "L heads"], negative_eigenvalues: bool) -> Float[Array, "L heads"]:
+    """$β$ from what its gate is given."""
+    beta = jax.nn.sigmoid(raw)
+    return 2 * beta if negative_eigenvalues else beta
+
+
+def _alpha(
+    xs: Float[Array, "L input_size"],
+    weight: Float[Array, "heads input_size"] | None,
+    a_log: Float[Array, " heads"] | None,
+    bias: Float[Array, " heads"] | None,
+) -> Float[Array, "L heads"] | None:
+    """The decays, if there are any."""
+    if weight is None or a_log is None or bias is None:
+        return None
+    return decay(xs @ weight.T, a_log, bias)

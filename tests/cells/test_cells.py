@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from delta_cells import numpy_aaren, numpy_delta_net, numpy_ttt
 from image_cells import numpy_conv_lstm, numpy_conv_s5
 from linear_cells import (
     numpy_linear_lmu,
@@ -201,19 +202,6 @@ def numpy_lru(p, xs):
         yield h, (C @ h).real + p.skip @ x
 
 
-def numpy_delta_net(p, xs):
-    N, K, V = p.num_heads, p.key_size, p.value_size
-    S = np.zeros((N, K, V))
-    for x in xs:
-        q, k = (w.reshape(N, K, -1) @ x for w in (p.weight_q, p.weight_k))
-        q, k = (a / np.sqrt(np.sum(a**2, 1, keepdims=True) + 1e-6) for a in (q, k))
-        v, beta = (p.weight_v @ x).reshape(N, V), sigmoid(p.weight_beta @ x)
-        alpha = np.exp(-np.exp(p.a_log) * softplus(p.weight_alpha @ x + p.bias_alpha))
-        erase = [np.eye(K) - beta[n] * np.outer(k[n], k[n]) for n in range(N)]
-        S = [alpha[n] * erase[n] @ S[n] + beta[n] * np.outer(k[n], v[n]) for n in range(N)]
-        yield np.stack(S), p.weight_o @ np.concatenate([S[n].T @ q[n] for n in range(N)])
-
-
 def heads(num_leaves, size, num_heads):
     """The groups of a state of `num_leaves` vectors of `size` elements, divided over heads."""
     index = np.arange(num_leaves * size).reshape(num_leaves, num_heads, -1)
@@ -244,6 +232,21 @@ CASES = {
     "PiecewiseLinearRNN": (make(cells.PiecewiseLinearRNN, 4, 6), numpy_plrnn, prnn.Dense),
     "LRU": (make(cells.LRU, 4, 6, 5), numpy_lru, heads(2, 6, 6)),
     "DeltaNet": (make(cells.DeltaNet, 4, 2, 3, 5, 6), numpy_delta_net, rows((2, 3, 5), 1)),
+    "DeltaNet-bare": (
+        make(cells.DeltaNet, 4, 2, 3, 2, gated=False, negative_eigenvalues=True),
+        numpy_delta_net,
+        rows((2, 3, 2), 1),
+    ),
+    "DeltaProduct": (make(cells.DeltaProduct, 4, 2, 3, 5, 6), numpy_delta_net, rows((2, 3, 5), 1)),
+    "DeltaProduct-bare": (
+        make(
+            cells.DeltaProduct, 4, 2, 3, 2, num_factors=3, gated=False, negative_eigenvalues=False
+        ),
+        numpy_delta_net,
+        rows((2, 3, 2), 1),
+    ),
+    "TTTLinear": (make(cells.TTTLinear, 4, 2, 3, 5, max_rate=1.5), numpy_ttt, rows((2, 3, 5), 1)),
+    "Aaren": (make(cells.Aaren, 4, 2, 3, 2, 6), numpy_aaren, {(0, 2, 4, 5), (1, 3, 6, 7)}),
     "S5": (make(cells.S5, 4, 6), numpy_s5, heads(2, 6, 6)),
     "S5-outputs": (make(cells.S5, 4, 6, 5), numpy_s5, heads(2, 6, 6)),
     "S4D": (make(cells.S4D, 4, 3), numpy_s4d, heads(2, 12, 12)),
@@ -416,6 +419,7 @@ def initial(dtype):
     sizes |= {cells.PLSTM: (4, 3, 3, 5)}
     sizes |= {cells.Titans: (4, 2, 2, 3), cells.TitansChunked: (4, 2, 2, 3)}
     sizes |= {cells.ConvLSTM: (2, 3, (3, 4)), cells.ConvS5: (2, 3, (3, 4))}
+    sizes |= dict.fromkeys((cells.DeltaProduct, cells.TTTLinear, cells.Aaren), (4, 3, 3, 5))
     made = {type(cell): sizes.get(type(cell), (4, 6)) for cell in CELLS.values()}
     return {cls.__name__: cls(*s, dtype=dtype, key=key) for cls, s in made.items()}
 
@@ -434,7 +438,7 @@ def test_initialisation():
     r, s = made["MinMax"].bias_r, made["MinMax"].bias_s
     assert jnp.all((0 < s) & (s < r)) and jnp.all(jnp.abs(made["MinMax"].weight_r) < 0.05)
     assert jnp.array_equal(made["M2RNN"].weight_h, np.tile(np.eye(5), (3, 1, 1)))
-    for name in ("M2RNN", "DeltaNet"):
+    for name in ("M2RNN", "DeltaNet", "DeltaProduct"):
         bias = made[name].bias_f if name == "M2RNN" else made[name].bias_alpha
         assert jnp.all(made[name].a_log < np.log(16))
         assert jnp.all((softplus(bias) > 0.99e-3) & (softplus(bias) < 1.01e-1))

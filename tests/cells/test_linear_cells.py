@@ -24,11 +24,15 @@ CELLS = {
     "LinearLMU": lambda **k: prnn.LinearLMU(4, 6, 5, 7.5, memory_size=2, **k),
     "LMU": lambda **k: prnn.LMU(4, 6, 5, 7.5, **k),
     "PLSTM": lambda **k: prnn.PLSTM(4, 2, 3, 2, **k),
+    "DeltaNet": lambda **k: prnn.DeltaNet(4, 2, 3, 5, **k),
+    "DeltaProduct": lambda **k: prnn.DeltaProduct(4, 2, 3, 5, **k),
+    "TTTLinear": lambda **k: prnn.TTTLinear(4, 2, 3, 5, **k),
+    "Aaren": lambda **k: prnn.Aaren(4, 2, 3, 5, **k),
 }
 
 
 def close(got, expected, tol=1e-14):
-    np.testing.assert_allclose(got, expected, rtol=tol, atol=tol)
+    jtu.tree_map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tol, atol=tol), got, expected)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -52,7 +56,7 @@ def test_extreme_inputs(name):
 
 @pytest.mark.parametrize("name", [name for name in CELLS if name != "LMU"])
 def test_one_pass_is_the_scan(name):
-    """The steps are recognised as affine: nothing is declared, and nothing iterates."""
+    """The steps are recognised as affine, or have an algebra: nothing iterates."""
     cell = CELLS[name](key=KEY)
     xs = jnp.asarray(np.random.default_rng(1).standard_normal((13, 4)))
     one_pass = prnn.RNN(cell, prnn.AssociativeScan()).solve(xs, throw=False)
@@ -82,7 +86,7 @@ def test_packed_sequences(name):
     ys, final = run(rnn, xs, reset=reset, mask=mask)
     first, second = run(rnn, xs[:5]), run(rnn, xs[7:])
     close(ys, jnp.concatenate([first[0], jnp.zeros((2, ys.shape[1])), second[0]]), 1e-12)
-    jtu.tree_map(lambda a, b: close(a, b, 1e-12), final, second[1])
+    close(final, second[1], 1e-12)
 
 
 # --- state-space models -----------------------------------------------------------------------
