@@ -34,6 +34,13 @@ CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "SelectiveSSM": lambda size, **kw: prnn.SelectiveSSM(size, **kw),
     "LinearLMU": lambda size, **kw: prnn.LinearLMU(size, size, size, size, **kw),
     "LMU": lambda size, **kw: prnn.LMU(size, size // 2, size // 2, size // 2, **kw),
+    "GatedLinearAttention": lambda size, **kw: prnn.GatedLinearAttention(
+        size, 1, 4, size // 4, **kw
+    ),
+    "Retention": lambda size, **kw: prnn.Retention(size, 1, 4, size // 4, **kw),
+    "Mamba2": lambda size, **kw: prnn.Mamba2(size, 1, size // 4, 4, **kw),
+    "Based": lambda size, **kw: prnn.Based(size, 1, 2, size // 7, **kw),
+    "MLSTM": lambda size, **kw: prnn.MLSTM(size, 1, 4, size // 4, **kw),
 }
 EQUINOX = "equinox"
 

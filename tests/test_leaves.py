@@ -50,6 +50,11 @@ CELLS = {
     "SelectiveSSM": _cell(prnn.SelectiveSSM, 2, 1),
     "LinearLMU": _cell(prnn.LinearLMU, 2, 2, 2, 3.0),
     "LMU": _cell(prnn.LMU, 2, 2, 2, 3.0),
+    "GatedLinearAttention": _cell(prnn.GatedLinearAttention, 2, 1, 2, 2, gate_rank=1),
+    "Retention": _cell(prnn.Retention, 2, 1, 2, 1),
+    "Mamba2": _cell(prnn.Mamba2, 2, 1, 2, 2),
+    "Based": _cell(prnn.Based, 2, 1, 1, 1),
+    "MLSTM": _cell(prnn.MLSTM, 2, 1, 2, 2),
     "EquinoxGRU": lambda: prnn.from_equinox(eqx.nn.GRUCell(2, 2, key=jax.random.key(0))),
     "EquinoxLSTM": lambda: prnn.from_equinox(eqx.nn.LSTMCell(2, 2, key=jax.random.key(0))),
 }
@@ -84,7 +89,7 @@ def cell_and_gradients(name):
 
 
 # The adjoints that differ for a state of a single array are those two.
-SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "LMU", "EquinoxLSTM")
+SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "MLSTM", "LMU", "EquinoxLSTM")
 TABLE = [
     (cell, adjoint)
     for cell in CELLS

@@ -4,8 +4,10 @@ from ._adapters import EquinoxGRU as EquinoxGRU
 from ._adapters import EquinoxLSTM as EquinoxLSTM
 from ._adapters import from_equinox as from_equinox
 from ._base import AbstractCell as AbstractCell
+from ._based import Based as Based
 from ._deltanet import DeltaNet as DeltaNet
 from ._elman import Elman as Elman
+from ._gated_linear_attention import GatedLinearAttention as GatedLinearAttention
 from ._gru import GRU as GRU
 from ._gru import DiagonalGRU as DiagonalGRU
 from ._lmu import LMU as LMU
@@ -14,12 +16,15 @@ from ._lru import LRU as LRU
 from ._lstm import LSTM as LSTM
 from ._lstm import DiagonalLSTM as DiagonalLSTM
 from ._m2rnn import M2RNN as M2RNN
+from ._mamba2 import Mamba2 as Mamba2
 from ._minmax import ClampAlgebra as ClampAlgebra
 from ._minmax import MinMax as MinMax
 from ._minrnn import MinGRU as MinGRU
 from ._minrnn import MinLSTM as MinLSTM
+from ._mlstm import MLSTM as MLSTM
 from ._parts import causal_convolution as causal_convolution
 from ._plrnn import PiecewiseLinearRNN as PiecewiseLinearRNN
+from ._retention import Retention as Retention
 from ._rglru import RGLRU as RGLRU
 from ._s5 import S4D as S4D
 from ._s5 import S5 as S5

@@ -19,6 +19,7 @@ from linear_cells import (
     silu,
     softplus,
 )
+from outer_cells import numpy_based, numpy_gla, numpy_mamba2, numpy_mlstm, numpy_retention
 
 import pararnn as prnn
 from pararnn import cells
@@ -218,6 +219,19 @@ def rows(shape, axis):
     return {tuple(g) for g in index.reshape(-1, shape[axis]).tolist()}
 
 
+def pairs(shape):
+    """Channels of a head's first half, each with that of the second."""
+    heads, size, values = shape
+    index = np.arange(np.prod(shape)).reshape(heads, 2, size // 2, values)
+    return {tuple(g) for g in np.moveaxis(index, 1, -1).reshape(-1, 2).tolist()}
+
+
+def memories(num_heads, size):
+    """The memories of heads, each with the number that follows them all."""
+    index = np.arange(num_heads * size).reshape(num_heads, size)
+    return {(*row, num_heads * size + n) for n, row in enumerate(index.tolist())}
+
+
 # name: the cell, its transcription, the structure of its Jacobian (groups if block-diagonal)
 CASES = {
     "Elman": (make(cells.Elman, 4, 6), numpy_elman, prnn.Dense),
@@ -254,6 +268,16 @@ CASES = {
         heads(1, 10, 2),
     ),
     "LMU": (make(cells.LMU, 4, 6, 5, 7.5), numpy_lmu, prnn.Dense),
+    "GatedLinearAttention": (
+        make(cells.GatedLinearAttention, 4, 2, 3, 5, 6, gate_rank=2),
+        numpy_gla,
+        prnn.Diagonal,
+    ),
+    "Retention": (make(cells.Retention, 4, 2, 4, 3), numpy_retention, pairs((2, 4, 3))),
+    "Mamba2": (make(cells.Mamba2, 4, 2, 3, 5, 6), numpy_mamba2, prnn.Diagonal),
+    "Mamba2-bare": (make(cells.Mamba2, 4, 2, 3, 5, conv_width=0), numpy_mamba2, prnn.Diagonal),
+    "Based": (make(cells.Based, 4, 2, 2, 3, 6), numpy_based, prnn.Diagonal),
+    "MLSTM": (make(cells.MLSTM, 4, 2, 3, 2, 6), numpy_mlstm, memories(2, 9)),
 }
 CELLS = {name: case[0] for name, case in CASES.items()}
 KEY = jax.random.key(0)
@@ -343,7 +367,7 @@ def test_projection_and_readout_are_local(name):
     """Projecting a window of inputs, or reading out one step, gives the numbers of the whole: so
     streaming agrees with the parallel call. Inputs before the first count as zeros."""
     cell, xs = CELLS[name], inputs(8)
-    assert cell.context == (3 if name in ("M2RNN", "SelectiveSSM") else 0)
+    assert cell.context == (3 if name in ("M2RNN", "SelectiveSSM", "Mamba2") else 0)
     project, readout = eqx.filter_jit(cell.project), eqx.filter_jit(cell.readout)
     us, (states, ys) = project(xs), run(cell, xs)
     padded = jnp.concatenate([jnp.zeros((cell.context, INPUTS)), xs])
@@ -390,6 +414,8 @@ def initial(dtype):
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
     sizes: dict[type, tuple] = {cells.M2RNN: (4, 3, 3, 5), cells.DeltaNet: (4, 3, 3, 5)}
     sizes |= {cells.RGLRU: (4,), cells.LinearLMU: (4, 6, 5, 7.5), cells.LMU: (4, 6, 5, 7.5)}
+    outer = cells.GatedLinearAttention, cells.Retention, cells.Mamba2, cells.Based, cells.MLSTM
+    sizes |= {cell: (4, 2, 4, 3) for cell in outer}
     made = {type(cell): sizes.get(type(cell), (4, 6)) for cell in CELLS.values()}
     return {cls.__name__: cls(*s, dtype=dtype, key=key) for cls, s in made.items()}
 
