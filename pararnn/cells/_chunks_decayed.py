@@ -166,15 +166,26 @@ def _halved(
         upto, after, between = upto.reshape(rows), after.reshape(rows), between.reshape(square)
         late = q.reshape(rows)[:, :, 1] * upto[:, :, 1]
         early = k.reshape(rows)[:, :, 0] * after[:, :, 0]
-        if half == 1:  # products of single rows are slow on a CPU
-            corner = jnp.sum(late * early, axis=3, keepdims=True)
-        else:
-            corner = jnp.einsum("nbtk,nbsk->nbts", late, early)
-        upper = jnp.concatenate([between[:, :, 0], jnp.zeros_like(corner)], axis=3)
-        lower = jnp.concatenate([corner, between[:, :, 1]], axis=3)
-        between = jnp.concatenate([upper, lower], axis=2)
+        between = _with_corner(between, late, early)
         first, second = upto[:, :, 0], upto[:, :, 1]
         after = jnp.concatenate([after[:, :, 0] * second[:, :, -1:], after[:, :, 1]], axis=2)
         upto = jnp.concatenate([first, second * first[:, :, -1:]], axis=2)
         half *= 2
-    return tuple(x.reshape(heads, length, -1) for x in (between, upto, after))
+    rows = heads, length, size
+    return between.reshape(heads, length, length), upto.reshape(rows), after.reshape(rows)
+
+
+def _with_corner(
+    between: Float[Array, "heads blocks 2 half half"],
+    late: Float[Array, "heads blocks half key_size"],
+    early: Float[Array, "heads blocks half key_size"],
+) -> Float[Array, "heads blocks size size"]:
+    """Two squares each on the diagonal of one, with the products of the later rows and the earlier
+    ones below."""
+    if late.shape[2] == 1:  # products of single rows are slow on a CPU
+        corner = jnp.sum(late * early, axis=3, keepdims=True)
+    else:
+        corner = jnp.einsum("nbtk,nbsk->nbts", late, early)
+    upper = jnp.concatenate([between[:, :, 0], jnp.zeros_like(corner)], axis=3)
+    lower = jnp.concatenate([corner, between[:, :, 1]], axis=3)
+    return jnp.concatenate([upper, lower], axis=2)

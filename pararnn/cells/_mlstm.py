@@ -42,8 +42,10 @@ def _mixed(
     new: Float[Array, "num_heads key_size value_size"],
 ) -> _State:
     """The mean of two means, given the logarithms of their weights, and that of the sum."""
-    share = jnp.expand_dims(jax.nn.sigmoid(new_logs - logs), (1, 2))
-    return memory + share * (new - memory), jnp.logaddexp(logs, new_logs)
+    # Both shares by themselves: a large memory that is forgotten must not leave its rounding.
+    kept, share = jax.nn.sigmoid(logs - new_logs), jax.nn.sigmoid(new_logs - logs)
+    mean = jnp.expand_dims(kept, (1, 2)) * memory + jnp.expand_dims(share, (1, 2)) * new
+    return mean, jnp.logaddexp(logs, new_logs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class MLSTM(AbstractCell):
 
     $$\ell' = \log(e^{\ell + \log σ(\tilde f)} + e^{\tilde\imath}), \quad
     w = e^{\tilde\imath - \ell'},$$
-    $$C' = C + w\, (k v^\top - C), \quad n' = n + w\, (k - n), \quad
+    $$C' = (1-w)\, C + w\, k v^\top, \quad n' = (1-w)\, n + w\, k, \quad
     y = \frac{C'^\top q}{\max(|n' · q|, e^{-\ell'})},$$
 
     where $q$, $\sqrt{d}\,k$, $v$ are linear maps of $x$, and $\tilde\imath$ and $\tilde f$, one
