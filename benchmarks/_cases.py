@@ -48,6 +48,13 @@ CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "TitansChunked": lambda size, **kw: prnn.TitansChunked(size, 4, 4, size // 16, **kw),
     "ConvLSTM": lambda size, **kw: prnn.ConvLSTM(_channels(size), _channels(size), (4, 4), **kw),
     "ConvS5": lambda size, **kw: prnn.ConvS5(_channels(size), _channels(size), (4, 4), **kw),
+    "GatedLinearAttention": lambda size, **kw: prnn.GatedLinearAttention(
+        size, 1, 4, size // 4, **kw
+    ),
+    "Retention": lambda size, **kw: prnn.Retention(size, 1, 4, size // 4, **kw),
+    "Mamba2": lambda size, **kw: prnn.Mamba2(size, 1, size // 4, 4, **kw),
+    "Based": lambda size, **kw: prnn.Based(size, 1, 2, size // 7, **kw),
+    "MLSTM": lambda size, **kw: prnn.MLSTM(size, 1, 4, size // 4, **kw),
 }
 EQUINOX = "equinox"
 

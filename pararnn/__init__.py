@@ -24,6 +24,7 @@ from .cells import LMU as LMU
 from .cells import LRU as LRU
 from .cells import LSTM as LSTM
 from .cells import M2RNN as M2RNN
+from .cells import MLSTM as MLSTM
 from .cells import PLSTM as PLSTM
 from .cells import RGLRU as RGLRU
 from .cells import S4D as S4D
@@ -32,6 +33,7 @@ from .cells import SLSTM as SLSTM
 from .cells import Aaren as Aaren
 from .cells import AbstractCell as AbstractCell
 from .cells import AttentionAlgebra as AttentionAlgebra
+from .cells import Based as Based
 from .cells import ClampAlgebra as ClampAlgebra
 from .cells import ConvLSTM as ConvLSTM
 from .cells import ConvS5 as ConvS5
@@ -42,11 +44,14 @@ from .cells import DiagonalLSTM as DiagonalLSTM
 from .cells import Elman as Elman
 from .cells import EquinoxGRU as EquinoxGRU
 from .cells import EquinoxLSTM as EquinoxLSTM
+from .cells import GatedLinearAttention as GatedLinearAttention
 from .cells import LinearLMU as LinearLMU
+from .cells import Mamba2 as Mamba2
 from .cells import MinGRU as MinGRU
 from .cells import MinLSTM as MinLSTM
 from .cells import MinMax as MinMax
 from .cells import PiecewiseLinearRNN as PiecewiseLinearRNN
+from .cells import Retention as Retention
 from .cells import SelectiveSSM as SelectiveSSM
 from .cells import Titans as Titans
 from .cells import TitansChunked as TitansChunked

@@ -58,6 +58,11 @@ CELLS = {
     "TitansChunked": _cell(prnn.TitansChunked, 2, 1, 1, 2, chunk_length=2),
     "ConvLSTM": _cell(prnn.ConvLSTM, 2, 1, (1, 2)),
     "ConvS5": _cell(prnn.ConvS5, 2, 1, (1, 2)),
+    "GatedLinearAttention": _cell(prnn.GatedLinearAttention, 2, 1, 2, 2, gate_rank=1),
+    "Retention": _cell(prnn.Retention, 2, 1, 2, 1),
+    "Mamba2": _cell(prnn.Mamba2, 2, 1, 2, 2),
+    "Based": _cell(prnn.Based, 2, 1, 1, 1),
+    "MLSTM": _cell(prnn.MLSTM, 2, 1, 2, 2),
     "EquinoxGRU": lambda: prnn.from_equinox(eqx.nn.GRUCell(2, 2, key=jax.random.key(0))),
     "EquinoxLSTM": lambda: prnn.from_equinox(eqx.nn.LSTMCell(2, 2, key=jax.random.key(0))),
 }
@@ -94,7 +99,7 @@ def cell_and_gradients(name):
 
 # The adjoints that differ for a state of a single array are those two; for states of many arrays
 # others are left out, as they take long to compile.
-SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "LMU", "ConvLSTM", "Aaren", "EquinoxLSTM")
+SEVERAL = ("LSTM", "DiagonalLSTM", "SLSTM", "MLSTM", "LMU", "ConvLSTM", "Aaren", "EquinoxLSTM")
 MANY = ("Titans", "TitansChunked")
 TABLE = [
     (cell, adjoint)

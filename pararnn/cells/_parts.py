@@ -264,3 +264,45 @@ def decay(
     bfloat16 has no resolution."""
     rate = jax.nn.softplus(wide(raw) + jnp.expand_dims(wide(bias), 0))
     return jnp.exp(-jnp.expand_dims(jnp.exp(wide(a_log)), 0) * rate)
+
+
+# --- linear attention -------------------------------------------------------------------------
+
+
+def init_attention(
+    input_size: int,
+    num_heads: int,
+    key_size: int,
+    value_size: int,
+    output_size: int,
+    dtype: Any,
+    keys: Iterable[PRNGKeyArray],
+) -> list[Float[Array, "..."]]:
+    """The linear maps to queries, keys and values of all heads, and from values to outputs; the
+    sizes are checked. Takes four keys."""
+    check_sizes(
+        input_size=input_size,
+        num_heads=num_heads,
+        key_size=key_size,
+        value_size=value_size,
+        output_size=output_size,
+    )
+    sizes = [(num_heads * size, input_size) for size in (key_size, key_size, value_size)]
+    sizes.append((output_size, num_heads * value_size))
+    return [init_linear(key, *size, dtype) for key, size in zip(keys, sizes, strict=True)]
+
+
+def norm_heads(
+    y: Float[Array, "L heads size"], weight: Float[Array, "heads size"], *, centred: bool
+) -> Float[Array, "L heads*size"]:
+    """Each head divided by the root of its mean square, after its mean is taken from it if it is to
+    be `centred`, and times a weight per feature; then all heads as one vector."""
+    if centred:
+        y = y - jnp.mean(y, axis=2, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=2, keepdims=True) + 1e-5)
+    return merge_heads(y * jnp.expand_dims(weight, 0))
+
+
+def with_ones(v: Float[Array, "L heads size"]) -> Float[Array, "L heads columns"]:
+    """Values with a last one of 1, under which keys are summed up."""
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)

@@ -23,6 +23,7 @@ from linear_cells import (
     softplus,
 )
 from memory_cells import numpy_titans, numpy_titans_chunked
+from outer_cells import numpy_based, numpy_gla, numpy_mamba2, numpy_mlstm, numpy_retention
 
 import pararnn as prnn
 from pararnn import cells
@@ -214,6 +215,19 @@ def rows(shape, axis):
     return {tuple(g) for g in index.reshape(-1, shape[axis]).tolist()}
 
 
+def pairs(shape):
+    """Channels of a head's first half, each with that of the second."""
+    heads, size, values = shape
+    index = np.arange(np.prod(shape)).reshape(heads, 2, size // 2, values)
+    return {tuple(g) for g in np.moveaxis(index, 1, -1).reshape(-1, 2).tolist()}
+
+
+def memories(num_heads, size):
+    """The memories of heads, each with the number that follows them all."""
+    index = np.arange(num_heads * size).reshape(num_heads, size)
+    return {(*row, num_heads * size + n) for n, row in enumerate(index.tolist())}
+
+
 # name: the cell, its transcription, the structure of its Jacobian (groups if block-diagonal)
 CASES = {
     "Elman": (make(cells.Elman, 4, 6), numpy_elman, prnn.Dense),
@@ -280,6 +294,16 @@ CASES = {
         numpy_conv_s5,
         heads(2, 12, 12),
     ),
+    "GatedLinearAttention": (
+        make(cells.GatedLinearAttention, 4, 2, 3, 5, 6, gate_rank=2),
+        numpy_gla,
+        prnn.Diagonal,
+    ),
+    "Retention": (make(cells.Retention, 4, 2, 4, 3), numpy_retention, pairs((2, 4, 3))),
+    "Mamba2": (make(cells.Mamba2, 4, 2, 3, 5, 6), numpy_mamba2, prnn.Diagonal),
+    "Mamba2-bare": (make(cells.Mamba2, 4, 2, 3, 5, conv_width=0), numpy_mamba2, prnn.Diagonal),
+    "Based": (make(cells.Based, 4, 2, 2, 3, 6), numpy_based, prnn.Diagonal),
+    "MLSTM": (make(cells.MLSTM, 4, 2, 3, 2, 6), numpy_mlstm, memories(2, 9)),
 }
 CELLS = {name: case[0] for name, case in CASES.items()}
 KEY = jax.random.key(0)
@@ -369,7 +393,8 @@ def test_projection_and_readout_are_local(name):
     """Projecting a window of inputs, or reading out one step, gives the numbers of the whole: so
     streaming agrees with the parallel call. Inputs before the first count as zeros."""
     cell, xs = CELLS[name], inputs(8, cell=CELLS[name])
-    assert cell.context == {"M2RNN": 3, "SelectiveSSM": 3, "PLSTM": 1}.get(name, 0)
+    contexts = {"M2RNN": 3, "SelectiveSSM": 3, "Mamba2": 3, "PLSTM": 1}
+    assert cell.context == contexts.get(name, 0)
     project, readout = eqx.filter_jit(cell.project), eqx.filter_jit(cell.readout)
     us, (states, ys) = project(xs), run(cell, xs)
     padded = jnp.concatenate([jnp.zeros((cell.context, *xs.shape[1:])), xs])
@@ -420,6 +445,8 @@ def initial(dtype):
     sizes |= {cells.Titans: (4, 2, 2, 3), cells.TitansChunked: (4, 2, 2, 3)}
     sizes |= {cells.ConvLSTM: (2, 3, (3, 4)), cells.ConvS5: (2, 3, (3, 4))}
     sizes |= dict.fromkeys((cells.DeltaProduct, cells.TTTLinear, cells.Aaren), (4, 3, 3, 5))
+    outer = cells.GatedLinearAttention, cells.Retention, cells.Mamba2, cells.Based, cells.MLSTM
+    sizes |= {cell: (4, 2, 4, 3) for cell in outer}
     made = {type(cell): sizes.get(type(cell), (4, 6)) for cell in CELLS.values()}
     return {cls.__name__: cls(*s, dtype=dtype, key=key) for cls, s in made.items()}
 

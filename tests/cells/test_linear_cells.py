@@ -28,6 +28,11 @@ CELLS = {
     "DeltaProduct": lambda **k: prnn.DeltaProduct(4, 2, 3, 5, **k),
     "TTTLinear": lambda **k: prnn.TTTLinear(4, 2, 3, 5, **k),
     "Aaren": lambda **k: prnn.Aaren(4, 2, 3, 5, **k),
+    "GatedLinearAttention": lambda **k: prnn.GatedLinearAttention(4, 2, 3, 5, gate_rank=2, **k),
+    "Retention": lambda **k: prnn.Retention(4, 2, 4, 3, **k),
+    "Mamba2": lambda **k: prnn.Mamba2(4, 2, 3, 5, **k),
+    "Based": lambda **k: prnn.Based(4, 2, 2, 3, **k),
+    "MLSTM": lambda **k: prnn.MLSTM(4, 2, 3, 5, **k),
 }
 
 
@@ -61,7 +66,7 @@ def test_one_pass_is_the_scan(name):
     xs = jnp.asarray(np.random.default_rng(1).standard_normal((13, 4)))
     one_pass = prnn.RNN(cell, prnn.AssociativeScan()).solve(xs, throw=False)
     expected = prnn.RNN(cell, prnn.Sequential()).solve(xs, throw=False)
-    close(one_pass.states, expected.states, 1e-12)
+    jtu.tree_map(lambda a, b: close(a, b, 1e-12), one_pass.states, expected.states)
     many = jax.ShapeDtypeStruct((500, 4), float)
     solver, _ = prnn.select_solver(cell, many, platform="gpu")
     assert isinstance(solver, prnn.AssociativeScan)

@@ -1,0 +1,216 @@
+import dataclasses
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from .._algebra import AbstractAlgebra
+from ._base import AbstractCell, check_inputs
+from ._chunks_decayed import CHUNK_SIZE, LOG_ZERO, reads, summed_logs, weighted_chunk
+from ._parts import (
+    affine,
+    init_attention,
+    init_linear,
+    norm_heads,
+    normal,
+    split_heads,
+    wide,
+    with_ones,
+    zero_state,
+)
+
+_State = tuple[Float[Array, "num_heads key_size columns"], Float[Array, " num_heads"]]
+_Element = tuple[
+    Float[Array, " num_heads"],
+    Float[Array, " num_heads"],
+    Float[Array, "num_heads key_size columns"],
+]
+
+# Forgets all that was before, also next to another state that holds nothing.
+_FORGET = 1e5 * LOG_ZERO
+# The smallest denominator of an output is exp(-_SMALL): what is below is but rounding, in float64
+# too, and the square of it is still in the range of float32.
+_SMALL = 40
+
+
+def _mixed(
+    logs: Float[Array, " num_heads"],
+    memory: Float[Array, "num_heads key_size value_size"],
+    new_logs: Float[Array, " num_heads"],
+    new: Float[Array, "num_heads key_size value_size"],
+) -> _State:
+    """The mean of two means, given the logarithms of their weights, and that of the sum."""
+    # Both shares by themselves: a large memory that is forgotten must not leave its rounding.
+    kept, share = jax.nn.sigmoid(logs - new_logs), jax.nn.sigmoid(new_logs - logs)
+    mean = jnp.expand_dims(kept, (1, 2)) * memory + jnp.expand_dims(share, (1, 2)) * new
+    return mean, jnp.logaddexp(logs, new_logs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeanAlgebra(AbstractAlgebra):
+    r"""The maps that decay a mean's weight $e^\ell$ by $e^f$ and mix in another mean $M_1$ of
+    weight $e^{\ell_1}$. An element is $(f, \ell_1, M_1)$: of one step, the gates and $k v^\top$."""
+
+    def element(self, u: Any) -> _Element:
+        _, k, v, i, f, _ = u
+        return f, i, _written(k, v)
+
+    def constant(self, state: _State) -> _Element:
+        memory, logs = state
+        return jnp.full_like(logs, _FORGET), logs, memory
+
+    def compose(self, later: _Element, earlier: _Element) -> _Element:
+        (f2, logs2, memory2), (f1, logs1, memory1) = later, earlier
+        memory, logs = _mixed(logs1 + f2, memory1, logs2, memory2)
+        return jnp.maximum(f1 + f2, _FORGET), logs, memory
+
+    def apply(self, element: _Element, state: _State) -> _State:
+        (f, new_logs, new), (memory, logs) = element, state
+        return _mixed(logs + f, memory, new_logs, new)
+
+
+def _written(k, v):
+    return jnp.expand_dims(wide(k), 2) * jnp.expand_dims(wide(v), 1)
+
+
+class MLSTM(AbstractCell):
+    r"""The mLSTM: an LSTM whose memory is a matrix, with an exponential input gate and a normaliser
+    (Beck et al., *xLSTM: Extended long short-term memory*, 2024), in a smooth form. Per head, with
+    the memory $C$ of shape `(key_size, value_size)` and $d$ the size of keys,
+
+    $$\ell' = \log(e^{\ell + \log σ(\tilde f)} + e^{\tilde\imath}), \quad
+    w = e^{\tilde\imath - \ell'},$$
+    $$C' = (1-w)\, C + w\, k v^\top, \quad n' = (1-w)\, n + w\, k, \quad
+    y = \frac{C'^\top q}{\max(|n' · q|, e^{-\ell'})},$$
+
+    where $q$, $\sqrt{d}\,k$, $v$ are linear maps of $x$, and $\tilde\imath$ and $\tilde f$, one
+    number per head, affine ones. The output, of shape `(output_size,)`, is
+
+    $$W_o\, (σ(W_g x + b_g) ⊙ \mathrm{norm}(y)),$$
+
+    where the norm takes the mean of each head from it and divides by the standard deviation, and
+    $y$ then is that of all heads in one vector.
+
+    The paper's state $(C, n, m)$, in which $m$ is a running maximum that keeps exponentials in
+    range, gives the same $y$: its $C$ and $n$ are these times $e^{\ell - m}$. Here nothing needs a
+    maximum, $C$ and $n$ are means of what was written, and the state has no kink. It is a pair of
+    $C$, with $n$ as one more column, and $\ell$, which starts at $-10^{30}$, for $-∞$.
+
+    The step is not affine in the state, but steps compose exactly, to a decay and one weighted mean
+    of all that they write: one associative scan solves it. The Jacobian is block-diagonal over
+    heads. A layer makes outputs chunk by chunk by products of matrices, without the states between.
+    """
+
+    chunk_size: ClassVar[int | None] = CHUNK_SIZE
+    algebra: ClassVar[AbstractAlgebra | None] = _MeanAlgebra()
+
+    weight_q: Float[Array, "num_heads*key_size input_size"]
+    weight_k: Float[Array, "num_heads*key_size input_size"]
+    weight_v: Float[Array, "num_heads*value_size input_size"]
+    weight_i: Float[Array, "num_heads input_size"]
+    weight_f: Float[Array, "num_heads input_size"]
+    weight_g: Float[Array, "num_heads*value_size input_size"]
+    weight_o: Float[Array, "output_size num_heads*value_size"]
+    weight_norm: Float[Array, "num_heads value_size"]
+    bias_i: Float[Array, " num_heads"]
+    bias_f: Float[Array, " num_heads"]
+    bias_g: Float[Array, " num_heads*value_size"]
+    input_size: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
+    key_size: int = eqx.field(static=True)
+    value_size: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        input_size: int,
+        num_heads: int,
+        key_size: int,
+        value_size: int,
+        output_size: int | None = None,
+        *,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `input_size`: the number of features of inputs.
+        - `num_heads`: how many matrices the state has.
+        - `key_size`, `value_size`: the shape of each.
+        - `output_size`: the number of features of outputs; `None` is `input_size`.
+        - `dtype`: of the parameters; the state has at least float32.
+        - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
+            their inputs, but 0 those to the gates $\tilde\imath$ and $\tilde f$, whose biases are
+            normal with a standard deviation of 0.1, and evenly spaced from 3 to 6 over the heads;
+            $b_g = 0$, and the norm's weights are 1.
+        """
+        output_size = input_size if output_size is None else output_size
+        keys = jax.random.split(key, 6)
+        sizes = input_size, num_heads, key_size, value_size, output_size
+        weights = init_attention(*sizes, dtype, keys[:4])
+        self.weight_q, self.weight_k, self.weight_v, self.weight_o = weights
+        stored = self.weight_q.dtype
+        self.weight_i = jnp.zeros((num_heads, input_size), stored)
+        self.weight_f = jnp.zeros((num_heads, input_size), stored)
+        self.weight_g = init_linear(keys[4], num_heads * value_size, input_size, dtype)
+        self.weight_norm = jnp.ones((num_heads, value_size), stored)
+        self.bias_i = normal(keys[5], (num_heads,), 0.1, dtype)
+        self.bias_f = jnp.linspace(3, 6, num_heads, dtype=stored)
+        self.bias_g = jnp.zeros(num_heads * value_size, stored)
+        self.input_size = input_size
+        self.num_heads = num_heads
+        self.key_size = key_size
+        self.value_size = value_size
+
+    def init_state(self) -> _State:
+        shape = self.num_heads, self.key_size, self.value_size + 1
+        logs = jnp.full_like(zero_state(self.num_heads, self.weight_k), LOG_ZERO)
+        return zero_state(shape, self.weight_k), logs
+
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
+        r"""$q$, $k$, $v$ with a last 1, which makes $n$, $\tilde\imath$, $\log σ(\tilde f)$, and
+        the output gate $W_g x + b_g$."""
+        check_inputs(xs, self.input_size)
+        maps = (self.weight_q, self.weight_k, self.weight_v)
+        q, k, v = (split_heads(xs @ weight.T, self.num_heads) for weight in maps)
+        i = wide(affine(self.weight_i, self.bias_i, xs))
+        f = jax.nn.log_sigmoid(wide(affine(self.weight_f, self.bias_f, xs)))
+        g = affine(self.weight_g, self.bias_g, xs)
+        return [q, k * self.key_size**-0.5, with_ones(v), i, f, g]
+
+    def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
+        memory, logs = state
+        _, k, v, i, f, _ = u
+        return _mixed(logs + f, memory, i, _written(k, v))
+
+    def readout(
+        self, states: Any, us: list[Float[Array, "L ..."]]
+    ) -> Float[Array, "L output_size"]:
+        memories, logs = states
+        return self._outputs(reads(us[0], memories), logs, us)
+
+    def through_chunk(
+        self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+    ) -> tuple[_State, Float[Array, "T output_size"]]:
+        q, k, v, i, f, _ = us
+        memory, logs = state
+        between, arriving = summed_logs(f, reset)
+        between = between + jnp.expand_dims(i.T, 1)
+        arriving = arriving + jnp.expand_dims(logs, 1)
+        largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(between, axis=2), arriving))
+        between = jnp.exp(between - jnp.expand_dims(largest, 2))
+        arriving = jnp.exp(arriving - largest)
+        total = jnp.sum(between, axis=2) + arriving
+        logs = largest + jnp.log(total)
+        weights = between / jnp.expand_dims(total, 2), arriving / total
+        memory, y = weighted_chunk(memory, q, k, v, *weights)
+        return (memory, logs[:, -1]), self._outputs(y, logs.T, us)
+
+    def _outputs(self, y, logs, us):
+        # Numerator and denominator times a power of e, so that none overflows.
+        y = y * jnp.expand_dims(jnp.exp(jnp.minimum(logs, 0)), 2)
+        least = jnp.expand_dims(jnp.exp(-jnp.clip(logs, 0, _SMALL)), 2)
+        y = y[..., :-1] / jnp.maximum(jnp.abs(y[..., -1:]), least)
+        y = norm_heads(y, self.weight_norm, centred=True)
+        return (jax.nn.sigmoid(us[-1]) * y) @ self.weight_o.T

@@ -1,0 +1,139 @@
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from ._base import AbstractCell, check_inputs, check_sizes
+from ._chunks_decayed import CHUNK_SIZE, decayed_step, reads, through_heads
+from ._parts import init_attention, init_linear, norm_heads, split_heads, zero_state
+
+_State = Float[Array, "num_heads key_size value_size"]
+
+
+class Retention(AbstractCell):
+    r"""Linear attention that forgets at a fixed rate, while keys turn (Sun et al., *Retentive
+    network: a successor to transformer for large language models*, 2023). Head $n$, from 0, has the
+    state $S$ of shape `(key_size, value_size)`, and
+
+    $$S' = γ_n R S + k v^\top, \qquad y = S'^\top q, \qquad γ_n = 1 - 2^{-5-n},$$
+
+    where $q$, $k$, $v$ are linear maps of $x$, and $R$ turns the pairs of channels $i$ and
+    $i + d/2$ of the $d$ channels of a key, each by its own angle, $10000^{-2i/d}$. So a key of $s$
+    steps ago meets the query turned by $s$ times that: the rotation of queries and keys by their
+    positions, of which only differences count, with no position to be kept. The output, of shape
+    `(output_size,)`, is
+
+    $$W_o\, (\mathrm{norm}(y) ⊙ \mathrm{SiLU}(W_g x)),$$
+
+    where the norm takes the mean of each head from it and divides by the standard deviation (with
+    which a factor of $y$, as the paper has for numerical reasons, makes no difference), and $y$
+    then is that of all heads in one vector.
+
+    The step is affine in the state: one pass solves it exactly. The Jacobian consists of blocks of
+    2×2. A layer makes outputs chunk by chunk by products of matrices, without the states between.
+    """
+
+    chunk_size: ClassVar[int | None] = CHUNK_SIZE
+
+    weight_q: Float[Array, "num_heads*key_size input_size"]
+    weight_k: Float[Array, "num_heads*key_size input_size"]
+    weight_v: Float[Array, "num_heads*value_size input_size"]
+    weight_g: Float[Array, "num_heads*value_size input_size"]
+    weight_o: Float[Array, "output_size num_heads*value_size"]
+    weight_norm: Float[Array, "num_heads value_size"]
+    input_size: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
+    key_size: int = eqx.field(static=True)
+    value_size: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        input_size: int,
+        num_heads: int,
+        key_size: int,
+        value_size: int,
+        output_size: int | None = None,
+        *,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `input_size`: the number of features of inputs.
+        - `num_heads`: how many matrices the state has.
+        - `key_size`, `value_size`: the shape of each; `key_size` is even.
+        - `output_size`: the number of features of outputs; `None` is `input_size`.
+        - `dtype`: of the parameters; the state has at least float32.
+        - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
+            their inputs; the norm's weights are 1.
+        """
+        output_size = input_size if output_size is None else output_size
+        check_sizes(key_size=key_size)
+        if key_size % 2:
+            raise ValueError(f"`key_size` must be even, as channels turn in pairs; got {key_size}.")
+        keys = jax.random.split(key, 5)
+        sizes = input_size, num_heads, key_size, value_size, output_size
+        weights = init_attention(*sizes, dtype, keys[:4])
+        self.weight_q, self.weight_k, self.weight_v, self.weight_o = weights
+        self.weight_g = init_linear(keys[4], num_heads * value_size, input_size, dtype)
+        self.weight_norm = jnp.ones((num_heads, value_size), self.weight_q.dtype)
+        self.input_size = input_size
+        self.num_heads = num_heads
+        self.key_size = key_size
+        self.value_size = value_size
+
+    def init_state(self) -> _State:
+        return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
+
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
+        """$q$, $k$, $v$ and the output gate $W_g x$."""
+        check_inputs(xs, self.input_size)
+        maps = (self.weight_q, self.weight_k, self.weight_v)
+        q, k, v = (split_heads(xs @ weight.T, self.num_heads) for weight in maps)
+        return [q, k, v, xs @ self.weight_g.T]
+
+    def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
+        _, k, v, _ = u
+        gamma = np.expand_dims(np.exp(self._log_decay()), 1)
+        turned = _turned(jnp.moveaxis(state, 1, 2), self._angles())
+        return decayed_step(jnp.moveaxis(turned, 2, 1), k, v, jnp.asarray(gamma, state.dtype))
+
+    def readout(
+        self,
+        states: Float[Array, "L num_heads key_size value_size"],
+        us: list[Float[Array, "L ..."]],
+    ) -> Float[Array, "L output_size"]:
+        return self._outputs(reads(us[0], states), us)
+
+    def through_chunk(
+        self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+    ) -> tuple[_State, Float[Array, "T output_size"]]:
+        q, k, v, _ = us
+        # What turns is not the state but the queries, which follow it, and the keys: back, to where
+        # they would have to be before the chunk.
+        back = -np.expand_dims(np.arange(1, len(q) + 1), (1, 2)) * self._angles()
+        log_decay = jnp.asarray(np.tile(self._log_decay(), (len(q), 1)), state.dtype)
+        state, y = through_heads(state, _turned(q, back), _turned(k, back), v, log_decay, reset)
+        state = jnp.moveaxis(_turned(jnp.moveaxis(state, 1, 2), -back[-1]), 2, 1)
+        return state, self._outputs(y, us)
+
+    def _outputs(self, y, us):
+        y = norm_heads(y, self.weight_norm, centred=True)
+        return (y * jax.nn.silu(us[-1])) @ self.weight_o.T
+
+    def _log_decay(self) -> np.ndarray:
+        return np.log1p(-(2.0 ** (-5 - np.arange(self.num_heads))))
+
+    def _angles(self) -> np.ndarray:
+        return 10000.0 ** (-2 * np.arange(self.key_size // 2) / self.key_size)
+
+
+def _turned(x: Float[Array, "*axes size"], angle: np.ndarray) -> Float[Array, "*axes size"]:
+    """The pairs of the last axis, each turned by its angle."""
+    first, second = jnp.split(x, 2, axis=-1)
+    angle = np.expand_dims(angle, tuple(range(x.ndim - np.ndim(angle))))
+    cos, sin = jnp.asarray(np.cos(angle), x.dtype), jnp.asarray(np.sin(angle), x.dtype)
+    return jnp.concatenate([cos * first - sin * second, sin * first + cos * second], axis=-1)
