@@ -69,5 +69,18 @@ CELLS: dict[str, Callable[[int, PRNGKeyArray], prnn.AbstractCell]] = {
     "mamba": _inputs(prnn.SelectiveSSM),
     "lmu": lambda n, key: prnn.LinearLMU(n, n, 16, 64, memory_size=4, dtype=_float32, key=key),
     "m2rnn": m2rnn_for_groups,
+    "gla": _matrices(prnn.GatedLinearAttention),
+    "retention": _matrices(prnn.Retention),
+    "mamba-2": lambda n, key: prnn.Mamba2(
+        n, 2 * _heads(n), _HEAD, _HEAD, n, dtype=_float32, key=key
+    ),
+    "based": lambda n, key: prnn.Based(n, _heads(n), 4, _HEAD, n, dtype=_float32, key=key),
+    "mlstm": _matrices(prnn.MLSTM),
     "deltanet": _matrices(prnn.DeltaNet),
+    "deltanet-negative": _matrices(prnn.DeltaNet, negative_eigenvalues=True),
+    "deltaproduct": _matrices(prnn.DeltaProduct),
+    "ttt": _matrices(prnn.TTTLinear),
+    "plstm": _matrices(prnn.PLSTM),
+    "aaren": _matrices(prnn.Aaren),
+    "titans": lambda n, key: prnn.TitansChunked(n, 16, 16, 32, n, dtype=_float32, key=key),
 }
