@@ -72,7 +72,8 @@ class Aaren(AbstractCell):
     state starts with $u = w = 0$ and an $m$ that is negative, large and finite.
 
     Steps compose exactly ([`pararnn.AttentionAlgebra`][]), so one associative scan solves it;
-    chunks of steps are made by products of matrices. The Jacobian consists of one block per head.
+    chunks of steps are made by products of matrices. The Jacobian consists of a block for each
+    head.
     """
 
     chunk_size: ClassVar[int | None] = 64
