@@ -22,13 +22,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ._parts import wide
 
 # A chunk has about as many rows: with more, products within it would outweigh those with the state.
 ROWS = 64
+# Up to this size, calling for a product takes longer than to write it as a sum.
+_SMALL = 4
 
 
 class DeltaInputs(NamedTuple):
@@ -110,25 +111,42 @@ def _decays(
     reset: Bool[Array, " L"] | None,
     query: Float[Array, "L heads key_size"],
 ) -> Float[Array, "heads L before"]:
-    """To each step: from the state before the chunk, and from each step; 0 from later steps, and
-    from what lies before a reset."""
+    """To each step: from the state before the chunk, and from each step; 0 from later ones.
+
+    They are products, from blocks that double in size: no exponential is taken of a difference of
+    two long sums, which would lose what small decays have made large, and so would its derivative;
+    and a decay may be 0, as it is where a step starts anew.
+    """
     length, num_heads, _ = query.shape
-    times, since = np.arange(length)[:, None], np.arange(-1, length)[None]
-    anew = jnp.zeros(length, int) if reset is None else jnp.cumsum(reset)
-    before = jnp.concatenate([jnp.zeros(1, anew.dtype), anew])
-    seen = jnp.asarray(times >= since)
-    seen &= jnp.expand_dims(anew, 1) == jnp.expand_dims(before, 0)
-    seen = jnp.broadcast_to(seen, (num_heads, *seen.shape))
     if alpha is None:
-        return seen.astype(query.dtype)
-    # Each logarithm is a sum of its own, of terms of one sign: a difference of two sums from the
-    # start of the chunk would lose what small decays have made large, and so would its derivative.
-    log = jnp.expand_dims(jnp.log(jnp.maximum(alpha, jnp.finfo(alpha.dtype).tiny)).T, 2)
-    terms = jnp.expand_dims(jnp.asarray(times > since, log.dtype), 0) * log
-    until = jnp.broadcast_to(jnp.tri(length, dtype=log.dtype), (num_heads, length, length))
-    sums = jnp.matmul(until, terms, precision="highest")
-    # Chosen before exponentiation, in which nothing is positive.
-    return jnp.exp(jnp.where(seen, sums, -jnp.inf))
+        alpha = jnp.ones((length, num_heads), query.dtype)
+    if reset is not None:
+        alpha = jnp.where(jnp.expand_dims(reset, 1), jnp.zeros_like(alpha), alpha)
+    alpha = jnp.pad(alpha.T, ((0, 0), (0, _doubled(length) - length)), constant_values=1)
+    decays = jnp.expand_dims(jnp.stack([alpha, jnp.ones_like(alpha)], axis=2), 2)
+    while decays.shape[1] > 1:
+        decays = _joined(decays)
+    return decays[:, 0, :length, : length + 1]
+
+
+def _doubled(size: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << (size - 1).bit_length()
+
+
+def _halves(x: Float[Array, "heads blocks *axes"]) -> tuple[Array, Array]:
+    """The first and the second of each two blocks."""
+    x = x.reshape(x.shape[0], -1, 2, *x.shape[2:])
+    return x[:, :, 0], x[:, :, 1]
+
+
+def _joined(decays: Float[Array, "heads blocks width before"]) -> Array:
+    """The decays within blocks twice as wide."""
+    first, second = _halves(decays)
+    through = second[..., :1] * first[..., -1:, :]
+    later = jnp.concatenate([through, second[..., 1:]], axis=-1)
+    first = jnp.concatenate([first, jnp.zeros_like(second[..., 1:])], axis=-1)
+    return jnp.concatenate([first, later], axis=-2)
 
 
 # --- the triangular system --------------------------------------------------------------------
@@ -157,13 +175,11 @@ def _inverse(lower: Float[Array, "heads rows rows"]) -> Float[Array, "heads rows
     in size: that of $[[P, 0], [R, Q]]$ is $[[P^{-1}, 0], [-Q^{-1} R P^{-1}, Q^{-1}]]$. This is
     forward substitution, block by block; no powers of $A$, which may be large, are formed."""
     num_heads, rows, _ = lower.shape
-    size = 1 << (rows - 1).bit_length()
+    size = _doubled(rows)
     lower = jnp.pad(lower, ((0, 0), (0, size - rows), (0, size - rows)))
     inverses = jnp.ones((num_heads, size, 1, 1), lower.dtype)
-    width = 1
-    while width < size:
+    while inverses.shape[1] > 1:
         inverses = _merged(inverses, lower)
-        width *= 2
     return inverses[:, 0, :rows, :rows]
 
 
@@ -174,11 +190,16 @@ def _merged(inverses: Float[Array, "heads blocks width width"], lower: Array) ->
     # The lower left corner of each pair of blocks on the diagonal.
     corners = jnp.diagonal(lower.reshape(shape)[:, :, 1, :, :, 0], axis1=1, axis2=3)
     corners = jnp.moveaxis(corners, -1, 1)
-    pairs = inverses.reshape(num_heads, blocks // 2, 2, width, width)
-    first, second = pairs[:, :, 0], pairs[:, :, 1]
-    corner = -(second @ (corners @ first))
+    first, second = _halves(inverses)
+    corner = -_product(second, _product(corners, first))
     above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
     return jnp.concatenate([above, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+
+
+def _product(x: Float[Array, "... width width"], y: Float[Array, "... width width"]) -> Array:
+    if x.shape[-1] > _SMALL:
+        return x @ y
+    return jnp.sum(jnp.expand_dims(x, -1) * jnp.expand_dims(y, -3), axis=-2)
 
 
 @_inverse.defjvp
