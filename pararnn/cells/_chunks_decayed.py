@@ -53,7 +53,8 @@ def reads(
     q: Float[Array, "L #heads key_size"], states: Float[Array, "L heads key_size value_size"]
 ) -> Float[Array, "L heads value_size"]:
     """What the queries find in the states, step by step."""
-    return jnp.einsum("lnk,lnkv->lnv", wide(q), states)
+    with jax.default_matmul_precision("highest"):
+        return jnp.einsum("lnk,lnkv->lnv", wide(q), states)
 
 
 def _heads_first(*arrays: Float[Array, "T _ _"]) -> list[Float[Array, "_ T _"]]:
@@ -147,11 +148,11 @@ def through_channels(
     # To blocks of a power of two, by steps that keep the state as it is.
     size = min(_BLOCK_SIZE, 1 << (length - 1).bit_length())
     surplus = ((0, -length % size), (0, 0), (0, 0))
-    arrays = (q, k, v, _with_resets(log_decay, reset))
-    arrays = _heads_first(*(jnp.pad(x, surplus) for x in arrays))
-    count = arrays[0].shape[1] // size
+    q, k, v, logs = (jnp.pad(x, surplus) for x in (q, k, v, _with_resets(log_decay, reset)))
+    count = len(q) // size
+    q, k, v = (x.reshape(heads * count, size, -1) for x in _heads_first(q, k, v))
     with jax.default_matmul_precision("highest"):
-        blocks = _through_blocks(*(x.reshape(heads * count, size, -1) for x in arrays))
+        blocks = _through_blocks(q, k, v, _decays(logs, size))
         y, q, written, kept = (x.reshape(heads, count, *x.shape[1:]) for x in blocks)
         arriving = []
         for block in range(count):
@@ -165,7 +166,7 @@ def _through_blocks(
     q: Float[Array, "blocks size key_size"],
     k: Float[Array, "blocks size key_size"],
     v: Float[Array, "blocks size value_size"],
-    log_decay: Float[Array, "blocks size key_size"],
+    decays: Float[Array, "levels blocks size key_size"],
 ) -> tuple[
     Float[Array, "blocks size value_size"],
     Float[Array, "blocks size key_size"],
@@ -175,24 +176,36 @@ def _through_blocks(
     """Blocks by themselves: what is read of what they write, the queries for what arrives, what is
     written, and how much is kept."""
     size = q.shape[1]
-    levels, whole = _masks(size)
-    masks = jnp.asarray(np.concatenate([*levels, *whole]), q.dtype)
-    sums = jnp.einsum("rs,bsk->brk", masks, log_decay)
-    *decays, upto, after = jnp.split(jnp.exp(sums), len(levels) + 2, axis=1)
+    levels, (upto, after) = decays[:-2], decays[-2:]
     # Of all queries with all keys, but those that count are few: on a CPU, to cut these out, to
     # multiply small matrices and to put them together takes longer.
     between = jnp.einsum("btk,bsk->bts", q, k) * jnp.expand_dims(jnp.eye(size, dtype=q.dtype), 0)
-    for level, decay in enumerate(decays):
-        scores = jnp.einsum("btk,bsk->bts", q * decay, k * decay)
-        between = between + scores * jnp.asarray(_across(size, level), q.dtype)
+    late, early = jnp.expand_dims(q, 0) * levels, jnp.expand_dims(k, 0) * levels
+    scores = jnp.einsum("lbtk,lbsk->lbts", late, early)
+    between = between + jnp.sum(scores * jnp.asarray(_across(size), q.dtype), axis=0)
     y = jnp.einsum("bts,bsv->btv", between, v)
     return y, q * upto, jnp.einsum("bsk,bsv->bkv", k * after, v), upto[:, -1]
 
 
-def _masks(size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Which steps (second) stand between each step (first) and a middle. First of parts of 2, 4, …
-    steps, of which each step is in one half, and after that of the whole block: the steps up to and
-    with each one, as if the middle were before the block, and those after it."""
+def _decays(
+    logs: Float[Array, "T heads key_size"], size: int
+) -> Float[Array, "levels blocks size key_size"]:
+    """Between each step and a middle, in blocks of that size: as `_masks` says."""
+    _, heads, channels = logs.shape
+    masks = jnp.asarray(_masks(size), logs.dtype)
+    steps = logs.reshape(-1, size, heads * channels)
+    # A product for each block, or a CPU puts steps last.
+    masks = jnp.broadcast_to(masks, (len(steps), *masks.shape))
+    decays = jnp.exp(jnp.einsum("brs,bsk->brk", masks.reshape(len(steps), -1, size), steps))
+    decays = decays.reshape(len(steps), -1, size, heads, channels)
+    decays = jnp.transpose(decays, (1, 3, 0, 2, 4))
+    return decays.reshape(len(decays), -1, size, channels)
+
+
+def _masks(size: int) -> np.ndarray:
+    """Which steps (third) stand between each step (second) and a middle. First of parts of 2, 4, …
+    steps, of which each step is in one half, and then of the whole block: the steps up to and with
+    each one, as if the middle were before the block, and those after it."""
     step = np.arange(size)
     upto = np.tri(size)
     levels = []
@@ -200,12 +213,12 @@ def _masks(size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         half = step >> level
         same = np.expand_dims(half, 1) == np.expand_dims(half, 0)
         levels.append(same * np.where(np.expand_dims(half % 2 == 1, 1), upto, 1 - upto))
-    return levels, [upto, 1 - upto]
+    return np.stack([*levels, upto, 1 - upto])
 
 
-def _across(size: int, level: int) -> np.ndarray:
-    """From which steps (second) of the first halves of parts to which (first) of the second ones,
-    for each block."""
-    half = np.arange(size) >> level
-    later, earlier = np.expand_dims(half, (0, 2)), np.expand_dims(half, (0, 1))
+def _across(size: int) -> np.ndarray:
+    """From which steps (last) of the first halves of parts of 2, 4, … steps to which (before) of
+    the second ones, for each block."""
+    step, level = np.arange(size), np.expand_dims(np.arange(size.bit_length() - 1), (1, 2, 3))
+    later, earlier = np.expand_dims(step, 1) >> level, np.expand_dims(step, 0) >> level
     return (later == earlier + 1) & (later % 2 == 1)
