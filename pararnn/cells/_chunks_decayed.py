@@ -5,12 +5,14 @@ $$S_t = \mathrm{diag}(a_t) S_{t-1} + k_t v_t^\top, \qquad y_t = S_t^\top q_t, \q
 A chunk is made by products of matrices: of its queries with its keys and values, and with the state
 that arrives. Between two steps stands the product of the decays of the steps from after the earlier
 one to the later one. A quotient of running products would overflow, and a difference of running
-sums of logarithms is wrong by the rounding of large sums. So nothing is divided or subtracted: one
-decay per head is summed up for each pair of steps, by a product with masks; for one decay per key
-channel, where pairs of steps would be too many, a chunk is halved until each step stands alone.
-Then any two steps are parted by the middle of exactly one block, and their decay is that from the
-earlier step to this middle, which goes to the key, times that from there to the later step, which
-goes to the query.
+sums of logarithms is wrong by the rounding of large sums. So nothing is divided or subtracted: the
+logarithms are summed up where they count, by a product with masks, and all exponents are at most 0.
+
+With one decay per head, that is a sum for each pair of steps. With one per key channel, these would
+be too many: a chunk is cut into blocks, which follow each other as chunks do, and a block is halved
+until each step stands alone. Then any two steps of it are parted by the middle of exactly one of
+its parts, and their decay is that from the earlier step to this middle, which goes to the key,
+times that from there to the later step, which goes to the query.
 
 A step that starts anew is one whose decay is 0. In here heads come before steps.
 """
@@ -24,6 +26,10 @@ from .._misc import over_rows
 from ._parts import wide
 
 CHUNK_SIZE = 64
+
+# Where each key channel has its own decay. In larger blocks there is more to multiply, and of
+# smaller ones more states between them.
+_BLOCK_SIZE = 16
 
 # The logarithm of a decay to nothing. Finite, so that it times 0 is 0; sums of many are in the
 # range of float32, and no exponential survives it.
@@ -47,11 +53,20 @@ def reads(
     q: Float[Array, "L #heads key_size"], states: Float[Array, "L heads key_size value_size"]
 ) -> Float[Array, "L heads value_size"]:
     """What the queries find in the states, step by step."""
-    return jnp.einsum("lnk,lnkv->lnv", wide(q), states)
+    with jax.default_matmul_precision("highest"):
+        return jnp.einsum("lnk,lnkv->lnv", wide(q), states)
 
 
 def _heads_first(*arrays: Float[Array, "T _ _"]) -> list[Float[Array, "_ T _"]]:
     return [jnp.moveaxis(wide(x), 1, 0) for x in arrays]
+
+
+def _with_resets(
+    log_decay: Float[Array, "T heads *channels"], reset: Bool[Array, " T"] | None
+) -> Float[Array, "T heads *channels"]:
+    """The logarithms of decays, finite; none stays of what is before a step that starts anew."""
+    logs = jnp.maximum(wide(log_decay), LOG_ZERO)
+    return logs if reset is None else jnp.where(over_rows(reset, logs), LOG_ZERO, logs)
 
 
 # --- one decay per head -----------------------------------------------------------------------
@@ -62,9 +77,7 @@ def summed_logs(
 ) -> tuple[Float[Array, "heads T T"], Float[Array, "heads T"]]:
     """The logarithms of decays: from each step (second) to each later one (first), `LOG_ZERO` to
     earlier ones; and from the state that arrives to each step."""
-    logs = jnp.maximum(wide(log_decay), LOG_ZERO)
-    if reset is not None:
-        logs = jnp.where(over_rows(reset, logs), LOG_ZERO, logs)
+    logs = _with_resets(log_decay, reset)
     upto = np.tri(len(logs), dtype=bool)
     after = np.tri(len(logs), k=-1)
     logs = logs.T
@@ -127,65 +140,85 @@ def through_channels(
     q: Float[Array, "T heads key_size"],
     k: Float[Array, "T heads key_size"],
     v: Float[Array, "T heads value_size"],
-    decay: Float[Array, "T heads key_size"],
+    log_decay: Float[Array, "T heads key_size"],
     reset: Bool[Array, " T"] | None,
 ) -> tuple[_State, Float[Array, "T heads value_size"]]:
     """The state after a chunk and what its queries read, with a decay per key channel and step."""
-    length = len(q)
-    if reset is not None:
-        decay = jnp.where(over_rows(reset, decay), 0, decay)
-    # To a power of two, by steps that keep the state as it is.
-    surplus = ((0, (1 << (length - 1).bit_length()) - length), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(x, surplus) for x in (q, k, v))
-    decay = jnp.pad(decay, surplus, constant_values=1)
-    q, k, v, decay = _heads_first(q, k, v, decay)
+    length, heads, _ = q.shape
+    # To blocks of a power of two, by steps that keep the state as it is.
+    size = min(_BLOCK_SIZE, 1 << (length - 1).bit_length())
+    surplus = ((0, -length % size), (0, 0), (0, 0))
+    q, k, v, logs = (jnp.pad(x, surplus) for x in (q, k, v, _with_resets(log_decay, reset)))
+    count = len(q) // size
+    q, k, v = (x.reshape(heads * count, size, -1) for x in _heads_first(q, k, v))
     with jax.default_matmul_precision("highest"):
-        between, upto, after = _halved(q, k, decay)
-        y = jnp.einsum("nts,nsv->ntv", between, v) + jnp.einsum("ntk,nkv->ntv", q * upto, state)
-        written = jnp.einsum("nsk,nsv->nkv", k * after, v)
-    kept = jnp.expand_dims(upto[:, -1], 2) * state
-    return kept + written, jnp.moveaxis(y, 0, 1)[:length]
+        blocks = _through_blocks(q, k, v, _decays(logs, size))
+        y, q, written, kept = (x.reshape(heads, count, *x.shape[1:]) for x in blocks)
+        arriving = []
+        for block in range(count):
+            arriving.append(state)
+            state = jnp.expand_dims(kept[:, block], 2) * state + written[:, block]
+        y = y + jnp.einsum("nbtk,nbkv->nbtv", q, jnp.stack(arriving, axis=1))
+    return state, jnp.moveaxis(y.reshape(heads, count * size, -1), 0, 1)[:length]
 
 
-def _halved(
-    q: Float[Array, "heads T key_size"],
-    k: Float[Array, "heads T key_size"],
-    decay: Float[Array, "heads T key_size"],
+def _through_blocks(
+    q: Float[Array, "blocks size key_size"],
+    k: Float[Array, "blocks size key_size"],
+    v: Float[Array, "blocks size value_size"],
+    decays: Float[Array, "levels blocks size key_size"],
 ) -> tuple[
-    Float[Array, "heads T T"], Float[Array, "heads T key_size"], Float[Array, "heads T key_size"]
+    Float[Array, "blocks size value_size"],
+    Float[Array, "blocks size key_size"],
+    Float[Array, "blocks key_size value_size"],
+    Float[Array, "blocks key_size"],
 ]:
-    """The decayed products of queries and keys; and the decays up to and with each step, and those
-    after each step. From blocks of one step to blocks of twice as many."""
-    heads, length, size = q.shape
-    between = jnp.sum(q * k, axis=2).reshape(heads, length, 1, 1)
-    upto = jnp.expand_dims(decay, 2)
-    after = jnp.ones_like(upto)
-    half = 1
-    while half < length:
-        rows, square = (heads, -1, 2, half, size), (heads, -1, 2, half, half)
-        upto, after, between = upto.reshape(rows), after.reshape(rows), between.reshape(square)
-        late = q.reshape(rows)[:, :, 1] * upto[:, :, 1]
-        early = k.reshape(rows)[:, :, 0] * after[:, :, 0]
-        between = _with_corner(between, late, early)
-        first, second = upto[:, :, 0], upto[:, :, 1]
-        after = jnp.concatenate([after[:, :, 0] * second[:, :, -1:], after[:, :, 1]], axis=2)
-        upto = jnp.concatenate([first, second * first[:, :, -1:]], axis=2)
-        half *= 2
-    rows = heads, length, size
-    return between.reshape(heads, length, length), upto.reshape(rows), after.reshape(rows)
+    """Blocks by themselves: what is read of what they write, the queries for what arrives, what is
+    written, and how much is kept."""
+    size = q.shape[1]
+    levels, (upto, after) = decays[:-2], decays[-2:]
+    # Of all queries with all keys, but those that count are few: on a CPU, to cut these out, to
+    # multiply small matrices and to put them together takes longer.
+    between = jnp.einsum("btk,bsk->bts", q, k) * jnp.expand_dims(jnp.eye(size, dtype=q.dtype), 0)
+    late, early = jnp.expand_dims(q, 0) * levels, jnp.expand_dims(k, 0) * levels
+    scores = jnp.einsum("lbtk,lbsk->lbts", late, early)
+    between = between + jnp.sum(scores * jnp.asarray(_across(size), q.dtype), axis=0)
+    y = jnp.einsum("bts,bsv->btv", between, v)
+    return y, q * upto, jnp.einsum("bsk,bsv->bkv", k * after, v), upto[:, -1]
 
 
-def _with_corner(
-    between: Float[Array, "heads blocks 2 half half"],
-    late: Float[Array, "heads blocks half key_size"],
-    early: Float[Array, "heads blocks half key_size"],
-) -> Float[Array, "heads blocks size size"]:
-    """Two squares each on the diagonal of one, with the products of the later rows and the earlier
-    ones below."""
-    if late.shape[2] == 1:  # products of single rows are slow on a CPU
-        corner = jnp.sum(late * early, axis=3, keepdims=True)
-    else:
-        corner = jnp.einsum("nbtk,nbsk->nbts", late, early)
-    upper = jnp.concatenate([between[:, :, 0], jnp.zeros_like(corner)], axis=3)
-    lower = jnp.concatenate([corner, between[:, :, 1]], axis=3)
-    return jnp.concatenate([upper, lower], axis=2)
+def _decays(
+    logs: Float[Array, "T heads key_size"], size: int
+) -> Float[Array, "levels blocks size key_size"]:
+    """Between each step and a middle, in blocks of that size: as `_masks` says."""
+    _, heads, channels = logs.shape
+    masks = jnp.asarray(_masks(size), logs.dtype)
+    steps = logs.reshape(-1, size, heads * channels)
+    # A product for each block, or a CPU puts steps last.
+    masks = jnp.broadcast_to(masks, (len(steps), *masks.shape))
+    decays = jnp.exp(jnp.einsum("brs,bsk->brk", masks.reshape(len(steps), -1, size), steps))
+    decays = decays.reshape(len(steps), -1, size, heads, channels)
+    decays = jnp.transpose(decays, (1, 3, 0, 2, 4))
+    return decays.reshape(len(decays), -1, size, channels)
+
+
+def _masks(size: int) -> np.ndarray:
+    """Which steps (third) stand between each step (second) and a middle. First of parts of 2, 4, …
+    steps, of which each step is in one half, and then of the whole block: the steps up to and with
+    each one, as if the middle were before the block, and those after it."""
+    step = np.arange(size)
+    upto = np.tri(size)
+    levels = []
+    for level in range(size.bit_length() - 1):
+        half = step >> level
+        same = np.expand_dims(half, 1) == np.expand_dims(half, 0)
+        levels.append(same * np.where(np.expand_dims(half % 2 == 1, 1), upto, 1 - upto))
+    return np.stack([*levels, upto, 1 - upto])
+
+
+def _across(size: int) -> np.ndarray:
+    """From which steps (last) of the first halves of parts of 2, 4, … steps to which (before) of
+    the second ones, for each block."""
+    step, level = np.arange(size), np.expand_dims(np.arange(size.bit_length() - 1), (1, 2, 3))
+    later, earlier = np.expand_dims(step, 1) >> level, np.expand_dims(step, 0) >> level
+    return (later == earlier + 1) & (later % 2 == 1)

@@ -102,17 +102,17 @@ class GatedLinearAttention(AbstractCell):
         return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        """$q$, $k$, $v$, $α$ and the output gate $W_g x$."""
+        r"""$q$, $k$, $v$, $\log α$ and the output gate $W_g x$."""
         check_inputs(xs, self.input_size)
         maps = (self.weight_q, self.weight_k, self.weight_v)
         q, k, v = (split_heads(xs @ weight.T, self.num_heads) for weight in maps)
         raw = affine(self.weight_alpha, self.bias_alpha, xs @ self.weight_rank.T)
-        alpha = jnp.exp(jax.nn.log_sigmoid(wide(raw)) / _ROOT)
-        return [q, k, v, split_heads(alpha, self.num_heads), xs @ self.weight_g.T]
+        log_alpha = split_heads(jax.nn.log_sigmoid(wide(raw)) / _ROOT, self.num_heads)
+        return [q, k, v, log_alpha, xs @ self.weight_g.T]
 
     def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
-        _, k, v, alpha, _ = u
-        return decayed_step(state, k, v, alpha)
+        _, k, v, log_alpha, _ = u
+        return decayed_step(state, k, v, jnp.exp(log_alpha))
 
     def readout(
         self,
@@ -124,8 +124,8 @@ class GatedLinearAttention(AbstractCell):
     def through_chunk(
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
-        q, k, v, alpha, _ = us
-        state, y = through_channels(state, q, k, v, alpha, reset)
+        q, k, v, log_alpha, _ = us
+        state, y = through_channels(state, q, k, v, log_alpha, reset)
         return state, self._outputs(y, us)
 
     def _outputs(self, y, us):

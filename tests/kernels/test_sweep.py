@@ -46,6 +46,11 @@ CELLS = {
     "SelectiveSSM": (prnn.SelectiveSSM, (4,), {}),
     "LinearLMU": (prnn.LinearLMU, (3, 5, 7.5), {"memory_size": 2}),
     "LMU": (prnn.LMU, (3, 5, 7.5), {}),
+    "GatedLinearAttention": (prnn.GatedLinearAttention, (2, 3, 4), {}),
+    "Retention": (prnn.Retention, (2, 4, 3), {}),
+    "Mamba2": (prnn.Mamba2, (2, 3, 4), {}),
+    "Based": (prnn.Based, (2, 2, 3), {}),
+    "MLSTM": (prnn.MLSTM, (2, 3, 4), {}),
 }
 
 

@@ -308,6 +308,12 @@ CELLS = {
     "SelectiveSSM": prnn.SelectiveSSM,
     "LinearLMU": lambda *sizes, key: prnn.LinearLMU(*sizes, 3, 5.0, key=key),
     "LMU": lambda *sizes, key: prnn.LMU(*sizes, 3, 5.0, key=key),
+    "GatedLinearAttention": lambda *_, key: prnn.GatedLinearAttention(WIDTH, 1, 2, 2, key=key),
+    # Of heads of two features, a norm that takes the mean from them leaves but the sign.
+    "Retention": lambda *_, key: prnn.Retention(WIDTH, 1, 2, 4, key=key),
+    "Mamba2": lambda *_, key: prnn.Mamba2(WIDTH, 1, 2, 2, conv_width=2, key=key),
+    "Based": lambda *_, key: prnn.Based(WIDTH, 1, 2, 2, key=key),
+    "MLSTM": lambda *_, key: prnn.MLSTM(WIDTH, 1, 2, 4, key=key),
     "EquinoxLSTM": lambda *sizes, key: prnn.from_equinox(eqx.nn.LSTMCell(*sizes, key=key)),
 }
 LAYERS = {
