@@ -78,7 +78,7 @@ def test_help(capsys):
         ("--steps 1e3", "--steps: must be a whole number"),
         ("--lr nan", "--lr: must be a number above 0; got 'nan'"),
         ("--seed 4294967296", "--seed: must be a whole number, at least 0 and at most"),
-        ("--cell lstm", "--cell: invalid choice: 'lstm'"),
+        ("--cell nothing", "--cell: invalid choice: 'nothing'"),
         ("--chunk-size 4", "--chunk-size: needs --solver newton"),
         ("--length 1000000", "--length: must be at most"),
     ],
