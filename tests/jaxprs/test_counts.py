@@ -119,8 +119,8 @@ def test_static_arguments_pass():
 
 
 def test_a_sequential_solve():
-    """A product and three operations per unit and step, as the scan counts them; and two more to see
-    whether all states are finite."""
+    """A product and three operations per unit and step, as much again as the scan counts, and two
+    that tell whether all states are finite."""
     xs = jnp.ones((20, 4), jnp.float32)
 
     def step(h, x):
