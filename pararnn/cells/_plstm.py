@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._decays import decays, pieces
+from ._chunks_decayed import CHUNK_SIZE, decayed_step, reads, through_heads
 from ._parts import init_linear, merge_heads, split_heads, wide, zero_state
 
 _State = Float[Array, "num_heads key_size value_size"]
@@ -35,7 +35,7 @@ class PLSTM(AbstractCell):
     only. The state has at least float32.
     """
 
-    chunk_size: ClassVar[int | None] = 64
+    chunk_size: ClassVar[int | None] = CHUNK_SIZE
 
     weight_q: Float[Array, "num_heads*key_size input_size"]
     weight_k: Float[Array, "num_heads*key_size input_size"]
@@ -120,8 +120,7 @@ class PLSTM(AbstractCell):
 
     def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
         k, v, log_kept, _, _ = u
-        written = jnp.expand_dims(k, 2) * jnp.expand_dims(v, 1)
-        return jnp.expand_dims(jnp.exp(log_kept), 2) * state + written
+        return decayed_step(state, k, v, jnp.exp(log_kept))
 
     def readout(
         self,
@@ -129,21 +128,14 @@ class PLSTM(AbstractCell):
         us: list[Float[Array, "L ..."]],
     ) -> Float[Array, "L output_size"]:
         *_, q, own = us
-        return self._output(jnp.einsum("lnk,lnkv->lnv", q, states) + own)
+        return self._output(reads(q, states) + own)
 
     def through_chunk(
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
-        *us, own = us
-        k, v, log_kept, q = (jnp.moveaxis(u, 1, 0) for u in us)  # heads first, as products have it
-        piece = pieces(reset, len(own))
-        kept, since = jax.vmap(decays, (0, None))(log_kept[:, :, 0], piece)
-        since = jnp.where(jnp.expand_dims(piece == 0, 0), since, 0)  # the others start from zero
-        weights = kept * (q @ jnp.swapaxes(k, 1, 2))
-        y = weights @ v + jnp.expand_dims(since, 2) * (q @ state)
-        after = jnp.swapaxes(jnp.expand_dims(kept[:, -1], 2) * k, 1, 2) @ v
-        after = jnp.expand_dims(since[:, -1], (1, 2)) * state + after
-        return after, self._output(jnp.moveaxis(y, 0, 1) + own)
+        k, v, log_kept, q, own = us
+        after, y = through_heads(state, q, k, v, log_kept[:, :, 0], reset)
+        return after, self._output(y + own)
 
     def _output(self, y: Float[Array, "L num_heads value_size"]) -> Float[Array, "L output_size"]:
         """From what is read to outputs."""

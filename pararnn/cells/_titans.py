@@ -9,7 +9,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._decays import decays, pieces
 from ._parts import init_linear, unit, wide
 
 # The weights of the memory, `W_1` and `W_2`, or a sum of gradients, which is shaped like them.
@@ -344,10 +343,10 @@ def _flow(
     reset: Bool[Array, " T"] | None,
 ) -> _Flow:
     """From the gates of some steps."""
-    piece = pieces(reset, len(rate))
+    piece = _pieces(reset, len(rate))
     old = piece == 0
-    kept, kept_since = decays(log_kept, piece)
-    moved, moved_since = decays(log_momentum, piece)
+    kept, kept_since = _decays(log_kept, piece)
+    moved, moved_since = _decays(log_momentum, piece)
     momentum = jnp.where(old, moved_since, 0)
     moved = -jnp.expand_dims(rate, 0) * moved
     return _Flow(
@@ -359,6 +358,26 @@ def _flow(
         kept @ moved,
         moved,
     )
+
+
+def _pieces(reset: Bool[Array, " T"] | None, length: int) -> Int[Array, " T"]:
+    """The number of starts anew up to and with each step."""
+    return jnp.zeros(length, int) if reset is None else jnp.cumsum(reset)
+
+
+def _decays(
+    logs: Float[Array, " T"], piece: Int[Array, " T"]
+) -> tuple[Float[Array, "T T"], Float[Array, " T"]]:
+    """The products of the factors after step `s` up to step `t`, `[t, s]`; and of all up to step
+    `t` since its piece began. Between pieces nothing passes. The factors are given by their
+    logarithms, which are at most 0."""
+    rows, columns = jnp.expand_dims(piece, 1), jnp.expand_dims(piece, 0)
+    together = jnp.tril(rows == columns)
+    # Sums of just the terms in question: a difference of two long sums would cancel.
+    later = jnp.tril(jnp.broadcast_to(jnp.expand_dims(logs, 1), together.shape), -1)
+    between = jnp.tril(jnp.ones(together.shape, logs.dtype)) @ later
+    since = jnp.sum(jnp.where(together, jnp.expand_dims(logs, 0), 0), axis=1)
+    return jnp.exp(jnp.where(together, between, -jnp.inf)), jnp.exp(since)
 
 
 def _where(condition: Array, new: Any, old: Any) -> Any:
