@@ -9,6 +9,7 @@ from ._base import AbstractCell as AbstractCell
 from ._based import Based as Based
 from ._conv import ConvLSTM as ConvLSTM
 from ._conv import ConvS5 as ConvS5
+from ._delta_rule import AbstractDeltaCell as AbstractDeltaCell
 from ._deltanet import DeltaNet as DeltaNet
 from ._deltanet import DeltaProduct as DeltaProduct
 from ._elman import Elman as Elman

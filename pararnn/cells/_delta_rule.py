@@ -20,11 +20,13 @@ Yang et al., *Parallelizing linear transformers with the delta rule over sequenc
 
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._parts import wide
+from ._base import AbstractCell
+from ._parts import merge_heads, wide, zero_state
 
 # A chunk has about as many rows: with more, products within it would outweigh those with the state.
 ROWS = 64
@@ -101,6 +103,48 @@ def _rows(parts: list[Array]) -> Array:
     """One per correction, in order of time, behind the axis of heads."""
     stacked = jnp.stack([wide(x) for x in parts], axis=1)
     return jnp.moveaxis(stacked.reshape(-1, *stacked.shape[2:]), 1, 0)
+
+
+# --- cells ----------------------------------------------------------------------------------
+
+
+class AbstractDeltaCell(AbstractCell):
+    """A cell whose steps are those of the delta rule: its `project` returns what they consume, of
+    type `DeltaInputs`. Chunks of steps are made by products of matrices."""
+
+    weight_k: eqx.AbstractVar[Array]
+    weight_o: eqx.AbstractVar[Array]
+    num_heads: eqx.AbstractVar[int]
+    key_size: eqx.AbstractVar[int]
+    value_size: eqx.AbstractVar[int]
+
+    def init_state(self) -> Float[Array, "num_heads key_size value_size"]:
+        return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
+
+    def step(
+        self, state: Float[Array, "num_heads key_size value_size"], u: DeltaInputs
+    ) -> Float[Array, "num_heads key_size value_size"]:
+        return delta_step(state, u)
+
+    def readout(
+        self, states: Float[Array, "L num_heads key_size value_size"], us: DeltaInputs
+    ) -> Float[Array, "L output_size"]:
+        return self._output(delta_read(states, us.query), us)
+
+    def through_chunk(
+        self,
+        state: Float[Array, "num_heads key_size value_size"],
+        us: DeltaInputs,
+        reset: Bool[Array, " L"] | None,
+    ) -> tuple[Float[Array, "num_heads key_size value_size"], Float[Array, "L output_size"]]:
+        after, y = delta_chunk(state, us, reset)
+        return after, self._output(y, us)
+
+    def _output(
+        self, y: Float[Array, "L num_heads value_size"], us: DeltaInputs
+    ) -> Float[Array, "L output_size"]:
+        """From what the queries find to outputs."""
+        return merge_heads(y) @ self.weight_o.T
 
 
 # --- decays -----------------------------------------------------------------------------------

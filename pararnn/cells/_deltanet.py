@@ -2,25 +2,21 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._delta_rule import ROWS, DeltaInputs, delta_chunk, delta_read, delta_step
+from ._base import check_inputs, check_sizes
+from ._delta_rule import ROWS, AbstractDeltaCell, DeltaInputs
 from ._parts import (
     decay,
     init_decay,
     init_linear,
-    merge_heads,
     split_heads,
     uniform,
     unit,
-    zero_state,
 )
 
-_State = Float[Array, "num_heads key_size value_size"]
 
-
-class DeltaNet(AbstractCell):
+class DeltaNet(AbstractDeltaCell):
     r"""The gated delta rule: an associative memory that erases what it held under a key before it
     writes (Schlag et al., *Linear transformers are secretly fast weight programmers*, ICML 2021;
     Yang et al., *Gated delta networks: improving Mamba2 with delta rule*, ICLR 2025). Per head,
@@ -105,9 +101,6 @@ class DeltaNet(AbstractCell):
         self.value_size = value_size
         self.negative_eigenvalues = negative_eigenvalues
 
-    def init_state(self) -> _State:
-        return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
-
     def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
         """$q$, $k$, $v$, $β$ and $α$."""
         check_inputs(xs, self.input_size)
@@ -118,25 +111,8 @@ class DeltaNet(AbstractCell):
         alpha = _alpha(xs, self.weight_alpha, self.a_log, self.bias_alpha)
         return DeltaInputs(q, [k], [v], [beta], alpha)
 
-    def step(self, state: _State, u: DeltaInputs) -> _State:
-        return delta_step(state, u)
 
-    def through_chunk(
-        self, state: _State, us: DeltaInputs, reset: Bool[Array, " L"] | None
-    ) -> tuple[_State, Float[Array, "L output_size"]]:
-        after, y = delta_chunk(state, us, reset)
-        return after, self._output(y)
-
-    def readout(
-        self, states: Float[Array, "L num_heads key_size value_size"], us: DeltaInputs
-    ) -> Float[Array, "L output_size"]:
-        return self._output(delta_read(states, us.query))
-
-    def _output(self, y: Float[Array, "L heads value_size"]) -> Float[Array, "L output_size"]:
-        return merge_heads(y) @ self.weight_o.T
-
-
-class DeltaProduct(AbstractCell):
+class DeltaProduct(AbstractDeltaCell):
     r"""The delta rule with several corrections per step (Siems et al., *DeltaProduct: improving
     state-tracking in linear RNNs via Householder products*, 2025). Per head, with the state $S$ of
     shape `(key_size, value_size)`, a step decays it, then corrects it $n$ times, one after another:
@@ -230,9 +206,6 @@ class DeltaProduct(AbstractCell):
         self.num_factors = num_factors
         self.negative_eigenvalues = negative_eigenvalues
 
-    def init_state(self) -> _State:
-        return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
-
     def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
         """$q$, all $k_j$, $v_j$ and $β_j$, and $α$."""
         check_inputs(xs, self.input_size)
@@ -242,23 +215,6 @@ class DeltaProduct(AbstractCell):
         betas = [_rate(xs @ weight.T, self.negative_eigenvalues) for weight in self.weight_beta]
         alpha = _alpha(xs, self.weight_alpha, self.a_log, self.bias_alpha)
         return DeltaInputs(q, ks, vs, betas, alpha)
-
-    def step(self, state: _State, u: DeltaInputs) -> _State:
-        return delta_step(state, u)
-
-    def through_chunk(
-        self, state: _State, us: DeltaInputs, reset: Bool[Array, " L"] | None
-    ) -> tuple[_State, Float[Array, "L output_size"]]:
-        after, y = delta_chunk(state, us, reset)
-        return after, self._output(y)
-
-    def readout(
-        self, states: Float[Array, "L num_heads key_size value_size"], us: DeltaInputs
-    ) -> Float[Array, "L output_size"]:
-        return self._output(delta_read(states, us.query))
-
-    def _output(self, y: Float[Array, "L heads value_size"]) -> Float[Array, "L output_size"]:
-        return merge_heads(y) @ self.weight_o.T
 
 
 def _rate(raw: Float[Array, "L heads"], negative_eigenvalues: bool) -> Float[Array, "L heads"]:

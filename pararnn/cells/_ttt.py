@@ -3,16 +3,14 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._delta_rule import ROWS, DeltaInputs, delta_chunk, delta_read, delta_step
-from ._parts import affine, init_linear, merge_heads, split_heads, unit, wide, zero_state
-
-_State = Float[Array, "num_heads key_size value_size"]
+from ._base import check_inputs, check_sizes
+from ._delta_rule import ROWS, AbstractDeltaCell, DeltaInputs
+from ._parts import affine, init_linear, split_heads, unit, wide
 
 
-class TTTLinear(AbstractCell):
+class TTTLinear(AbstractDeltaCell):
     r"""Learning while reading, with a linear inner model (Sun et al., *Learning to (learn at test
     time): RNNs with expressive hidden states*, 2024). The state is a matrix $W$ of shape
     `(key_size, value_size)` per head, which learns to find the value $v$ from the key $k$: each
@@ -102,10 +100,6 @@ class TTTLinear(AbstractCell):
         self.value_size = value_size
         self.max_rate = float(max_rate)
 
-    def init_state(self) -> _State:
-        """No change of $W_0$ yet."""
-        return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
-
     def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
         """$q$, $k$, what $W_0$ leaves of $v$, and $η$."""
         check_inputs(xs, self.input_size)
@@ -115,24 +109,10 @@ class TTTLinear(AbstractCell):
         rate = self.max_rate * jax.nn.sigmoid(affine(self.weight_rate, self.bias_rate, xs))
         return DeltaInputs(q, [k], [wide(v) - self._at_start(k)], [rate], None)
 
-    def step(self, state: _State, u: DeltaInputs) -> _State:
-        return delta_step(state, u)
-
-    def through_chunk(
-        self, state: _State, us: DeltaInputs, reset: Bool[Array, " L"] | None
-    ) -> tuple[_State, Float[Array, "L output_size"]]:
-        after, y = delta_chunk(state, us, reset)
-        return after, self._output(y, us)
-
-    def readout(
-        self, states: Float[Array, "L num_heads key_size value_size"], us: DeltaInputs
-    ) -> Float[Array, "L output_size"]:
-        return self._output(delta_read(states, us.query), us)
-
     def _output(
         self, y: Float[Array, "L heads value_size"], us: DeltaInputs
     ) -> Float[Array, "L output_size"]:
-        return merge_heads(y + self._at_start(us.query)) @ self.weight_o.T
+        return super()._output(y + self._at_start(us.query), us)
 
     def _at_start(self, x: Float[Array, "L heads key_size"]) -> Float[Array, "L heads value_size"]:
         """What the inner model makes of it before it has learned."""
