@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
 from ._line import Line
-from ._misc import is_complex
+from ._misc import real_leaves
 
 
 def all_finite(tree: PyTree[Array], *, keep_axes: int = 0) -> Bool[Array, "..."]:
@@ -18,9 +18,7 @@ def all_finite(tree: PyTree[Array], *, keep_axes: int = 0) -> Bool[Array, "..."]
     def largest(x):
         return jnp.max(jnp.abs(x), axis=tuple(range(keep_axes, x.ndim)), initial=0)
 
-    leaves = jtu.tree_leaves(tree)
-    parts = [part for x in leaves for part in ((x.real, x.imag) if is_complex(x) else (x,))]
-    flags = [largest(x) < jnp.inf for x in parts]
+    flags = [largest(x) < jnp.inf for x in real_leaves(tree)]
     return jnp.all(jnp.stack(flags), axis=0)
 
 
