@@ -134,7 +134,7 @@ def test_table_has_every_cell_of_the_package():
         for cell in vars(prnn.cells).values()
         if isinstance(cell, type)
         and issubclass(cell, prnn.AbstractCell)
-        and cell is not prnn.AbstractCell
+        and not cell.__name__.startswith("Abstract")
     }
     assert {type(make()) for make in CELLS.values()} == concrete
     several = {name for name in CELLS if len(jtu.tree_leaves(CELLS[name]().init_state())) > 1}
