@@ -1,4 +1,5 @@
-"""The tables of two README files and the plots of `benchmarks/results`, from the JSON files there.
+"""The tables of two README files and the plots of `benchmarks/results`, from the JSON files there
+and in `examples/results`.
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; a test keeps it up to date.
 """
@@ -10,6 +11,7 @@ import pathlib
 import re
 from typing import Any
 
+from examples import _tracking
 from pararnn.diagnostics import Spread
 
 from . import _gpu_tables, _plots, _sharded_tables, _summaries
@@ -18,10 +20,11 @@ from .speed import GAINS
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+TRACKING = ROOT / "examples" / "results" / "tracking.json"
 PLATFORMS = ("cpu", "gpu")
 # The tables of each file.
 FILES = {
-    "README.md": ("speed", "targets", "batches", "cells", "sharded-speed"),
+    "README.md": ("speed", "targets", "batches", "cells", "sharded-speed", "tracking"),
     "benchmarks/README.md": (
         "agreement",
         "cells-agreement",
@@ -216,6 +219,7 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
             blocks["batches"] = batches_table(content)
     blocks |= {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
     blocks |= _summaries.tables(folder) | _sharded_tables.blocks(folder)
+    blocks["tracking"] = _tracking.block(TRACKING)
     return blocks | {"gpu": _gpu_tables.block(folder)}
 
 
