@@ -19,6 +19,8 @@ WITH_EXAMPLES = [page for page in PAGES if "```python" in (DOCS / page).read_tex
 def test_examples_of_a_page(page):
     """If what is printed has changed for a reason: `python tests/pages.py docs/PAGE`."""
     text = (DOCS / page).read_text()
+    if "from flax" in text:
+        pytest.importorskip("flax")
     blocks = pages.blocks_of(text)
     assert len(blocks) == text.count("```python\n")
     for block, printed in zip(blocks, pages.run(page, blocks), strict=True):
