@@ -1,4 +1,5 @@
-"""The tables of two README files and of pages of the documentation, and the plots of `benchmarks/results`, from the JSON files there.
+"""The tables of two README files and of pages of the documentation, and the plots of
+`benchmarks/results`, from the JSON files there.
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; a test keeps it up to date.
 """

@@ -37,7 +37,8 @@ def test_what_is_printed_is_compared():
 
 
 def test_a_block_that_fails_is_told_by_its_line():
-    text = "# Title\n\n```python\na = 1\n```\n\n<!-- check\nassert a == 1\n-->\n\n```python\n\nb\n```\n"
+    text = "# A\n\n```python\na = 1\n```\n\n<!-- check\nassert a == 1\n-->\n\n"
+    text += "```python\n\nb\n```\n"
     blocks = pages.blocks_of(text)
     assert pages.run("page.md", blocks[:1]) == [""]
     with pytest.raises(AssertionError, match='"page.md", line 13'):
@@ -59,7 +60,9 @@ def public(module: types.ModuleType) -> set[str]:
 def test_every_public_name_is_described():
     found = described()
     assert {f"pararnn.{name}" for name in public(pararnn)} <= found
-    rooms = re.findall(r"^from \. import (\w+) as", pathlib.Path(pararnn.__file__).read_text(), re.M)
+    rooms = re.findall(
+        r"^from \. import (\w+) as", pathlib.Path(pararnn.__file__).read_text(), re.M
+    )
     assert "solvers" in rooms
     for room in rooms:
         module = getattr(pararnn, room)

@@ -6,8 +6,12 @@ MkDocs calls the functions named `on_…`.
 import pathlib
 import posixpath
 import re
+import sys
 
 from mkdocs.structure.files import File
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import notebooks  # noqa: E402
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _SOURCE = "https://github.com/pararnn/pararnn/blob/main/"
@@ -28,13 +32,16 @@ _ELSEWHERE = {
 
 
 def on_files(files, config):
-    """Adds the pages that are files elsewhere in the repository, with the pictures they show."""
+    """Adds the pages that are files elsewhere in the repository, the plots they show, and
+    the tutorials."""
     for page, source in _SHOWN.items():
-        text = (_ROOT / source).read_text()
-        folder = posixpath.dirname(source)
-        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
-            files.append(File.generated(config, picture, abs_src_path=_ROOT / folder / picture))
-        files.append(File.generated(config, page, content=_with_links(text, folder)))
+        text = _with_links((_ROOT / source).read_text(), posixpath.dirname(source))
+        files.append(File.generated(config, page, content=text))
+    for plot in (_ROOT / "benchmarks" / "results").glob("*.png"):
+        files.append(File.generated(config, f"results/{plot.name}", abs_src_path=plot))
+    for source in sorted((_ROOT / "docs" / "tutorials").glob("*.py")):
+        for name, content in notebooks.rendered(source).items():
+            files.append(File.generated(config, f"tutorials/{name}", content=content))
     return files
 
 

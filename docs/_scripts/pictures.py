@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation, with the package itself: `python docs/_scripts/pictures.py`.
+"""Draws the pictures of the documentation, with the package: `python docs/_scripts/pictures.py`.
 
 Each function `draw_NAME` makes `docs/pictures/NAME.svg`; names on the command line draw only these.
 """
@@ -156,7 +156,10 @@ def arrow(axis, begin, end, text, *, beside):
 def draw_decision():
     """Questions downwards, answers to the right."""
     questions = [
-        ("On a CPU, or is the device\nbusy with a batch already?", "Sequential(), the default there"),
+        (
+            "On a CPU, or is the device\nbusy with a batch already?",
+            "Sequential(), the default",
+        ),
         ("Do the steps compose exactly:\naffine ones, or clamps?", "AssociativeScan()"),
         ("Is it chaotic:\nan exponent above 0?", "Sequential()"),
         ("Does it keep switching between\nstates that it never forgets?", "Speculative()"),
