@@ -15,7 +15,7 @@ and by a block of text, which is what it prints:
     2
     ```
 
-`python tests/pages.py docs/quickstart.md …` runs pages, and writes into them what is printed.
+`python -m tests.pages docs/quickstart.md …` runs pages, and writes into them what is printed.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def run(page: str, blocks: list[Block], *, alone: bool = False) -> list[str]:
     """
     parts = [(block.line, block.code, block.check) for block in blocks]
     result = subprocess.run(
-        [sys.executable, "-W", "error", __file__, "--run"],
+        [sys.executable, "-W", "error", "-m", "tests.pages", "--run"],
         input=json.dumps({"page": page, "blocks": parts, "alone": alone}),
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ WITH_EXAMPLES = [page for page in PAGES if "```python" in (DOCS / page).read_tex
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES)
 def test_examples_of_a_page(page):
-    """If what is printed has changed for a reason: `python tests/pages.py docs/PAGE`."""
+    """If what is printed has changed for a reason: `python -m tests.pages docs/PAGE`."""
     text = (DOCS / page).read_text()
     if "from flax" in text:
         pytest.importorskip("flax")
