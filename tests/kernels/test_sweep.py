@@ -6,6 +6,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from sweeps import agree, both, plain_sweep, starts_like
+from systems import INTERPRET
 
 import pararnn as prnn
 from pararnn.kernels import fused_sweep, unsupported
@@ -194,7 +195,7 @@ def test_batches(axes):
 
     def fused(w, starts, xs):
         step = lambda h, x: jnp.tanh(w @ h + w[0] * x)  # noqa: E731
-        return fused_sweep(step, starts, xs, interpret=True, **SIDE_BY_SIDE)
+        return fused_sweep(step, starts, xs, interpret=INTERPRET, **SIDE_BY_SIDE)
 
     def plain(w, starts, xs):
         step = lambda h, x: jnp.tanh(w @ h + w[0] * x)  # noqa: E731

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from systems import normal
+from systems import INTERPRET, normal
 
 import pararnn as prnn
 from pararnn.sweeps import Fused, Rows, Scanned, Unrolled
@@ -16,7 +16,7 @@ SWEEPS = {
     "scan": Scanned(),
     "in place": Scanned(in_place=True),
     "unrolled": Unrolled(),
-    "kernel": Fused(interpret=True),
+    "kernel": Fused(interpret=INTERPRET),
 }
 ROWS = {
     "whole": Rows(LENGTH, 3, 4, 4),
@@ -75,7 +75,7 @@ def test_rows(name, which, reverse):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), kept, states)
 
 
-@pytest.mark.parametrize("method", ["scan", "unrolled", Fused(interpret=True)])
+@pytest.mark.parametrize("method", ["scan", "unrolled", Fused(interpret=INTERPRET)])
 @pytest.mark.parametrize("batched", [False, True])
 def test_in_a_solve(method, batched):
     """Values, and gradients both ways through a linear solve, with weights of their own for each
@@ -107,7 +107,7 @@ def test_what_cannot_be_a_kernel_runs_all_the_same():
         return jnp.sort(0.5 * h + x)
 
     assert "sort" in prnn.kernels.unsupported(sorting, jnp.zeros((1, 2)), XS[0])
-    solver = prnn.Newton(chunk_size=4, sweep_method=Fused(interpret=True))
+    solver = prnn.Newton(chunk_size=4, sweep_method=Fused(interpret=INTERPRET))
     got = prnn.solve(sorting, XS[0], jnp.zeros(2), solver=solver).states
     expected = prnn.solve(sorting, XS[0], jnp.zeros(2), solver=prnn.Sequential()).states
     np.testing.assert_allclose(got, expected, rtol=1e-9)
@@ -117,7 +117,7 @@ def test_a_sequential_run_in_one_kernel():
     def plain(h, x):
         return jnp.tanh(WEIGHT @ h + x)
 
-    solver = prnn.Sequential(sweep_method=Fused(interpret=True))
+    solver = prnn.Sequential(sweep_method=Fused(interpret=INTERPRET))
     got = prnn.solve(plain, XS[0], jnp.ones(2), solver=solver, adjoint=solver)
     expected = prnn.solve(plain, XS[0], jnp.ones(2), solver=prnn.Sequential())
     np.testing.assert_allclose(got.states, expected.states, rtol=1e-12)
