@@ -77,6 +77,7 @@ def test_cells(name):
     "geometry",
     [
         {"num_steps": 6, "stride": 4, "first": -2},
+        {"num_steps": 9, "stride": 4, "first": -2},
         {"num_steps": 2, "stride": 4, "first": 2},
         {"num_steps": 3, "stride": 0},
         {"num_steps": 3, "stride": 0, "first": 15},
@@ -89,7 +90,7 @@ def test_rows_that_are_consumed(geometry, reverse):
     agree(*both(step, starts, us, **geometry, keep=False, reverse=reverse))
 
 
-@pytest.mark.parametrize("num_steps, length", [(1, 5), (1, 4), (7, 23), (17, 17)])
+@pytest.mark.parametrize("num_steps, length", [(1, 5), (1, 4), (7, 23), (10, 23), (17, 17)])
 def test_states_are_kept_where_there_are_rows(num_steps, length):
     step, us, starts = problem("DiagonalGRU 48", length=length)
     starts = starts[: -(-length // num_steps)]
