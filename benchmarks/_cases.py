@@ -79,7 +79,7 @@ HEADS: dict[str, Callable[..., prnn.AbstractCell]] = {
 }  # fmt: skip
 VARIANTS = {"GRU, forgets": _forgetting_gru, **HEADS}
 EQUINOX = "equinox"
-KERNELS = "+kernels"
+NO_KERNELS = "-kernels"
 _SWITCH = "PARARNN_KERNELS"
 
 
@@ -131,11 +131,11 @@ def settings(text: str, cell: prnn.AbstractCell, xs: Any, platform: str | None =
     """The solver and the adjoint that a text stands for, complete, as a platform would have them.
 
     `default` is what the package chooses there. Others are read by `parse_solver`, and solve the
-    derivative's recurrence too. With `+kernels` behind it, generated kernels are switched on.
+    derivative's recurrence too. With `-kernels` behind it, generated kernels are switched off.
     """
-    asked = parse_solver(text.removesuffix(KERNELS))
+    asked = parse_solver(text.removesuffix(NO_KERNELS))
     layer = prnn.RNN(cell, asked, adjoint=asked)
-    with _kernels(text.endswith(KERNELS)):
+    with _kernels(not text.endswith(NO_KERNELS)):
         solver, _ = select_solver(layer, xs, platform=platform)
         adjoint, _ = select_adjoint(layer, xs, platform=platform)
     return solver, adjoint
@@ -307,22 +307,26 @@ def _cpu():
 
 
 def _gpu():
-    default, both = "default against lax.scan", ("default", "default+kernels")
+    default, both = "default against lax.scan", ("default", "default-kernels")
     recurrent = ("DiagonalGRU", "GRU, forgets", "DiagonalLSTM")
     for cell in recurrent:
-        solvers = (*both, "Sequential+kernels")
+        solvers = (*both, "Sequential")
         yield Case(default, cell, 65_536, size=64, solvers=solvers)
     yield Case(default, "M2RNN, 4 heads", 65_536, size=64, solvers=both)
-    sizes = tuple(f"Newton({n})+kernels" for n in (16, 32, 64, 128, 256))
+    sizes = tuple(f"Newton({n})" for n in (16, 32, 64, 128, 256))
     for cell in recurrent[:2]:
         yield Case(
-            "chunk sizes", cell, 65_536, size=64, solvers=(*sizes, "Newton(16)", "Newton(1)")
+            "chunk sizes",
+            cell,
+            65_536,
+            size=64,
+            solvers=(*sizes, "Newton(16)-kernels", "Newton(1)-kernels"),
         )
     for cell in HEADS:
         yield Case("outputs of layers", cell, 4096, size=128, outputs=True)
     for batch in (256, 16):
         for cell in recurrent[:2]:
-            solvers = (*both, "Sequential+kernels")
+            solvers = (*both, "Sequential")
             yield Case("batch sizes", cell, 4096, batch, 64, solvers=solvers)
     for size, length in ((64, 4096), (64, 1024), (1024, 4096), (64, 262_144)):
         for cell in recurrent[:2]:

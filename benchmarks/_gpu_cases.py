@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import pararnn as prnn
 
 from . import _cases
-from ._cases import KERNELS, scanned, solved
+from ._cases import NO_KERNELS, scanned, solved
 
 SCAN, CHOICE = "lax.scan", "choice"
 PLATFORM = "cuda"
@@ -139,10 +139,10 @@ def default_cases() -> Iterator[Case]:
     for cell in CELLS:
         # All Jacobians of M²RNN's 1,024 state elements are tens of gigabytes.
         observed = 1024 if cell.startswith("M2RNN") else None
-        for solver in (SCAN, CHOICE, CHOICE + KERNELS):
+        for solver in (SCAN, CHOICE, CHOICE + NO_KERNELS):
             yield Case(cell, 64, LENGTH, solver, observed=observed)
     for length in (4096, 1024):
-        for solver in (SCAN, CHOICE, CHOICE + KERNELS):
+        for solver in (SCAN, CHOICE, CHOICE + NO_KERNELS):
             yield Case("DiagonalGRU", 64, length, solver)
     for cell in ("DiagonalGRU", "GRU, forgets"):
         for solver in ("Newton(1)", "Newton(16)", "Newton(64)", "Jacobi(64)"):
@@ -151,5 +151,5 @@ def default_cases() -> Iterator[Case]:
 
 def quick_cases() -> Iterator[Case]:
     """Some that compile in a minute, for the check against committed counts."""
-    for solver in (SCAN, CHOICE, CHOICE + KERNELS):
+    for solver in (SCAN, CHOICE, CHOICE + NO_KERNELS):
         yield Case("DiagonalGRU", 64, 1024, solver)

@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--solvers",
         nargs="+",
-        help="like default, Newton+kernels, Jacobi(64); equinox is its own cell",
+        help="like default, Newton-kernels, Jacobi(64); equinox is its own cell",
     )
     parser.add_argument("--project", action="store_true", help="with the input projection")
     parser.add_argument("--costs", action="store_true", help="count operations and bytes too")
@@ -196,7 +196,7 @@ def _chosen(args: argparse.Namespace) -> list[Case]:
     solvers = tuple(args.solvers or ("default",))
     for solver in solvers:
         if solver != _cases.EQUINOX:
-            _cases.parse_solver(solver.removesuffix(_cases.KERNELS))
+            _cases.parse_solver(solver.removesuffix(_cases.NO_KERNELS))
     sizes = itertools.product(
         args.cells or ("GRU", "DiagonalGRU"),
         args.lengths or (4096,),

@@ -124,13 +124,20 @@ def test_a_sequential_run_in_one_kernel():
 
 
 def test_the_switch(monkeypatch):
-    """Kernels are picked where they are switched on, on CUDA, and can be generated."""
+    """Kernels are picked on CUDA, where they can be generated, if there is one device or they are
+    switched on."""
     recurrence = prnn.Recurrence(lambda h, x: jnp.tanh(0.5 * h + x), XS[0], jnp.zeros(2))
     odd = prnn.Recurrence(lambda h, x: jnp.sort(h + x), XS[0], jnp.zeros(2))
     long = jnp.zeros((1000, 2))
     diagonal = prnn.Recurrence(lambda h, x: jnp.tanh(0.5 * h + x), long, jnp.zeros(2))
+    monkeypatch.setenv("PARARNN_KERNELS", "0")
     assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == "unrolled"
-    monkeypatch.setenv("PARARNN_KERNELS", "1")
+    monkeypatch.delenv("PARARNN_KERNELS")
+    with monkeypatch.context() as several:
+        several.setattr(jax, "device_count", lambda: 2)
+        assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == "unrolled"
+        several.setenv("PARARNN_KERNELS", "1")
+        assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == "kernel"
     solver = prnn.Newton().resolved(diagonal, "cuda")
     assert solver.sweep_method == "kernel" and solver.chunk_size == 64
     assert prnn.Newton().resolved(odd, "cuda").sweep_method == "unrolled"
