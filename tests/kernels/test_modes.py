@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from systems import normal
+from systems import INTERPRET, normal
 
 import pararnn as prnn
 
@@ -26,7 +26,7 @@ CELLS = {
     "LMU": (lambda *_, key: prnn.LMU(4, 1, 2, 4.5, key=key), {}),
 }
 LENGTH = 11
-FUSED = prnn.sweeps.Fused(interpret=True)
+FUSED = prnn.sweeps.Fused(interpret=INTERPRET)
 SOLVER = prnn.Newton(chunk_size=4, sweep_method=FUSED, rtol=1e-12)
 
 

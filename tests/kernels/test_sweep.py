@@ -6,6 +6,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from sweeps import agree, both, plain_sweep, starts_like
+from systems import INTERPRET
 
 import pararnn as prnn
 from pararnn.kernels import fused_sweep, unsupported
@@ -76,6 +77,7 @@ def test_cells(name):
     "geometry",
     [
         {"num_steps": 6, "stride": 4, "first": -2},
+        {"num_steps": 9, "stride": 4, "first": -2},
         {"num_steps": 2, "stride": 4, "first": 2},
         {"num_steps": 3, "stride": 0},
         {"num_steps": 3, "stride": 0, "first": 15},
@@ -88,7 +90,7 @@ def test_rows_that_are_consumed(geometry, reverse):
     agree(*both(step, starts, us, **geometry, keep=False, reverse=reverse))
 
 
-@pytest.mark.parametrize("num_steps, length", [(1, 5), (1, 4), (7, 23), (17, 17)])
+@pytest.mark.parametrize("num_steps, length", [(1, 5), (1, 4), (7, 23), (10, 23), (17, 17)])
 def test_states_are_kept_where_there_are_rows(num_steps, length):
     step, us, starts = problem("DiagonalGRU 48", length=length)
     starts = starts[: -(-length // num_steps)]
@@ -194,7 +196,7 @@ def test_batches(axes):
 
     def fused(w, starts, xs):
         step = lambda h, x: jnp.tanh(w @ h + w[0] * x)  # noqa: E731
-        return fused_sweep(step, starts, xs, interpret=True, **SIDE_BY_SIDE)
+        return fused_sweep(step, starts, xs, interpret=INTERPRET, **SIDE_BY_SIDE)
 
     def plain(w, starts, xs):
         step = lambda h, x: jnp.tanh(w @ h + w[0] * x)  # noqa: E731

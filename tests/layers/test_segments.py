@@ -8,7 +8,9 @@ import pytest
 from systems import error, normal
 
 import pararnn as prnn
+from pararnn.cells._chunk_maps import MatrixAlgebra
 from pararnn.diagnostics import temporary_bytes
+from pararnn.layers._chunks import steps_at_once, through_chunks
 from pararnn.layers._segments import default_size
 
 LENGTH, INPUTS = 23, 3
@@ -43,6 +45,22 @@ class Doubling(prnn.AbstractCell):
         reset = jnp.zeros(len(us), bool) if reset is None else reset
         state, states = jax.lax.scan(one, state, (us, reset))
         return state, self.readout(states, us)
+
+
+class Mixing(Doubling):
+    """The same, whose chunks are known to compose."""
+
+    chunk_algebra = MatrixAlgebra()
+
+    def init_state(self):
+        return jnp.zeros((1, 2, 1))
+
+    def step(self, state, u):
+        return jnp.expand_dims(self.rate, 2) * state + jnp.expand_dims(u, (0, 2))
+
+    def chunk_factor(self, us, reset):
+        kept = jnp.expand_dims(self.rate, 2) ** len(us)
+        return kept if reset is None else jnp.where(jnp.any(reset), 0, kept)
 
 
 def outcome(rnn, xs, state=None, **options):
@@ -144,3 +162,74 @@ def test_a_segment_that_overflows_is_told_of():
     with pytest.raises(Exception, match="not finite"):
         jax.block_until_ready(jax.jit(lambda xs: layer(xs)[0])(xs))
     assert not jnp.all(jnp.isfinite(layer(xs, throw=False)[0]))
+
+
+# --- many chunks at once ----------------------------------------------------------------------
+
+WHOLE = 4 * 64 + 9
+CELLS = {
+    "GatedLinearAttention": prnn.GatedLinearAttention,
+    "Retention": prnn.Retention,
+    "Mamba2": prnn.Mamba2,
+    "Based": prnn.Based,
+    "MLSTM": prnn.MLSTM,
+    "PLSTM": prnn.PLSTM,
+    "DeltaNet": prnn.DeltaNet,
+    "DeltaProduct": prnn.DeltaProduct,
+    "TTTLinear": prnn.TTTLinear,
+    "Aaren": prnn.Aaren,
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_chunks_at_once(name):
+    """As one after another; with starts anew, some of them between chunks."""
+    cell = CELLS[name](INPUTS, 2, 4, 3, key=KEY)
+    xs = normal(4, (WHOLE, INPUTS))
+    reset = jnp.zeros(WHOLE, bool).at[jnp.asarray([5, 64, 100, 101, 192])].set(True)
+    before = prnn.RNN(cell)(xs[:7])[1]
+    state = before[0] if cell.context else before
+
+    def one_by_one(cell, state, us, reset):
+        size, outputs = cell.chunk_size, []
+        for first in range(0, WHOLE, size):
+            some = jax.tree.map(lambda x, n=first: x[n : n + size], (us, reset))
+            state, ys = cell.through_chunk(state, *some)
+            outputs.append(ys)
+        return state, jnp.concatenate(outputs)
+
+    def results(run, reset):
+        def loss(args):
+            cell, xs, state = args
+            state, ys = run(cell, state, cell.project(xs), reset)
+            total = sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(state))
+            return total + jnp.sum(jnp.cos(ys)), (state, ys)
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)((cell, xs, state))
+
+    for flags in (None, reset):
+        run = eqx.filter_jit(lambda r, f=flags: results(r, f))
+        got, expected = (
+            jax.tree.leaves(eqx.filter(run(way), eqx.is_array))
+            for way in (through_chunks, one_by_one)
+        )
+        assert error(got, expected) <= 1e-11
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reset": True}, {"mask": True, "reset": True}], ids=["plain", "reset", "mask"]
+)
+@pytest.mark.parametrize("length", [3, 4, 23, 24])
+def test_an_accelerator_makes_chunks_at_once(length, options, monkeypatch):
+    cell = Mixing(jnp.asarray([[0.5, 0.1]]))
+    flags = {"reset": RESET, "mask": MASK}
+    options = {name: jnp.resize(flags[name], length) for name in options}
+    xs = normal(5, (length, 2))
+    expected = outcome(prnn.RNN(cell), xs, **options)
+    monkeypatch.setattr("pararnn.layers._rnn.chosen_platform", lambda _: "gpu")
+    monkeypatch.setattr("pararnn.layers._chunks._CHUNKS_AT_ONCE", 2)
+    assert error(outcome(prnn.RNN(cell), xs, **options), expected) <= 1e-12
+
+
+def test_steps_at_once():
+    assert [steps_at_once(n, 64) for n in (65, 4096, 4097, 8192)] == [128, 4096, 33 * 64, 4096]
