@@ -42,9 +42,8 @@ _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_X64": "0",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "MPLBACKEND": "agg",
-    "XLA_FLAGS": f"{_FLAGS} --xla_force_host_platform_device_count=2",
 }
+_TWO_DEVICES = {"XLA_FLAGS": f"{_FLAGS} --xla_force_host_platform_device_count=2"}
 
 
 class Block(NamedTuple):
@@ -74,6 +73,7 @@ def run(page: str, blocks: list[Block], *, alone: bool = False) -> list[str]:
 
     `alone`: each as if there were no others; otherwise each knows what those before it made.
     """
+    meshes = any("jax.device_count()" in block.code for block in blocks)
     parts = [(block.line, block.code, block.check) for block in blocks]
     result = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.pages", "--run"],
@@ -81,7 +81,7 @@ def run(page: str, blocks: list[Block], *, alone: bool = False) -> list[str]:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **_ENVIRONMENT},
+        env={**os.environ, **_ENVIRONMENT, **(_TWO_DEVICES if meshes else {})},
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
