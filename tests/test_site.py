@@ -12,7 +12,6 @@ SITE = pages.ROOT / "site"
 pytestmark = [
     pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium"),
     pytest.mark.skipif(not (SITE / "index.html").exists(), reason="needs `make docs`"),
-    pytest.mark.xdist_group("site"),
 ]
 UNSET = """[...document.querySelectorAll('.arithmatex')]
     .filter(e => !e.querySelector('.katex')).map(e => e.textContent)"""
