@@ -42,6 +42,8 @@ _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_X64": "0",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "MPLBACKEND": "agg",
+    "PYTHONPATH": str(ROOT),
 }
 _TWO_DEVICES = {"XLA_FLAGS": f"{_FLAGS} --xla_force_host_platform_device_count=2"}
 
@@ -75,16 +77,23 @@ def run(page: str, blocks: list[Block], *, alone: bool = False) -> list[str]:
     """
     meshes = any("jax.device_count()" in block.code for block in blocks)
     parts = [(block.line, block.code, block.check) for block in blocks]
+    given = json.dumps({"page": page, "blocks": parts, "alone": alone})
+    output = python("-m", "tests.pages", "--run", given=given, two_devices=meshes)
+    return json.loads(output.splitlines()[-1])
+
+
+def python(*args: str, given: str = "", two_devices: bool = False) -> str:
+    """What Python prints in a process of its own, where every warning is an error."""
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.pages", "--run"],
-        input=json.dumps({"page": page, "blocks": parts, "alone": alone}),
+        [sys.executable, "-W", "error", *args],
+        input=given,
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **_ENVIRONMENT, **(_TWO_DEVICES if meshes else {})},
+        env={**os.environ, **_ENVIRONMENT, **(_TWO_DEVICES if two_devices else {})},
     )
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return result.stdout
 
 
 def agree(shown: str, printed: str) -> bool:

@@ -3,8 +3,8 @@
 Each function `draw_NAME` makes `docs/pictures/NAME.svg`; names on the command line draw only these.
 """
 
+import argparse
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -180,16 +180,21 @@ def draw_decision():
     return figure
 
 
-def main(names):
+def main(args=None):
+    parser = argparse.ArgumentParser(description="Draws the pictures of the documentation.")
+    parser.add_argument("names", nargs="*", help="which (default: all)")
+    parser.add_argument("--folder", type=pathlib.Path, default=_FOLDER)
+    options = parser.parse_args(args)
     matplotlib.rcParams.update({"svg.hashsalt": "pararnn", "font.size": 9})
     for name, draw in list(globals().items()):
-        if name.startswith("draw_") and (not names or name.removeprefix("draw_") in names):
-            path = _FOLDER / f"{name.removeprefix('draw_')}.svg"
+        picture = name.removeprefix("draw_")
+        if picture != name and (not options.names or picture in options.names):
+            path = options.folder / f"{picture}.svg"
             figure = draw()
             figure.savefig(path, metadata={"Date": None})
             plt.close(figure)
-            print(path.relative_to(_FOLDER.parents[1]))
+            print(path)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
