@@ -1,5 +1,5 @@
-# Everything runs in a virtual environment of its own, `.venv` (for one target `.venv-gpu`), made by
-# the first target that needs it.
+# Everything runs in a virtual environment of its own, `.venv` (for two targets `.venv-gpu` and
+# `.venv-docs`), made by the first target that needs it.
 # Other interpreter: `make demo PYTHON=python3.12`. Options for a program: `make test ARGS="-k newton"`.
 
 PYTHON ?= python3
@@ -10,9 +10,10 @@ RUN := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/.installed
 # With XLA's plug-in for CUDA, which disturbs JAX wherever there is no GPU.
 GPU_VENV := .venv-gpu
+DOCS_VENV := .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu-check clean
+.PHONY: help demo test lint format bench docs gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -36,18 +37,23 @@ format: $(INSTALLED) ## sort the imports, mend what Ruff can mend, format the co
 bench: $(INSTALLED) ## run the speed benchmark (another one, or options: in ARGS)
 	@$(RUN) benchmarks $(or $(ARGS),speed)
 
+# Without the network, once installed. Opened by a test, if Chromium is there.
+docs: $(DOCS_VENV)/.installed ## build the documentation in site/ (options of MkDocs in ARGS)
+	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict $(ARGS)
+
 gpu-check: $(GPU_VENV)/.installed ## count what a GPU would run, without one (options in ARGS)
 	@$(GPU_VENV)/bin/python -m benchmarks gpu $(ARGS)
 
 clean: ## remove the environments, caches and build products (not out/)
-	rm -rf $(VENV) $(GPU_VENV) .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(GPU_VENV) $(DOCS_VENV) .pytest_cache .ruff_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last. Without it the environment is new or was left half-made by an
 # interrupted call, so it is made afresh; with it, only pyproject.toml has changed since.
 $(INSTALLED): EXTRA := dev
 $(GPU_VENV)/.installed: EXTRA := gpu-check
-$(INSTALLED) $(GPU_VENV)/.installed: pyproject.toml
+$(DOCS_VENV)/.installed: EXTRA := docs
+$(INSTALLED) $(GPU_VENV)/.installed $(DOCS_VENV)/.installed: pyproject.toml
 	@if [ ! -f $@ ]; then \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    found=$$($(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null); \

@@ -1,4 +1,5 @@
-"""The tables of two README files and the plots of `benchmarks/results`, from the JSON files there.
+"""The tables of two README files and of pages of the documentation, and the plots of
+`benchmarks/results`, from the JSON files there.
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; a test keeps it up to date.
 """
@@ -22,6 +23,9 @@ PLATFORMS = ("cpu", "gpu")
 # The tables of each file.
 FILES = {
     "README.md": ("speed", "targets", "batches", "cells", "sharded-speed"),
+    "docs/cells.md": ("cells",),
+    "docs/several_devices.md": ("sharded-speed",),
+    "docs/speed.md": ("speed", "targets", "batches"),
     "benchmarks/README.md": (
         "agreement",
         "cells-agreement",

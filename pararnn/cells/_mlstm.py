@@ -81,6 +81,7 @@ class MLSTM(AbstractCell):
 
     $$\ell' = \log(e^{\ell + \log σ(\tilde f)} + e^{\tilde\imath}), \quad
     w = e^{\tilde\imath - \ell'},$$
+
     $$C' = (1-w)\, C + w\, k v^\top, \quad n' = (1-w)\, n + w\, k, \quad
     y = \frac{C'^\top q}{\max(|n' · q|, e^{-\ell'})},$$
 
