@@ -13,7 +13,7 @@ from typing import Any
 
 from pararnn.diagnostics import Spread
 
-from . import _gpu_tables, _plots, _sharded_tables, _summaries
+from . import _gpu_measured, _gpu_tables, _plots, _sharded_tables, _summaries
 from ._measure import markdown
 from .speed import GAINS
 
@@ -33,6 +33,7 @@ FILES = {
         "random-systems",
         "state-tracking",
         "gpu",
+        "gpu-measured",
         "sharded-agreement",
         "sharded-long",
         "sharded-traffic",
@@ -220,7 +221,10 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
             blocks["batches"] = batches_table(content)
     blocks |= {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
     blocks |= _summaries.tables(folder) | _sharded_tables.blocks(folder)
-    return blocks | {"gpu": _gpu_tables.block(folder)}
+    return blocks | {
+        "gpu": _gpu_tables.block(folder),
+        "gpu-measured": _gpu_measured.block(folder),
+    }
 
 
 def rewritten(text: str, blocks: dict[str, str]) -> str:

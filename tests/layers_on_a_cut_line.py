@@ -56,6 +56,15 @@ def both_directions():
             close(jax.tree.leaves(got), jax.tree.leaves(wanted))
 
 
+def blocks(solver, key):
+    options = {"num_heads": 1, "conv_width": 3, "key": key}
+    return {
+        "mLSTM": prnn.GatedBlock.mlstm(SIZE, solver, block_size=SIZE, **options),
+        "sLSTM": prnn.ResidualBlock.slstm(SIZE, solver, **options),
+        "gated DeltaNet": prnn.ResidualBlock.gated_deltanet(SIZE, solver, **options),
+    }
+
+
 def layers(solver):
     key = jax.random.key(0)
     mlp = prnn.ResidualBlock(SIZE, prnn.DiagonalGRU(SIZE, SIZE, key=key), solver, key=key)
@@ -65,6 +74,7 @@ def layers(solver):
         "affine": prnn.RNN(prnn.LRU(SIZE, SIZE, key=key), solver),
         "algebra": prnn.RNN(prnn.MinMax(SIZE, SIZE, key=key), solver, learn_init=True),
         "stack": prnn.Stack([mlp, prnn.MinMaxBlock(SIZE, SIZE, solver, key=key)]),
+        **blocks(solver, key),
     }
 
 

@@ -101,11 +101,16 @@ def across_devices(
         run = functools.partial(pull, slice(0, length))
         leaving, (pulled, flowed) = _settled(line.backwards(), run, guess, zero, differ)
         first = bool_where(jnp.asarray(line.is_first), leaving, zero)
-        first = None if of_tangents.init is None else first
+        # Of a state of several arrays, some may have tangents and others none.
+        first = jtu.tree_map(_if_there_is, of_tangents.init, first, is_leaf=lambda t: t is None)
         return flowed, jtu.tree_map(jnp.add, of_tangents, pulled._replace(init=first))
 
     given = tied(jtu.tree_map(jnp.zeros_like, states), tangents), tangents
     return jax.lax.custom_linear_solve(residual, given, solve, transpose_solve)[0]
+
+
+def _if_there_is(tangent: Array | None, x: PyTree[Array]) -> PyTree[Array | None]:
+    return None if tangent is None else x
 
 
 def _row(tree: PyTree[Array], index: int) -> PyTree[Array]:

@@ -95,11 +95,20 @@ def check_sizes(**sizes: Any) -> None:
 def head_sizes(num_heads: int, **sizes: int) -> list[int]:
     """What of each named size falls to one head. Raises unless all are positive Python ints and
     `num_heads` divides each."""
-    check_sizes(**sizes, num_heads=num_heads)
+    return _shares("num_heads", num_heads, sizes)
+
+
+def block_sizes(num_blocks: int, **sizes: int) -> list[int]:
+    """The same for the blocks on the diagonal of a map."""
+    return _shares("num_blocks", num_blocks, sizes)
+
+
+def _shares(whose: str, count: int, sizes: dict[str, int]) -> list[int]:
+    check_sizes(**sizes, **{whose: count})
     for name, size in sizes.items():
-        if size % num_heads:
-            raise ValueError(f"`num_heads` must divide `{name}`; got {num_heads} for {size}.")
-    return [size // num_heads for size in sizes.values()]
+        if size % count:
+            raise ValueError(f"`{whose}` must divide `{name}`; got {count} for {size}.")
+    return [size // count for size in sizes.values()]
 
 
 def check_inputs(xs: Any, input_size: int) -> None:

@@ -42,6 +42,7 @@ class DeltaInputs(NamedTuple):
     - `query`: $q$ of each head.
     - `keys`, `values`, `betas`: $k$, $v$ and $β$ of each head, for each of the corrections.
     - `alpha`: the decay of each head; `None` is 1.
+    - `gate`: of the outputs, if they have one; steps take no notice of it.
     """
 
     query: Float[Array, "... heads key_size"]
@@ -49,6 +50,7 @@ class DeltaInputs(NamedTuple):
     values: list[Float[Array, "... heads value_size"]]
     betas: list[Float[Array, "... heads"]]
     alpha: Float[Array, "... heads"] | None
+    gate: Float[Array, "... features"] | None = None
 
 
 def delta_step(

@@ -2,14 +2,19 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._base import check_inputs, check_sizes
 from ._delta_rule import ROWS, AbstractDeltaCell, DeltaInputs
 from ._parts import (
+    convolved,
     decay,
+    init_convolution,
     init_decay,
     init_linear,
+    merge_heads,
+    norm_heads,
     split_heads,
     uniform,
     unit,
@@ -26,7 +31,8 @@ class DeltaNet(AbstractDeltaCell):
 
     $q$, $k$, $v$ are linear maps of $x$, $q$ and $k$ divided by their norms; $β = σ(w_β x)$, and
     $α = \exp(-A\,\mathrm{softplus}(w_α x + b_α))$. The output, of shape `(output_size,)`, is
-    $W_o\, y$ with the $y$ of all heads in one vector.
+    $W_o\, y$ with the $y$ of all heads in one vector. What Yang et al. put around it, a short
+    convolution and an output gate, is there if asked for.
 
     The step is affine in the state, so one pass solves it exactly. The Jacobian consists of
     `num_heads * value_size` blocks of `key_size × key_size`, the same for all columns of a head.
@@ -42,6 +48,9 @@ class DeltaNet(AbstractDeltaCell):
     weight_alpha: Float[Array, "num_heads input_size"] | None
     weight_beta: Float[Array, "num_heads input_size"]
     weight_o: Float[Array, "output_size num_heads*value_size"]
+    weight_conv: Float[Array, "conv_width num_heads*(2*key_size+value_size)"] | None
+    weight_g: Float[Array, "num_heads*value_size input_size"] | None
+    weight_norm: Float[Array, "num_heads value_size"] | None
     a_log: Float[Array, " num_heads"] | None
     bias_alpha: Float[Array, " num_heads"] | None
     input_size: int = eqx.field(static=True)
@@ -49,6 +58,7 @@ class DeltaNet(AbstractDeltaCell):
     key_size: int = eqx.field(static=True)
     value_size: int = eqx.field(static=True)
     negative_eigenvalues: bool = eqx.field(static=True)
+    conv_width: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -60,6 +70,8 @@ class DeltaNet(AbstractDeltaCell):
         *,
         gated: bool = True,
         negative_eigenvalues: bool = False,
+        conv_width: int = 0,
+        output_gate: bool = False,
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
@@ -73,9 +85,15 @@ class DeltaNet(AbstractDeltaCell):
         - `negative_eigenvalues`: whether $β = 2σ(w_β x)$: a step then may reflect the state, as
             well as erase, which tracks parity (Grazzi et al., *Unlocking state-tracking in linear
             RNNs through negative eigenvalues*, ICLR 2025).
+        - `conv_width`: how many inputs a short convolution spans, the present one included. With
+            0, there is none; else $q$, $k$ (before the division) and $v$ are SiLU of it, one filter
+            per channel of the linear maps.
+        - `output_gate`: whether the output is $W_o\, (\mathrm{RMSNorm}(y) ⊙ \mathrm{SiLU}(W_g x))$,
+            with a norm of each head.
         - `dtype`: of the parameters; the state has at least float32.
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
-            their inputs, $A$ and $b_α$ as in Mamba-2.
+            their inputs, the convolution with $n$ its width, $A$ and $b_α$ as in Mamba-2; the
+            norm's weights are 1.
         """
         output_size = input_size if output_size is None else output_size
         check_sizes(
@@ -85,7 +103,8 @@ class DeltaNet(AbstractDeltaCell):
             value_size=value_size,
             output_size=output_size,
         )
-        keys = jax.random.split(key, 7)
+        keys = jax.random.split(key, 9)
+        channels = num_heads * (2 * key_size + value_size)
         self.weight_q = init_linear(keys[0], num_heads * key_size, input_size, dtype)
         self.weight_k = init_linear(keys[1], num_heads * key_size, input_size, dtype)
         self.weight_v = init_linear(keys[2], num_heads * value_size, input_size, dtype)
@@ -95,21 +114,47 @@ class DeltaNet(AbstractDeltaCell):
         if gated:
             self.weight_alpha = init_linear(keys[3], num_heads, input_size, dtype)
             self.a_log, self.bias_alpha = init_decay(num_heads, dtype, keys[6])
+        self.weight_conv = init_convolution(keys[7], conv_width, channels, dtype)
+        self.weight_g = self.weight_norm = None
+        if output_gate:
+            self.weight_g = init_linear(keys[8], num_heads * value_size, input_size, dtype)
+            self.weight_norm = jnp.ones((num_heads, value_size), self.weight_q.dtype)
         self.input_size = input_size
         self.num_heads = num_heads
         self.key_size = key_size
         self.value_size = value_size
         self.negative_eigenvalues = negative_eigenvalues
+        self.conv_width = conv_width
+
+    @property
+    def context(self) -> int:
+        return max(self.conv_width - 1, 0)
 
     def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
-        """$q$, $k$, $v$, $β$ and $α$."""
+        """$q$, $k$, $v$, $β$, $α$ and the output gate $W_g x$."""
         check_inputs(xs, self.input_size)
-        q = unit(split_heads(xs @ self.weight_q.T, self.num_heads))
-        k = unit(split_heads(xs @ self.weight_k.T, self.num_heads))
-        v = split_heads(xs @ self.weight_v.T, self.num_heads)
+        q, k, v = (split_heads(x, self.num_heads) for x in self._channels(xs))
         beta = _rate(xs @ self.weight_beta.T, self.negative_eigenvalues)
         alpha = _alpha(xs, self.weight_alpha, self.a_log, self.bias_alpha)
-        return DeltaInputs(q, [k], [v], [beta], alpha)
+        gate = None if self.weight_g is None else xs @ self.weight_g.T
+        return DeltaInputs(unit(q), [unit(k)], [v], [beta], alpha, gate)
+
+    def _channels(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L features"]]:
+        """What becomes $q$, $k$ and $v$."""
+        maps = [xs @ weight.T for weight in (self.weight_q, self.weight_k, self.weight_v)]
+        if self.weight_conv is None:
+            return maps
+        keys = self.num_heads * self.key_size
+        channels = convolved(self.weight_conv, jnp.concatenate(maps, axis=-1))
+        return jnp.split(channels, [keys, 2 * keys], axis=-1)
+
+    def _output(
+        self, y: Float[Array, "L num_heads value_size"], us: DeltaInputs
+    ) -> Float[Array, "L output_size"]:
+        if us.gate is None or self.weight_norm is None:
+            return merge_heads(y) @ self.weight_o.T
+        y = norm_heads(y, self.weight_norm, centred=False) * jax.nn.silu(us.gate)
+        return y @ self.weight_o.T
 
 
 class DeltaProduct(AbstractDeltaCell):

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._algebra import AbstractAlgebra
-from ._base import AbstractCell, check_inputs
+from ._base import AbstractCell, block_sizes, check_inputs
 from ._chunks_decayed import CHUNK_SIZE, LOG_ZERO, reads, summed_logs, weighted_chunk, with_resets
 from ._parts import (
     affine,
+    convolved,
     init_attention,
+    init_convolution,
     init_linear,
+    linear,
     norm_heads,
     normal,
     split_heads,
@@ -101,24 +104,27 @@ class MLSTM(AbstractCell):
     """
 
     chunk_size: ClassVar[int | None] = CHUNK_SIZE
-    chunk_algebra: ClassVar[AbstractAlgebra | None] = _MeanAlgebra()
     algebra: ClassVar[AbstractAlgebra | None] = _MeanAlgebra()
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = _MeanAlgebra()
 
-    weight_q: Float[Array, "num_heads*key_size input_size"]
-    weight_k: Float[Array, "num_heads*key_size input_size"]
-    weight_v: Float[Array, "num_heads*value_size input_size"]
+    weight_q: Float[Array, "num_heads*key_size input_size/num_blocks"]
+    weight_k: Float[Array, "num_heads*key_size input_size/num_blocks"]
+    weight_v: Float[Array, "num_heads*value_size input_size/num_blocks"]
     weight_i: Float[Array, "num_heads input_size"]
     weight_f: Float[Array, "num_heads input_size"]
-    weight_g: Float[Array, "num_heads*value_size input_size"]
-    weight_o: Float[Array, "output_size num_heads*value_size"]
+    weight_g: Float[Array, "num_heads*value_size input_size"] | None
+    weight_o: Float[Array, "output_size num_heads*value_size"] | None
+    weight_conv: Float[Array, "conv_width input_size"] | None
     weight_norm: Float[Array, "num_heads value_size"]
     bias_i: Float[Array, " num_heads"]
     bias_f: Float[Array, " num_heads"]
-    bias_g: Float[Array, " num_heads*value_size"]
+    bias_g: Float[Array, " num_heads*value_size"] | None
+    skip: Float[Array, " input_size"] | None
     input_size: int = eqx.field(static=True)
     num_heads: int = eqx.field(static=True)
     key_size: int = eqx.field(static=True)
     value_size: int = eqx.field(static=True)
+    conv_width: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -128,6 +134,9 @@ class MLSTM(AbstractCell):
         value_size: int,
         output_size: int | None = None,
         *,
+        conv_width: int = 0,
+        num_blocks: int = 1,
+        bare: bool = False,
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
@@ -137,29 +146,56 @@ class MLSTM(AbstractCell):
         - `num_heads`: how many matrices the state has.
         - `key_size`, `value_size`: the shape of each.
         - `output_size`: the number of features of outputs; `None` is `input_size`.
+        - `conv_width`: how many inputs a short convolution spans, the present one included. With
+            0, there is none; else $q$ and $k$ are maps of SiLU of it in place of $x$.
+        - `num_blocks`: into how many blocks on the diagonal the maps to $q$, $k$ and $v$ fall.
+        - `bare`: whether gate and projection are left to a block around the cell. The output, of as
+            many features as the input, then is $\mathrm{norm}(y) + D ⊙ c$ with $c$ what the maps
+            to $q$ and $k$ see.
         - `dtype`: of the parameters; the state has at least float32.
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             their inputs, but 0 those to the gates $\tilde\imath$ and $\tilde f$, whose biases are
             normal with a standard deviation of 0.1, and evenly spaced from 3 to 6 over the heads;
-            $b_g = 0$, and the norm's weights are 1.
+            $b_g = 0$, and the norm's weights and $D$ are 1. The convolution is uniform in
+            $\pm 1/\sqrt{n}$ with $n$ its width.
         """
         output_size = input_size if output_size is None else output_size
-        keys = jax.random.split(key, 6)
-        sizes = input_size, num_heads, key_size, value_size, output_size
-        weights = init_attention(*sizes, dtype, keys[:4])
+        keys = jax.random.split(key, 7)
+        features = num_heads * value_size
+        if bare and (features != input_size or output_size != input_size):
+            raise ValueError(
+                "With `bare`, `num_heads * value_size` and `output_size` must be `input_size`, "
+                f"{input_size}; got {features} and {output_size}."
+            )
+        block, *_ = block_sizes(
+            num_blocks, input_size=input_size, keys=num_heads * key_size, values=features
+        )
+        sizes = num_heads, key_size, value_size, output_size
+        weights = init_attention(block, *sizes, dtype, keys[:4])
         self.weight_q, self.weight_k, self.weight_v, self.weight_o = weights
         stored = self.weight_q.dtype
         self.weight_i = jnp.zeros((num_heads, input_size), stored)
         self.weight_f = jnp.zeros((num_heads, input_size), stored)
-        self.weight_g = init_linear(keys[4], num_heads * value_size, input_size, dtype)
+        self.weight_conv = init_convolution(keys[6], conv_width, input_size, dtype)
+        self.weight_g = self.bias_g = self.skip = None
+        if bare:
+            self.weight_o = None
+            self.skip = jnp.ones(input_size, stored)
+        else:
+            self.weight_g = init_linear(keys[4], features, input_size, dtype)
+            self.bias_g = jnp.zeros(features, stored)
         self.weight_norm = jnp.ones((num_heads, value_size), stored)
         self.bias_i = normal(keys[5], (num_heads,), 0.1, dtype)
         self.bias_f = jnp.linspace(3, 6, num_heads, dtype=stored)
-        self.bias_g = jnp.zeros(num_heads * value_size, stored)
         self.input_size = input_size
         self.num_heads = num_heads
         self.key_size = key_size
         self.value_size = value_size
+        self.conv_width = conv_width
+
+    @property
+    def context(self) -> int:
+        return max(self.conv_width - 1, 0)
 
     def init_state(self) -> _State:
         shape = self.num_heads, self.key_size, self.value_size + 1
@@ -168,13 +204,14 @@ class MLSTM(AbstractCell):
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
         r"""$q$, $k$, $v$ with a last 1, which makes $n$, $\tilde\imath$, $\log σ(\tilde f)$, and
-        the output gate $W_g x + b_g$."""
+        the output gate $W_g x + b_g$, or $c$."""
         check_inputs(xs, self.input_size)
-        maps = (self.weight_q, self.weight_k, self.weight_v)
-        q, k, v = (split_heads(xs @ weight.T, self.num_heads) for weight in maps)
+        seen = convolved(self.weight_conv, xs)
+        maps = [(self.weight_q, seen), (self.weight_k, seen), (self.weight_v, xs)]
+        q, k, v = (split_heads(linear(weight, x), self.num_heads) for weight, x in maps)
         i = wide(affine(self.weight_i, self.bias_i, xs))
         f = jax.nn.log_sigmoid(wide(affine(self.weight_f, self.bias_f, xs)))
-        g = affine(self.weight_g, self.bias_g, xs)
+        g = seen if self.weight_g is None else affine(self.weight_g, self.bias_g, xs)
         return [q, k * self.key_size**-0.5, with_ones(v), i, f, g]
 
     def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
@@ -216,4 +253,7 @@ class MLSTM(AbstractCell):
         least = jnp.expand_dims(jnp.exp(-jnp.clip(logs, 0, _SMALL)), 2)
         y = y[..., :-1] / jnp.maximum(jnp.abs(y[..., -1:]), least)
         y = norm_heads(y, self.weight_norm, centred=True)
+        if self.weight_o is None:
+            assert self.skip is not None
+            return y + jnp.expand_dims(self.skip, 0) * us[-1]
         return (jax.nn.sigmoid(us[-1]) * y) @ self.weight_o.T

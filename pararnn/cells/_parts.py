@@ -132,13 +132,25 @@ def init_diagonal_gates(
 # --- maps of all inputs -----------------------------------------------------------------------
 
 
+def linear(
+    weight: Float[Array, "outputs block"], xs: Float[Array, "L inputs"]
+) -> Float[Array, "L outputs"]:
+    """`W x` for all steps. With fewer columns than inputs, `weight` has the blocks on the diagonal
+    of `W`, one below the other."""
+    if weight.shape[1] == xs.shape[1]:
+        return xs @ weight.T
+    parts = split_heads(xs, xs.shape[1] // weight.shape[1])
+    blocks = weight.reshape(parts.shape[1], -1, weight.shape[1])
+    return merge_heads(jnp.einsum("bij,lbj->lbi", blocks, parts))
+
+
 def affine(
-    weight: Float[Array, "outputs inputs"],
+    weight: Float[Array, "outputs block"],
     bias: Float[Array, " outputs"] | None,
     xs: Float[Array, "L inputs"],
 ) -> Float[Array, "L outputs"]:
-    """`W x + b` for all steps; `None` is no bias."""
-    ys = xs @ weight.T
+    """`W x + b` for all steps, `W` as for `linear`; `None` is no bias."""
+    ys = linear(weight, xs)
     return ys if bias is None else ys + jnp.expand_dims(bias, 0)
 
 
@@ -195,6 +207,24 @@ def causal_convolution(
     padded = wide(jnp.pad(xs, ((width - 1, 0), (0, 0))))
     taps = (jnp.expand_dims(wide(weight[j]), 0) * padded[j : j + length] for j in range(width))
     return sum(taps, start=jnp.zeros(xs.shape, padded.dtype)).astype(xs.dtype)
+
+
+def init_convolution(
+    key: PRNGKeyArray, conv_width: int, channels: int, dtype: Any
+) -> Float[Array, "conv_width channels"] | None:
+    r"""The filters of a short convolution, uniform in $\pm 1/\sqrt{\text{conv\_width}}$; `None` if
+    that is 0. The size is checked."""
+    if conv_width == 0:
+        return None
+    check_sizes(conv_width=conv_width)
+    return uniform(key, (conv_width, channels), conv_width**-0.5, dtype)
+
+
+def convolved(
+    weight: Float[Array, "conv_width channels"] | None, xs: Float[Array, "L channels"]
+) -> Float[Array, "L channels"]:
+    """SiLU of the short convolution of `xs`, if there is one."""
+    return xs if weight is None else jax.nn.silu(causal_convolution(weight, xs))
 
 
 # --- heads ------------------------------------------------------------------------------------

@@ -5,8 +5,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes, head_sizes
-from ._parts import init_linear, project_gates, recur_heads, zero_state
+from ._base import AbstractCell, block_sizes, check_inputs, head_sizes
+from ._parts import (
+    affine,
+    convolved,
+    init_convolution,
+    init_linear,
+    norm_heads,
+    project_gates,
+    recur_heads,
+    split_heads,
+    zero_state,
+)
 
 _State = tuple[
     Float[Array, " hidden_size"], Float[Array, " hidden_size"], Float[Array, " hidden_size"]
@@ -40,11 +50,14 @@ class SLSTM(AbstractCell):
     $i, f, z, o$; `weight_h` stacks first the heads and then, within each head, these four.
     """
 
-    weight_x: Float[Array, "4*hidden_size input_size"]
+    weight_x: Float[Array, "4*hidden_size input_size/num_blocks"]
     weight_h: Float[Array, "4*hidden_size hidden_size/num_heads"]
+    weight_conv: Float[Array, "conv_width input_size"] | None
+    weight_norm: Float[Array, "num_heads hidden_size/num_heads"] | None
     bias: Float[Array, " 4*hidden_size"]
     input_size: int = eqx.field(static=True)
     hidden_size: int = eqx.field(static=True)
+    conv_width: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -52,6 +65,9 @@ class SLSTM(AbstractCell):
         hidden_size: int,
         *,
         num_heads: int = 1,
+        num_blocks: int = 1,
+        conv_width: int = 0,
+        normed: bool = False,
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
@@ -60,21 +76,37 @@ class SLSTM(AbstractCell):
         - `input_size`, `hidden_size`: the numbers of features of inputs and outputs.
         - `num_heads`: into how many diagonal blocks each recurrent matrix falls; divides
             `hidden_size`.
+        - `num_blocks`: the same for the matrix of each gate that meets the inputs; divides
+            `input_size`, too.
+        - `conv_width`: how many inputs a short convolution spans, the present one included. With
+            0, there is none; else SiLU of it is what the gates $i$ and $f$ see in place of $x$.
+        - `normed`: whether the output is $h$ of each head, its mean taken from it, divided by the
+            standard deviation, and times a weight per feature, at first 1.
         - `dtype`: of the parameters; the state has at least float32.
-        - `key`: for $W_x$, uniform in $\pm 1/\sqrt{\text{input\_size}}$. As in the paper's code,
-            $R = 0$, and $b = 0$ but for the forget gate, where unit $j$ of the $d$ units of a head
-            has $5 - 12\,(j/(d-1))^{0.3}$.
+        - `key`: for $W_x$ and the convolution, uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
+            columns of a block, and the width. As in the paper's code, $R = 0$, and $b = 0$ but for
+            the forget gate, where unit $j$ of the $d$ units of a head has
+            $5 - 12\,(j/(d-1))^{0.3}$.
         """
-        check_sizes(input_size=input_size)
+        block, _ = block_sizes(num_blocks, input_size=input_size, hidden_size=hidden_size)
         (head_size,) = head_sizes(num_heads, hidden_size=hidden_size)
-        self.weight_x = init_linear(key, 4 * hidden_size, input_size, dtype)
+        self.weight_x = init_linear(key, 4 * hidden_size, block, dtype)
+        key = jax.random.fold_in(key, 1)
+        self.weight_conv = init_convolution(key, conv_width, input_size, dtype)
         self.weight_h = jnp.zeros((4 * hidden_size, head_size), self.weight_x.dtype)
         bias_f = 5 - 12 * jnp.linspace(0, 1, head_size, dtype=self.weight_x.dtype) ** 0.3
         bias_f = jnp.tile(bias_f, num_heads)
         zero = jnp.zeros_like(bias_f)
         self.bias = jnp.concatenate([zero, bias_f, zero, zero])
+        ones = jnp.ones((num_heads, head_size), self.weight_x.dtype)
+        self.weight_norm = ones if normed else None
         self.input_size = input_size
         self.hidden_size = hidden_size
+        self.conv_width = conv_width
+
+    @property
+    def context(self) -> int:
+        return max(self.conv_width - 1, 0)
 
     def init_state(self) -> _State:
         zero = zero_state(self.hidden_size, self.weight_h)
@@ -82,7 +114,11 @@ class SLSTM(AbstractCell):
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
         check_inputs(xs, self.input_size)
-        return project_gates(self.weight_x, self.bias, xs, 4)
+        if self.weight_conv is None and self.weight_x.shape[1] == self.input_size:
+            return project_gates(self.weight_x, self.bias, xs, 4)
+        seen = convolved(self.weight_conv, xs)
+        weights, biases = jnp.split(self.weight_x, 4), jnp.split(self.bias, 4)
+        return list(map(affine, weights, biases, [seen, seen, xs, xs]))
 
     def step(self, state: _State, u: list[Float[Array, " hidden_size"]]) -> _State:
         ell, v, h = state
@@ -95,4 +131,6 @@ class SLSTM(AbstractCell):
 
     def readout(self, states: Any, us: Any) -> Float[Array, "L hidden_size"]:
         _, _, h = states
-        return h
+        if self.weight_norm is None:
+            return h
+        return norm_heads(split_heads(h, len(self.weight_norm)), self.weight_norm, centred=True)

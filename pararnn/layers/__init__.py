@@ -1,9 +1,9 @@
 """Equinox modules that put cells and solvers together."""
 
 from ._blocks import AbstractBlock as AbstractBlock
-from ._blocks import MinMaxBlock as MinMaxBlock
 from ._blocks import ResidualBlock as ResidualBlock
 from ._gated_block import GatedBlock as GatedBlock
+from ._minmax_block import MinMaxBlock as MinMaxBlock
 from ._rnn import RNN as RNN
 from ._stack import Bidirectional as Bidirectional
 from ._stack import Stack as Stack

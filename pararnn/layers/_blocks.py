@@ -2,19 +2,17 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._algebra import AbstractAlgebra
 from .._checks import check_flags, check_sequence
 from .._packing import zero_unless
 from ..adjoints import AbstractAdjoint
-from ..cells import AbstractCell, ClampAlgebra, MinMax
+from ..cells import SLSTM, AbstractCell, DeltaNet
 from ..solvers import AbstractSolver
 from ._rnn import RNN
 
@@ -73,7 +71,7 @@ class AbstractBlock(eqx.Module):
         dropout, the numbers of the parallel call."""
 
 
-class _GatedMLP(eqx.Module):
+class GatedMLP(eqx.Module):
     r"""$W_d (φ(W_g x) ⊙ W_u x)$."""
 
     gate: eqx.nn.Linear
@@ -123,13 +121,14 @@ class ResidualBlock(AbstractBlock):
     This is how language models hold their mixers. With [`pararnn.DiagonalGRU`][] or
     [`pararnn.DiagonalLSTM`][] the mixer is that of ParaRNN; with [`pararnn.M2RNN`][], a cell which
     has the short convolution, the gates, the norm and the projection of its paper inside, that of
-    M²RNN. Dropout is applied to what each branch adds.
+    M²RNN; so have those that `ResidualBlock.slstm` and `ResidualBlock.gated_deltanet` make. Dropout
+    is applied to what each branch adds.
     """
 
     norm: eqx.nn.RMSNorm
     rnn: RNN[AbstractCell]
     mlp_norm: eqx.nn.RMSNorm | None
-    mlp: _GatedMLP | None
+    mlp: GatedMLP | None
     dropout: eqx.nn.Dropout
 
     def __init__(
@@ -141,6 +140,7 @@ class ResidualBlock(AbstractBlock):
         adjoint: AbstractSolver | AbstractAdjoint | None = None,
         learn_init: bool = False,
         mlp_size: int | None = None,
+        activation: Callable[[Array], Array] = jax.nn.silu,
         dropout: float = 0.0,
         dtype: Any = None,
         key: PRNGKeyArray,
@@ -151,6 +151,7 @@ class ResidualBlock(AbstractBlock):
         - `cell`, `solver`, `adjoint`, `learn_init`: as for [`pararnn.RNN`][].
         - `mlp_size`: the number of hidden features of the second branch; `None` is twice the
             `width`, and with 0 there is no such branch.
+        - `activation`: of its gate, elementwise.
         - `dropout`: the probability of each number that a branch adds to be dropped.
         - `dtype`: of the parameters of norms and MLP.
         - `key`: for the parameters of the MLP.
@@ -159,8 +160,103 @@ class ResidualBlock(AbstractBlock):
         self.rnn = RNN(cell, solver, adjoint=adjoint, learn_init=learn_init)
         hidden_size = 2 * width if mlp_size is None else mlp_size
         self.mlp_norm = make_norm(width, dtype) if hidden_size else None
-        self.mlp = _GatedMLP(width, hidden_size, jax.nn.silu, dtype, key) if hidden_size else None
+        self.mlp = GatedMLP(width, hidden_size, activation, dtype, key) if hidden_size else None
         self.dropout = eqx.nn.Dropout(dropout)
+
+    @classmethod
+    def slstm(
+        cls,
+        width: int,
+        solver: AbstractSolver | None = None,
+        *,
+        num_heads: int = 4,
+        conv_width: int = 4,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ) -> "ResidualBlock":
+        """The sLSTM block of xLSTM, with its projection up behind the recurrence (Beck et al.,
+        *xLSTM: Extended long short-term memory*, 2024).
+
+        The maps of inputs fall into heads as those of the state do, the outputs are normed head by
+        head, and the MLP, whose gate has the activation GELU (here in the form with tanh), has
+        4/3 of the `width`, rounded up. The convolution, which the paper leaves open, is seen by the
+        input and the forget gate, as in the paper's figure, and has no bias. Norms before branches
+        are RMS norms as in all blocks here, where the paper takes the mean out as well.
+
+        **Arguments:**
+
+        - `width`, `solver`, `dropout`, `dtype`, `key`: as for the block.
+        - `num_heads`: divides the `width`.
+        - `conv_width`: how many inputs the convolution spans; with 0, there is none.
+        """
+        key_cell, key_block = jax.random.split(key)
+        cell = SLSTM(
+            width,
+            width,
+            num_heads=num_heads,
+            num_blocks=num_heads,
+            conv_width=conv_width,
+            normed=True,
+            dtype=dtype,
+            key=key_cell,
+        )
+        return cls(
+            width,
+            cell,
+            solver,
+            mlp_size=-(-4 * width // 3),
+            activation=jax.nn.gelu,
+            dropout=dropout,
+            dtype=dtype,
+            key=key_block,
+        )
+
+    @classmethod
+    def gated_deltanet(
+        cls,
+        width: int,
+        solver: AbstractSolver | None = None,
+        *,
+        num_heads: int = 4,
+        key_size: int | None = None,
+        value_size: int | None = None,
+        conv_width: int = 4,
+        negative_eigenvalues: bool = False,
+        mlp_size: int | None = None,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ) -> "ResidualBlock":
+        """The block of gated DeltaNet (Yang, Kautz, Hatamizadeh, *Gated delta networks: improving
+        Mamba2 with delta rule*, ICLR 2025): queries, keys and values through a short convolution
+        and SiLU, queries and keys of unit length, the outputs normed head by head, gated and
+        projected. Each head has weights of its own for its norm, and convolutions have no bias.
+
+        **Arguments:**
+
+        - `width`, `solver`, `mlp_size`, `dropout`, `dtype`, `key`: as for the block.
+        - `num_heads`, `negative_eigenvalues`: as for [`pararnn.DeltaNet`][].
+        - `key_size`, `value_size`: of each head; `None` is as in the authors' code, where keys have
+            3/4 of the `width` in all, and values are twice as long as keys.
+        - `conv_width`: how many inputs the convolution spans; with 0, there is none.
+        """
+        key_cell, key_block = jax.random.split(key)
+        key_size = max(1, 3 * width // (4 * num_heads)) if key_size is None else key_size
+        cell = DeltaNet(
+            width,
+            num_heads,
+            key_size,
+            2 * key_size if value_size is None else value_size,
+            negative_eigenvalues=negative_eigenvalues,
+            conv_width=conv_width,
+            output_gate=True,
+            dtype=dtype,
+            key=key_cell,
+        )
+        return cls(
+            width, cell, solver, mlp_size=mlp_size, dropout=dropout, dtype=dtype, key=key_block
+        )
 
     def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
         return self.rnn.init_state(None if x is None else jax.eval_shape(self.norm, x))
@@ -200,126 +296,3 @@ class ResidualBlock(AbstractBlock):
         if self.mlp is not None and self.mlp_norm is not None:
             x = add_branch(x, self.mlp(self.mlp_norm(x)), self.dropout, key_mlp)
         return x, state
-
-
-class _Cascade(AbstractCell):
-    """A MinMax neuron behind a convolution over two inputs and an MLP. As they are part of what the
-    cell does with its inputs, resets, padding and streaming are right for them as well."""
-
-    algebra: ClassVar[AbstractAlgebra | None] = ClampAlgebra()
-
-    neuron: MinMax
-    conv_norm: eqx.nn.RMSNorm
-    conv_past: eqx.nn.Linear
-    conv_present: eqx.nn.Linear
-    mlp_norm: eqx.nn.RMSNorm
-    mlp: _GatedMLP
-    neuron_norm: eqx.nn.RMSNorm
-
-    def __init__(self, width, hidden_size, mlp_size, dtype, key):
-        keys = jax.random.split(key, 4)
-        self.neuron = MinMax(width, hidden_size, width, dtype=dtype, key=keys[0])
-        self.conv_norm = make_norm(width, dtype)
-        self.conv_past = eqx.nn.Linear(width, width, use_bias=False, dtype=dtype, key=keys[1])
-        self.conv_present = eqx.nn.Linear(width, width, use_bias=False, dtype=dtype, key=keys[2])
-        self.mlp_norm = make_norm(width, dtype)
-        self.mlp = _GatedMLP(width, mlp_size, jax.nn.relu, dtype, keys[3])
-        self.neuron_norm = make_norm(width, dtype)
-
-    @property
-    def context(self) -> int:
-        return 1
-
-    def init_state(self) -> Float[Array, " hidden_size"]:
-        return self.neuron.init_state()
-
-    def project(self, xs: Sequence) -> list[Float[Array, "L hidden_size"]]:
-        present = jax.vmap(self.conv_norm)(xs)
-        past = jnp.concatenate([jnp.zeros_like(present[:1]), present])[:-1]
-        xs = xs + jax.vmap(self.conv_present)(present) + jax.vmap(self.conv_past)(past)
-        xs = xs + jax.vmap(self.mlp)(jax.vmap(self.mlp_norm)(xs))
-        return self.neuron.project(jax.vmap(self.neuron_norm)(xs))
-
-    def step(
-        self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
-    ) -> Float[Array, " hidden_size"]:
-        return self.neuron.step(state, u)
-
-    def readout(
-        self, states: Float[Array, "L hidden_size"], us: list[Float[Array, "L hidden_size"]]
-    ) -> Sequence:
-        return self.neuron.readout(states, us)
-
-
-class MinMaxBlock(AbstractBlock):
-    r"""The layer of *MinMax Recurrent Neural Cascades* (2026): a convolution over two inputs and an
-    MLP gated by a ReLU in front of a [`pararnn.MinMax`][] neuron, and one residual connection:
-
-    $$a_t = x_t + W_1 n_t + W_0 n_{t-1}, \quad n = \mathrm{RMSNorm}(x), \qquad
-    b = a + \mathrm{MLP}(\mathrm{RMSNorm}(a)), \qquad
-    y = x + \mathrm{MinMax}(\mathrm{RMSNorm}(b)).$$
-
-    The input before the first counts as 0. The MLP, and with it $b$, is taken to see what the
-    convolution gives, behind a norm of its own. Dropout is applied to what the neuron adds.
-    """
-
-    rnn: RNN[_Cascade]
-    dropout: eqx.nn.Dropout
-
-    def __init__(
-        self,
-        width: int,
-        hidden_size: int | None = None,
-        solver: AbstractSolver | None = None,
-        *,
-        adjoint: AbstractSolver | AbstractAdjoint | None = None,
-        learn_init: bool = False,
-        mlp_size: int | None = None,
-        dropout: float = 0.0,
-        dtype: Any = None,
-        key: PRNGKeyArray,
-    ):
-        """**Arguments:**
-
-        - `width`: the number of features of inputs and outputs.
-        - `hidden_size`: the number of elements of the state; `None` is the `width`.
-        - `solver`, `adjoint`, `learn_init`: as for [`pararnn.RNN`][].
-        - `mlp_size`: the number of hidden features of the MLP; `None` is twice the `width`.
-        - `dropout`: the probability of each number that the neuron adds to be dropped.
-        - `dtype`: of the parameters; the state has at least float32.
-        - `key`: for the parameters.
-        """
-        hidden_size = width if hidden_size is None else hidden_size
-        mlp_size = 2 * width if mlp_size is None else mlp_size
-        cell = _Cascade(width, hidden_size, mlp_size, dtype, key)
-        self.rnn = RNN(cell, solver, adjoint=adjoint, learn_init=learn_init)
-        self.dropout = eqx.nn.Dropout(dropout)
-
-    def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
-        return self.rnn.init_state(x)
-
-    def __call__(
-        self,
-        xs: Sequence,
-        state: PyTree[Array] | None = None,
-        *,
-        reset: Flags | None = None,
-        mask: Flags | None = None,
-        key: PRNGKeyArray | None = None,
-        throw: bool = True,
-    ) -> tuple[Sequence, PyTree[Array]]:
-        check_sequence("block", xs)
-        if mask is not None:
-            xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
-        ys, state = self.rnn(xs, state, reset=reset, mask=mask, throw=throw)
-        return add_branch(xs, ys, self.dropout, key), state
-
-    def step(
-        self,
-        x: Vector,
-        state: PyTree[Array] | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Vector, PyTree[Array]]:
-        y, state = self.rnn.step(x, state)
-        return add_branch(x, y, self.dropout, key), state

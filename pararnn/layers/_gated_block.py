@@ -1,4 +1,4 @@
-"""A residual block whose recurrence is gated from outside, as that of Mamba."""
+"""A residual block whose recurrence is gated from outside, as those of Mamba and the mLSTM."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from .._checks import check_flags, check_sequence
 from .._packing import zero_unless
 from ..adjoints import AbstractAdjoint
-from ..cells import AbstractCell, SelectiveSSM
+from ..cells import MLSTM, AbstractCell, SelectiveSSM
 from ..solvers import AbstractSolver
 from ._blocks import AbstractBlock, Flags, Sequence, Vector, add_branch, make_norm
 from ._rnn import RNN
@@ -24,7 +24,8 @@ class GatedBlock(AbstractBlock):
 
     With [`pararnn.SelectiveSSM`][], which has the short convolution inside, this is the block of
     Mamba (Gu, Dao, *Mamba: linear-time sequence modeling with selective state spaces*, 2023), which
-    `GatedBlock.mamba` makes. Dropout is applied to what the branch adds.
+    `GatedBlock.mamba` makes; `GatedBlock.mlstm` makes one of xLSTM. Dropout is applied to what the
+    branch adds.
     """
 
     norm: eqx.nn.RMSNorm
@@ -95,6 +96,61 @@ class GatedBlock(AbstractBlock):
         key_cell, key_block = jax.random.split(key)
         inner_size = expand * width
         cell = SelectiveSSM(inner_size, state_size, dtype=dtype, key=key_cell)
+        return cls(width, inner_size, cell, solver, dropout=dropout, dtype=dtype, key=key_block)
+
+    @classmethod
+    def mlstm(
+        cls,
+        width: int,
+        solver: AbstractSolver | None = None,
+        *,
+        expand: int = 2,
+        num_heads: int = 4,
+        conv_width: int = 4,
+        block_size: int = 4,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ) -> "GatedBlock":
+        r"""The mLSTM block of xLSTM, with its projection up before the recurrence (Beck et al.,
+        *xLSTM: Extended long short-term memory*, 2024). With $u = W_x n$ and
+        $c = \mathrm{SiLU}(\mathrm{conv}(u))$,
+
+        $$y = x + W_o \left((\mathrm{norm}(\mathrm{mLSTM}(q, k, v)) + D ⊙ c)
+        ⊙ \mathrm{SiLU}(W_g n)\right).$$
+
+        $q$ and $k$ are block-diagonal maps of $c$, $v$ is one of $u$, the norm is of each head, and
+        $D$, the learnable skip, starts at 1. The gate from outside takes the place of the cell's.
+        Input and forget gates are affine maps of $u$, as in the paper's formulas; the convolution
+        and the projections have no bias. The norm before is an RMS norm as in all blocks here,
+        where the paper takes the mean out as well.
+
+        **Arguments:**
+
+        - `width`, `solver`, `dropout`, `dtype`, `key`: as for the block.
+        - `expand`: how many times as many features the cell has.
+        - `num_heads`: divides these, and so does
+        - `block_size`: the size of the blocks of the maps to $q$, $k$ and $v$.
+        - `conv_width`: how many inputs the convolution spans; with 0, there is none, and $c = u$.
+        """
+        key_cell, key_block = jax.random.split(key)
+        inner_size = expand * width
+        for name, size in (("num_heads", num_heads), ("block_size", block_size)):
+            if size < 1 or inner_size % size:
+                raise ValueError(
+                    f"`{name}` must divide `expand * width`, {inner_size}; got {size}."
+                )
+        cell = MLSTM(
+            inner_size,
+            num_heads,
+            inner_size // num_heads,
+            inner_size // num_heads,
+            conv_width=conv_width,
+            num_blocks=inner_size // block_size,
+            bare=True,
+            dtype=dtype,
+            key=key_cell,
+        )
         return cls(width, inner_size, cell, solver, dropout=dropout, dtype=dtype, key=key_block)
 
     def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:

@@ -36,6 +36,22 @@ def test_affine_and_gates(with_bias):
         close(gate, expected[:, rows])
 
 
+def test_linear_map_of_blocks():
+    blocks, xs = random(3, 4, 2), random(5, 6, seed=1)
+    expected = np.concatenate([xs[:, 2 * n : 2 * n + 2] @ blocks[n].T for n in range(3)], 1)
+    weight = jnp.asarray(blocks.reshape(12, 2))
+    close(parts.linear(weight, jnp.asarray(xs)), expected)
+    assert parts.linear(weight, jnp.zeros((0, 6))).shape == (0, 12)
+
+
+def test_convolved():
+    weight, xs = jnp.asarray(random(3, 2)), jnp.asarray(random(5, 2, seed=1))
+    y = np.asarray(prnn.cells.causal_convolution(weight, xs))
+    close(parts.convolved(weight, xs), y / (1 + np.exp(-y)))
+    assert parts.convolved(None, xs) is xs
+    assert parts.init_convolution(KEY, 0, 2, None) is None
+
+
 def test_project_heads():
     weight, bias, xs = random(2, 3, 2, 4), random(2, 6, seed=1), random(5, 12, seed=2)
     got = parts.project_heads(jnp.asarray(weight), jnp.asarray(bias), jnp.asarray(xs))

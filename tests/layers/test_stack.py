@@ -37,12 +37,26 @@ def mamba(key, **options):
     return prnn.GatedBlock.mamba(WIDTH, state_size=2, key=key, **options)
 
 
+def mlstm(key, **options):
+    return prnn.GatedBlock.mlstm(WIDTH, num_heads=2, conv_width=3, key=key, **options)
+
+
+def slstm(key, **options):
+    # A norm that takes the mean from heads of two features leaves but the sign.
+    return prnn.ResidualBlock.slstm(WIDTH, num_heads=1, conv_width=3, key=key, **options)
+
+
+def deltanet(key, **options):
+    return prnn.ResidualBlock.gated_deltanet(WIDTH, num_heads=2, conv_width=3, key=key, **options)
+
+
 def stack(key, **options):
     keys = jax.random.split(key)
     return prnn.Stack([para(keys[0], **options), minmax(keys[1], **options)])
 
 
-BLOCKS = {"ParaRNN": para, "M2RNN": matrix, "MinMax": minmax, "Mamba": mamba, "Stack": stack}
+PAPERS = {"Mamba": mamba, "mLSTM": mlstm, "sLSTM": slstm, "gated DeltaNet": deltanet}
+BLOCKS = {"ParaRNN": para, "M2RNN": matrix, "MinMax": minmax, "Stack": stack, **PAPERS}
 over_blocks = pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS.keys())
 
 
@@ -154,7 +168,9 @@ MASK = np.asarray([1, 1, 1, 0, 1, 1, 1, 0, 0], bool)
 IDS = np.asarray([0, 0, 0, 0, 1, 1, 1, 2, 2])
 
 
-@pytest.mark.parametrize("make", [stack, matrix, mamba], ids=["Stack", "M2RNN", "Mamba"])
+@pytest.mark.parametrize(
+    "make", [stack, matrix, *PAPERS.values()], ids=["Stack", "M2RNN", *PAPERS.keys()]
+)
 def test_pieces_and_padding(make):
     made, xs = block(make), inputs()
     garbage = jnp.where(MASK[:, None], xs, jnp.nan)
@@ -323,7 +339,7 @@ LAYERS = {
     },
     "ParaRNN block": para,
     "MinMax block": minmax,
-    "Mamba block": mamba,
+    **{f"{name} block": make for name, make in PAPERS.items()},
 }
 
 

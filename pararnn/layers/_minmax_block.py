@@ -1,0 +1,140 @@
+"""The residual block of MinMax Recurrent Neural Cascades."""
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .._algebra import AbstractAlgebra
+from .._checks import check_flags, check_sequence
+from .._packing import zero_unless
+from ..adjoints import AbstractAdjoint
+from ..cells import AbstractCell, ClampAlgebra, MinMax
+from ..solvers import AbstractSolver
+from ._blocks import AbstractBlock, Flags, GatedMLP, Sequence, Vector, add_branch, make_norm
+from ._rnn import RNN
+
+
+class _Cascade(AbstractCell):
+    """A MinMax neuron behind a convolution over two inputs and an MLP. As they are part of what the
+    cell does with its inputs, resets, padding and streaming are right for them as well."""
+
+    algebra: ClassVar[AbstractAlgebra | None] = ClampAlgebra()
+
+    neuron: MinMax
+    conv_norm: eqx.nn.RMSNorm
+    conv_past: eqx.nn.Linear
+    conv_present: eqx.nn.Linear
+    mlp_norm: eqx.nn.RMSNorm
+    mlp: GatedMLP
+    neuron_norm: eqx.nn.RMSNorm
+
+    def __init__(self, width, hidden_size, mlp_size, dtype, key):
+        keys = jax.random.split(key, 4)
+        self.neuron = MinMax(width, hidden_size, width, dtype=dtype, key=keys[0])
+        self.conv_norm = make_norm(width, dtype)
+        self.conv_past = eqx.nn.Linear(width, width, use_bias=False, dtype=dtype, key=keys[1])
+        self.conv_present = eqx.nn.Linear(width, width, use_bias=False, dtype=dtype, key=keys[2])
+        self.mlp_norm = make_norm(width, dtype)
+        self.mlp = GatedMLP(width, mlp_size, jax.nn.relu, dtype, keys[3])
+        self.neuron_norm = make_norm(width, dtype)
+
+    @property
+    def context(self) -> int:
+        return 1
+
+    def init_state(self) -> Float[Array, " hidden_size"]:
+        return self.neuron.init_state()
+
+    def project(self, xs: Sequence) -> list[Float[Array, "L hidden_size"]]:
+        present = jax.vmap(self.conv_norm)(xs)
+        past = jnp.concatenate([jnp.zeros_like(present[:1]), present])[:-1]
+        xs = xs + jax.vmap(self.conv_present)(present) + jax.vmap(self.conv_past)(past)
+        xs = xs + jax.vmap(self.mlp)(jax.vmap(self.mlp_norm)(xs))
+        return self.neuron.project(jax.vmap(self.neuron_norm)(xs))
+
+    def step(
+        self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
+    ) -> Float[Array, " hidden_size"]:
+        return self.neuron.step(state, u)
+
+    def readout(
+        self, states: Float[Array, "L hidden_size"], us: list[Float[Array, "L hidden_size"]]
+    ) -> Sequence:
+        return self.neuron.readout(states, us)
+
+
+class MinMaxBlock(AbstractBlock):
+    r"""The layer of *MinMax Recurrent Neural Cascades* (2026): a convolution over two inputs and an
+    MLP gated by a ReLU in front of a [`pararnn.MinMax`][] neuron, and one residual connection:
+
+    $$a_t = x_t + W_1 n_t + W_0 n_{t-1}, \quad n = \mathrm{RMSNorm}(x), \qquad
+    b = a + \mathrm{MLP}(\mathrm{RMSNorm}(a)), \qquad
+    y = x + \mathrm{MinMax}(\mathrm{RMSNorm}(b)).$$
+
+    The input before the first counts as 0. The MLP, and with it $b$, is taken to see what the
+    convolution gives, behind a norm of its own. Dropout is applied to what the neuron adds.
+    """
+
+    rnn: RNN[_Cascade]
+    dropout: eqx.nn.Dropout
+
+    def __init__(
+        self,
+        width: int,
+        hidden_size: int | None = None,
+        solver: AbstractSolver | None = None,
+        *,
+        adjoint: AbstractSolver | AbstractAdjoint | None = None,
+        learn_init: bool = False,
+        mlp_size: int | None = None,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `width`: the number of features of inputs and outputs.
+        - `hidden_size`: the number of elements of the state; `None` is the `width`.
+        - `solver`, `adjoint`, `learn_init`: as for [`pararnn.RNN`][].
+        - `mlp_size`: the number of hidden features of the MLP; `None` is twice the `width`.
+        - `dropout`: the probability of each number that the neuron adds to be dropped.
+        - `dtype`: of the parameters; the state has at least float32.
+        - `key`: for the parameters.
+        """
+        hidden_size = width if hidden_size is None else hidden_size
+        mlp_size = 2 * width if mlp_size is None else mlp_size
+        cell = _Cascade(width, hidden_size, mlp_size, dtype, key)
+        self.rnn = RNN(cell, solver, adjoint=adjoint, learn_init=learn_init)
+        self.dropout = eqx.nn.Dropout(dropout)
+
+    def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
+        return self.rnn.init_state(x)
+
+    def __call__(
+        self,
+        xs: Sequence,
+        state: PyTree[Array] | None = None,
+        *,
+        reset: Flags | None = None,
+        mask: Flags | None = None,
+        key: PRNGKeyArray | None = None,
+        throw: bool = True,
+    ) -> tuple[Sequence, PyTree[Array]]:
+        check_sequence("block", xs)
+        if mask is not None:
+            xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
+        ys, state = self.rnn(xs, state, reset=reset, mask=mask, throw=throw)
+        return add_branch(xs, ys, self.dropout, key), state
+
+    def step(
+        self,
+        x: Vector,
+        state: PyTree[Array] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Vector, PyTree[Array]]:
+        y, state = self.rnn.step(x, state)
+        return add_branch(x, y, self.dropout, key), state
