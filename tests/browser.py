@@ -1,11 +1,13 @@
 """Headless Chromium, told what to do through a pair of pipes (the DevTools protocol)."""
 
 import contextlib
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +22,11 @@ _OPTIONS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # there is no network
     "--remote-debugging-pipe",
 ]
+# Chromium reads from 3 and writes to 4.
+_START = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])"""
 
 
 class Page:
@@ -103,20 +110,17 @@ def page(folder: str) -> Iterator[Page]:
     assert CHROMIUM is not None
     child_in, into = os.pipe()
     out, child_out = os.pipe()
-
-    def give() -> None:  # Chromium reads from 3 and writes to 4
-        a, b = os.dup(child_in), os.dup(child_out)
-        os.dup2(a, 3)
-        os.dup2(b, 4)
-
+    # From numbers that are free to those that Chromium takes. (With a `preexec_fn` for that, Python
+    # would fork, of which JAX warns.)
+    given = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (child_in, child_out)]
     process = subprocess.Popen(
-        [CHROMIUM, *_OPTIONS, f"--user-data-dir={folder}"],
-        preexec_fn=give,
-        close_fds=False,
+        [sys.executable, "-c", _START, *map(str, given)]
+        + [CHROMIUM, *_OPTIONS, f"--user-data-dir={folder}"],
+        pass_fds=given,
         stderr=subprocess.DEVNULL,
     )
-    os.close(child_in)
-    os.close(child_out)
+    for fd in (child_in, child_out, *given):
+        os.close(fd)
     try:
         yield Page(out, into)
     finally:
