@@ -30,6 +30,7 @@ FILES = {
         "agreement",
         "cells-agreement",
         "convergence",
+        "solvers",
         "random-systems",
         "state-tracking",
         "gpu",

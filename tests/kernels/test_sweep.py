@@ -1,5 +1,6 @@
 """Kernels of the package's cells, in all their geometries, against plain loops."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -58,10 +59,15 @@ CELLS = {
 def problem(name, dtype=np.float32, length=LENGTH):
     """A cell's step, its inputs, and starts of chunks."""
     cls, sizes, options = CELLS[name]
-    cell = cls(INPUTS, *sizes, dtype=dtype, key=jax.random.key(0), **options)
     xs = np.random.default_rng(1).standard_normal((length, INPUTS))
-    us = cell.project(jnp.asarray(xs, dtype))
-    return cell.step, us, starts_like(cell.init_state(), CHUNKS)
+
+    @eqx.filter_jit  # one program instead of one for each operation
+    def made(key):
+        cell = cls(INPUTS, *sizes, dtype=dtype, key=key, **options)
+        return cell, cell.project(jnp.asarray(xs, dtype)), cell.init_state()
+
+    cell, us, init = made(jax.random.key(0, impl="unsafe_rbg"))  # compiles fast
+    return cell.step, us, starts_like(init, CHUNKS)
 
 
 @pytest.mark.parametrize("name", CELLS)
