@@ -9,6 +9,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from traitlets.config import Config
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -56,13 +57,9 @@ def _is_text(node: ast.AST) -> bool:
 def _run(source: pathlib.Path) -> dict[str, bytes]:
     name = source.stem
     notebook = jupytext.read(source)
-    own = Config(
-        {
-            "KernelManager": {"transport": "ipc"},  # no port is opened
-            "NotebookClient": {"timeout": 600, "coalesce_streams": True},
-        }
-    )
-    NotebookClient(notebook, kernel_name="python3", config=own).execute()
+    own = Config({"KernelManager": {"transport": "ipc"}})  # no port is opened
+    NotebookClient(notebook, timeout=600, kernel_name="python3", config=own).execute()
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     body, resources = MarkdownExporter().from_notebook_node(
         notebook, {"unique_key": "output", "output_files_dir": f"{name}_files"}
     )
