@@ -9,6 +9,7 @@ from ._gpu_tables import figures, load
 from ._measure import markdown
 
 Record = dict[str, Any]
+_KINDS = {"forward": "forward", "gradient": "forward + gradient"}
 _NAMES = {"choice": "chosen for a GPU"}
 
 
@@ -57,3 +58,33 @@ def _line(record: Record, scan: Record | None, predicted: dict[str, Any]) -> dic
         else "",
         "compile / s": figures(record["compile_seconds"]) if "compile_seconds" in record else "",
     }
+
+
+def headline(folder: pathlib.Path, speed: Record) -> str:
+    """The table of the project's README: one sequence of 65,536 steps, against the scan."""
+    content = json.loads((folder / "h200.json").read_text())
+    length, lines = 65_536, []
+    for cell in ("DiagonalGRU", "GRU"):
+        found = (r for r in speed["cases"].values() if (r["cell"], r["length"]) == (cell, length))
+        scan, ours = next(r for r in found if r["batch"] == 1 and r["size"] == 32)["rows"][:2]
+        pairs = {k: (scan[k]["seconds"][0], ours[k]["seconds"][0]) for k in _KINDS}
+        lines.append(_pairs("2 CPU cores", f"{cell}, 32 units", pairs))
+    for cell in ("DiagonalGRU", "DiagonalLSTM", "GRU, forgets"):
+        seconds = {
+            (r["solver"], r["kind"]): r["seconds"][0]
+            for r in content["programs"]
+            if (r["cell"], r["length"], r["batch"]) == (cell, length, 1)
+        }
+        if all(("choice", kind) in seconds for kind in _KINDS):
+            pairs = {k: (seconds[SCAN, k], seconds["choice", k]) for k in _KINDS}
+            name = cell.replace("GRU, forgets", "GRU that forgets")
+            lines.append(_pairs(content["environment"]["device"], f"{name}, 64 units", pairs))
+    return markdown(lines)
+
+
+def _pairs(machine: str, what: str, pairs: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    line = {"machine": machine, "cell": what}
+    for kind, (scan, ours) in pairs.items():
+        shown = f"{figures(scan, 1e3)} → {figures(ours, 1e3)}"
+        line[f"{_KINDS[kind]} / ms: scan → ours"] = f"{shown} ({figures(scan / ours)}×)"
+    return line

@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PLATFORMS = ("cpu", "gpu")
 # The tables of each file.
 FILES = {
-    "README.md": ("speed", "targets", "batches", "cells", "sharded-speed"),
+    "README.md": ("headline",),
     "docs/cells.md": ("cells",),
     "docs/several_devices.md": ("sharded-speed",),
     "docs/speed.md": ("speed", "targets", "batches"),
@@ -214,7 +214,7 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
     for platform in PLATFORMS:
         content = load(folder, platform)
         if content is None:
-            parts.append(f"Not measured on a {platform.upper()}.")
+            parts.append(f"This command was not run on a {platform.upper()}.")
             continue
         parts += [_environment(content), speed_table(content)]
         goals.append(targets_table(content) if platform == "cpu" else goals_table(content))
@@ -225,6 +225,7 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
     return blocks | {
         "gpu": _gpu_tables.block(folder),
         "gpu-measured": _gpu_measured.block(folder),
+        "headline": _gpu_measured.headline(folder, load(folder, "cpu") or {"cases": {}}),
     }
 
 
