@@ -1,5 +1,5 @@
 """The tables of two README files and of pages of the documentation, and the plots of
-`benchmarks/results`, from the JSON files there.
+`benchmarks/results`, from the JSON files there and in `examples/results`.
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; a test keeps it up to date.
 """
@@ -11,6 +11,7 @@ import pathlib
 import re
 from typing import Any
 
+from examples import _tracking, compare_cells
 from pararnn.diagnostics import Spread
 
 from . import _gpu_measured, _gpu_tables, _plots, _sharded_tables, _summaries
@@ -19,11 +20,13 @@ from .speed import GAINS
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+EXAMPLES = ROOT / "examples" / "results"
 PLATFORMS = ("cpu", "gpu")
 # The tables of each file.
 FILES = {
     "README.md": ("headline",),
     "docs/cells.md": ("cells",),
+    "docs/examples.md": ("tracking", "compare-cells"),
     "docs/several_devices.md": ("sharded-speed",),
     "docs/speed.md": ("speed", "targets", "batches"),
     "benchmarks/README.md": (
@@ -222,6 +225,8 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
             blocks["batches"] = batches_table(content)
     blocks |= {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
     blocks |= _summaries.tables(folder) | _sharded_tables.blocks(folder)
+    blocks["tracking"] = _tracking.block(EXAMPLES / "tracking.json")
+    blocks["compare-cells"] = compare_cells.block(EXAMPLES / "cells.json")
     return blocks | {
         "gpu": _gpu_tables.block(folder),
         "gpu-measured": _gpu_measured.block(folder),

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import tables
+from examples import _tracking, tables
 from examples.tasks import TASKS, __main__, make_group
 from examples.tasks import _recall as recall
-from examples.tasks._train import Options, start
+from examples.tasks._train import Options, advance, start
 
 BATCH, LENGTH = 7, 29
 
@@ -291,6 +291,42 @@ def test_table(tmp_path, capsys, monkeypatch):
     again = json.loads((tmp_path / "a/digits.json").read_text())["rows"]
     assert [row["accuracy"] for row in again] == [row["accuracy"] for row in found]
     assert (tmp_path / "b/digits/parity-elman-2/metrics.jsonl").read_text() == kept
+
+
+def test_each_length_has_its_share_of_the_steps():
+    options = Options(
+        "parity", "elman", width=4, batch=4, steps=60, lengths=(2, 3, 4), threshold=2, shares=True
+    )
+    state, seen = start(options), []
+    while state.step < options.steps:
+        state, metrics = advance(state, options)
+        seen.append(metrics["length"])
+    assert seen == [2, 3, 4] and state.stage == 2
+
+
+def test_tracking_table(tmp_path):
+    """What is not there yet is a dash."""
+    rows = [
+        {
+            "options": {"task": task, "cell": cell},
+            "accuracy": {"128": 1.0, "2048": 0.5},
+        }
+        for task, cell in (("parity", "gru"), ("s3", "gru"), ("a5", "lru"))
+    ]
+    lines = _tracking.table(rows).splitlines()
+    assert lines[0].startswith("| cell | parity: theory | at 128 | at 2,048 | S3: theory |")
+    assert "| gru | yes | 100.0 % | 50.0 % | yes | 100.0 % | 50.0 % | yes | – | – |" in lines
+    assert "| lru | no | – | – | no | – | – | no | 100.0 % | 50.0 % |" in lines
+    assert lines[-1] == "| chance |  | 50.0 % | 50.0 % |  | 16.7 % | 16.7 % |  | 1.7 % | 1.7 % |"
+    assert len({line.count("|") for line in lines}) == 1
+    _tracking.plot(tmp_path / "a.png", rows)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tracking_covers_its_tasks():
+    rows = {(row.options.cell, row.options.task) for row in tables.tracking()}
+    assert rows == {(cell, task) for cell in _tracking.THEORY for task in _tracking.TASKS}
+    assert all(TASKS[task].outputs == count for task, count in _tracking.TASKS.items())
 
 
 @pytest.mark.parametrize("name", tables.TABLES)

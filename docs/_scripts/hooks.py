@@ -3,6 +3,7 @@
 MkDocs calls the functions named `on_…`.
 """
 
+import itertools
 import pathlib
 import posixpath
 import re
@@ -37,7 +38,8 @@ def on_files(files, config):
     for page, source in _SHOWN.items():
         text = _with_links((_ROOT / source).read_text(), posixpath.dirname(source))
         files.append(File.generated(config, page, content=text))
-    for plot in (_ROOT / "benchmarks" / "results").glob("*.png"):
+    plots = [_ROOT.glob(f"{folder}/results/*.png") for folder in ("benchmarks", "examples")]
+    for plot in itertools.chain(*plots):
         files.append(File.generated(config, f"results/{plot.name}", abs_src_path=plot))
     for source in sorted((_ROOT / "docs" / "tutorials").glob("*.py")):
         for name, content in notebooks.rendered(source).items():

@@ -27,6 +27,7 @@ class Options:
     - `width`, `depth`, `conv`, `mlp`: as for `SequenceModel`.
     - `lengths`: of the sequences; training goes on to the next when the fraction `threshold` of the
         answers of ten steps is right.
+    - `shares`: whether training also goes on when a length has had its equal share of the steps.
     - `stop`: the same for the last length; training ends there. Above 1: it never does.
     - `batch`: sequences in a step at the last length; in all of `lengths`, a step has about as many
         tokens.
@@ -47,6 +48,7 @@ class Options:
     steps: int = 1000
     lr: float = 3e-3
     threshold: float = 0.95
+    shares: bool = False
     stop: float = 2.0
     seed: int = 0
 
@@ -133,8 +135,11 @@ def advance(state: State, options: Options) -> tuple[State, Metrics]:
         number=number,
     )
     metrics = {"loss": float(loss), "accuracy": float(accuracy), "length": length}
-    stage = state.stage + (metrics["accuracy"] >= (options.stop if last else options.threshold))
-    return State(model, moments, key, state.step + number, stage), metrics
+    step = state.step + number
+    ready = metrics["accuracy"] >= (options.stop if last else options.threshold)
+    if options.shares and not last:
+        ready |= step * len(options.lengths) >= (state.stage + 1) * options.steps
+    return State(model, moments, key, step, state.stage + ready), metrics
 
 
 def train(
