@@ -12,6 +12,7 @@ NAMES = {
     "agreement": "errors of values and gradients against `lax.scan`; memory, in Jacobians",
     "cells": "every cell: structure, iterations before and after training, agreement",
     "convergence": "iterations of each method on systems from forgetful to chaotic",
+    "random_systems": "whether a wrong answer is ever silent, on random and hostile systems",
     "state_tracking": "which solvers are parallel for networks that track a state",
 }
 

@@ -1,5 +1,7 @@
 """What `benchmarks speed` can measure: cells, sizes, solvers, and the questions of each preset."""
 
+import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 import pararnn as prnn
-from pararnn.diagnostics import compare, scan_states
+from pararnn.diagnostics import compare, scan_states, select_adjoint, select_solver
 
 
 def _channels(size: int) -> int:
@@ -56,7 +58,29 @@ CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "Based": lambda size, **kw: prnn.Based(size, 1, 2, size // 7, **kw),
     "MLSTM": lambda size, **kw: prnn.MLSTM(size, 1, 4, size // 4, **kw),
 }
+# What the recurrent weights of the GRU that forgets are multiplied by.
+FORGETTING = 0.5
+
+
+def _forgetting_gru(size: int, **kw: Any) -> prnn.AbstractCell:
+    cell = prnn.GRU(size, size, **kw)
+    return eqx.tree_at(lambda c: c.weight_h, cell, FORGETTING * cell.weight_h)
+
+
+# Of four heads the states are square matrices: layers of these make outputs without all states.
+HEADS: dict[str, Callable[..., prnn.AbstractCell]] = {
+    f"{make.__name__}, 4 heads": (
+        lambda size, make=make, **kw: make(size, 4, size // 4, size // 4, **kw)
+    )
+    for make in (
+        prnn.GatedLinearAttention, prnn.Mamba2, prnn.MLSTM, prnn.DeltaNet, prnn.DeltaProduct,
+        prnn.M2RNN,
+    )
+}  # fmt: skip
+VARIANTS = {"GRU, forgets": _forgetting_gru, **HEADS}
 EQUINOX = "equinox"
+NO_KERNELS = "-kernels"
+_SWITCH = "PARARNN_KERNELS"
 
 
 class Case(NamedTuple):
@@ -64,10 +88,12 @@ class Case(NamedTuple):
 
     - `question`: why it is measured.
     - `cell`, `length`, `batch`, `size`, `dtype`: the problem; `size` is that of inputs and states.
-    - `solvers`: `default`, names of solvers, or with a chunk size `Newton(64)`; `equinox` is the
-        cell of Equinox in a scan, which projects one input at a time.
+    - `solvers`: see `settings`; `equinox` is the cell of Equinox in a scan, which projects one
+        input at a time.
     - `project`: whether the input projection is measured too, hoisted out of the scan.
     - `gradient`, `costs`: whether to measure forward and gradient too; to count operations.
+    - `outputs`: whether to measure the outputs of a layer, projection and readout included, which
+        may need no states; otherwise all states.
     """
 
     question: str
@@ -80,10 +106,12 @@ class Case(NamedTuple):
     project: bool = False
     gradient: bool = True
     costs: bool = False
+    outputs: bool = False
 
     def key(self) -> str:
         text = f"{self.cell} L={self.length} B={self.batch} D={self.size} {self.dtype}"
         options = ["project"] * self.project + ["gradient"] * self.gradient + ["costs"] * self.costs
+        options += ["outputs"] * self.outputs
         return " ".join([text, *options, *self.solvers])
 
 
@@ -99,11 +127,38 @@ def parse_solver(text: str) -> prnn.AbstractSolver | None:
     return solver(**options)
 
 
+def settings(text: str, cell: prnn.AbstractCell, xs: Any, platform: str | None = None) -> Any:
+    """The solver and the adjoint that a text stands for, complete, as a platform would have them.
+
+    `default` is what the package chooses there. Others are read by `parse_solver`, and solve the
+    derivative's recurrence too. With `-kernels` behind it, generated kernels are switched off.
+    """
+    asked = parse_solver(text.removesuffix(NO_KERNELS))
+    layer = prnn.RNN(cell, asked, adjoint=asked)
+    with _kernels(not text.endswith(NO_KERNELS)):
+        solver, _ = select_solver(layer, xs, platform=platform)
+        adjoint, _ = select_adjoint(layer, xs, platform=platform)
+    return solver, adjoint
+
+
+@contextlib.contextmanager
+def _kernels(on: bool) -> Iterator[None]:
+    """With the switch for kernels on or off; what is chosen meanwhile is complete."""
+    before = os.environ.get(_SWITCH)
+    os.environ[_SWITCH] = str(int(on))
+    try:
+        yield
+    finally:
+        del os.environ[_SWITCH]
+        if before is not None:
+            os.environ[_SWITCH] = before
+
+
 def measure(case: Case, *, repetitions: int, limit: float, title: str | None) -> dict[str, Any]:
     """The rows of `compare` for a case, and the bytes that it must move at least."""
     dtype = jnp.dtype(case.dtype)
     key_cell, key_x = jax.random.split(jax.random.key(0))
-    cell = CELLS[case.cell](case.size, dtype=dtype, key=key_cell)
+    cell = (CELLS | VARIANTS)[case.cell](case.size, dtype=dtype, key=key_cell)
     # Time comes first, then the batch: the layout that a scan takes without transposing.
     shape = (case.length, case.batch) if case.batch > 1 else (case.length,)
     xs = jax.random.normal(key_x, (*shape, *_input_shape(cell, case.size)), dtype)
@@ -117,16 +172,23 @@ def measure(case: Case, *, repetitions: int, limit: float, title: str | None) ->
     def project(cell, xs):
         return cell.project(xs), None
 
-    inputs = xs if case.project else eqx.filter_jit(project)(cell, xs)[0]
+    raw = case.project or case.outputs
+    inputs = xs if raw else eqx.filter_jit(project)(cell, xs)[0]
 
     def make(states_of):
         return over_batch(
             lambda cell, xs: states_of(cell, cell.project(xs) if case.project else xs)
         )
 
-    runs = {"lax.scan": make(scanned)}
+    runs = {"lax.scan": over_batch(_read_scan) if case.outputs else make(scanned)}
     for name in case.solvers:
-        runs[name] = over_batch(_equinox) if name == EQUINOX else make(_solve(parse_solver(name)))
+        one = jax.ShapeDtypeStruct((case.length, *xs.shape[1 + (case.batch > 1) :]), dtype)
+        if case.outputs:
+            runs[name] = over_batch(_outputs(name))
+        elif name == EQUINOX:
+            runs[name] = over_batch(_equinox)
+        else:
+            runs[name] = make(_solve(*settings(name, cell, one)))
     rows = compare(
         runs,
         (cell, inputs),
@@ -174,8 +236,19 @@ def solved(cell, us, solver, adjoint):
     return solution.states, solution.stats
 
 
-def _solve(solver):
-    return lambda cell, us: solved(cell, us, solver, solver)
+def _solve(solver, adjoint):
+    return lambda cell, us: solved(cell, us, solver, adjoint)
+
+
+def _read_scan(cell, xs):
+    """The outputs by the plain scan, which stores all states."""
+    us = cell.project(xs)
+    return cell.readout(scan_states(cell.step, us, cell.init_state()), us), None
+
+
+def _outputs(name):
+    solver = parse_solver(name)
+    return lambda cell, xs: (prnn.RNN(cell, solver, adjoint=solver)(xs, throw=False)[0], None)
 
 
 def _equinox(cell, xs):
@@ -198,7 +271,7 @@ def _equinox(cell, xs):
 
 # --- the questions of each preset, the biggest first ------------------------------------------
 
-_LENGTHS = {"cpu": (4096, 65_536, 16_384, 1024), "gpu": (65_536, 16_384, 4096, 1024, 262_144)}
+_LENGTHS = (4096, 65_536, 16_384, 1024)
 
 
 def preset(platform: str) -> Iterator[Case]:
@@ -208,7 +281,7 @@ def preset(platform: str) -> Iterator[Case]:
 
 def _cpu():
     default = "default against lax.scan"
-    for length in _LENGTHS["cpu"]:
+    for length in _LENGTHS:
         for cell in ("GRU", "DiagonalGRU", "Elman", "DiagonalLSTM"):
             yield Case(default, cell, length)
         if length == 4096:
@@ -234,23 +307,29 @@ def _cpu():
 
 
 def _gpu():
-    default = "default against lax.scan"
-    for size in (64, 1024):
-        for length in _LENGTHS["gpu"]:
-            for cell in ("DiagonalGRU", "GRU"):
-                yield Case(default, cell, length, size=size)
-    for length in (65_536, 4096, 16_384, 1024):
-        for cell in ("DiagonalGRU", "GRU"):
-            solvers = tuple(f"Newton({n})" for n in (1, 4, 16, 64, 256))
-            yield Case("chunk sizes", cell, length, size=64, solvers=(*solvers, "Jacobi(64)"))
-    yield from _batches((16, 256), 64, (4096, 1024, 16_384))
-    for length, batch in ((65_536, 1), (1024, 64)):
-        solvers = ("default", "Newton(1)", "Newton(16)", "Jacobi(16)")
-        yield Case("memory floor", "DiagonalGRU", length, batch, 1024, solvers=solvers)
+    default, both = "default against lax.scan", ("default", "default-kernels")
+    layers, recurrent = "outputs of layers", ("DiagonalGRU", "GRU, forgets", "DiagonalLSTM")
+    for cell in recurrent:
+        yield Case(default, cell, 65_536, size=64, solvers=both)
+    for cell in HEADS:
+        yield Case(layers, cell, 4096, size=128, outputs=True)
+    for cell, sizes in zip(recurrent[:2], ((16, 32, 64, 128), (32, 64, 128)), strict=True):
+        solvers = tuple(f"Newton({n})" for n in sizes)
+        yield Case("chunk sizes", cell, 65_536, size=64, solvers=solvers)
+    for batch in (256, 16):
+        for cell in recurrent[:2]:
+            yield Case("batch sizes", cell, 4096, batch, 64, solvers=("default", "Sequential"))
+    for size, length in ((64, 4096), (1024, 4096), (64, 1024), (64, 262_144)):
+        for cell in recurrent[:2]:
+            yield Case(default, cell, length, size=size)
+    for cell in HEADS:
+        yield Case(layers, cell, 65_536, size=128, outputs=True)
+    yield Case(default, "M2RNN, 4 heads", 65_536, size=64)
+    yield Case("memory floor", "DiagonalGRU", 65_536, 1, 1024)
     for cell in ("GRU", "LSTM"):
         yield Case(default, cell, 4096, size=64, solvers=("default", EQUINOX), project=True)
     for cell in CELLS:
-        if cell not in ("GRU", "DiagonalGRU"):
+        if cell not in recurrent:
             yield Case(default, cell, 4096, size=64)
 
 

@@ -1,7 +1,5 @@
 """What `benchmarks gpu` asks: cells, lengths and solvers, and the functions to compile for each."""
 
-import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,29 +9,20 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 import pararnn as prnn
-from pararnn.diagnostics import select_adjoint, select_solver
 
-from ._cases import parse_solver, scanned, solved
+from . import _cases
+from ._cases import NO_KERNELS, scanned, solved
 
-SCAN, CHOICE, KERNELS = "lax.scan", "choice", "+kernels"
-_SWITCH = "PARARNN_KERNELS"
+SCAN, CHOICE = "lax.scan", "choice"
 PLATFORM = "cuda"
-# What the recurrent weights of the GRU that forgets are multiplied by.
-FORGETTING = 0.5
 KINDS = ("forward", "gradient")
-
-
-def _forgetting_gru(size: int, **kw: Any) -> prnn.AbstractCell:
-    cell = prnn.GRU(size, size, **kw)
-    return eqx.tree_at(lambda c: c.weight_h, cell, FORGETTING * cell.weight_h)
-
 
 # From a size to a cell whose inputs have as many features.
 CELLS: dict[str, Callable[..., prnn.AbstractCell]] = {
     "DiagonalGRU": lambda size, **kw: prnn.DiagonalGRU(size, size, **kw),
     "DiagonalLSTM": lambda size, **kw: prnn.DiagonalLSTM(size, size, **kw),
-    "GRU, forgets": _forgetting_gru,
-    "M2RNN, 4 heads": lambda size, **kw: prnn.M2RNN(size, 4, size // 4, size // 4, **kw),
+    "GRU, forgets": _cases.VARIANTS["GRU, forgets"],
+    "M2RNN, 4 heads": _cases.VARIANTS["M2RNN, 4 heads"],
 }
 
 
@@ -77,32 +66,13 @@ def problem(case: Case) -> Problem:
 def settings(text: str, problem: Problem) -> tuple[Any, Any] | None:
     """The solver and the adjoint that a text stands for, complete, as a GPU would have them.
 
-    `lax.scan` is the plain scan: `None`. `choice` is what the package chooses there. Others are
-    read by `parse_solver`, and solve the derivative's recurrence too. With `+kernels` behind it,
-    generated kernels are switched on.
+    `lax.scan` is the plain scan: `None`. `choice` is what the package chooses there, others are as
+    for `benchmarks speed`.
     """
     if text == SCAN:
         return None
-    name = text.removesuffix(KERNELS)
-    asked = None if name == CHOICE else parse_solver(name)
-    layer = prnn.RNN(problem.cell, asked, adjoint=asked)
-    with _kernels(text.endswith(KERNELS)):
-        solver, _ = select_solver(layer, problem.xs, platform=PLATFORM)
-        adjoint, _ = select_adjoint(layer, problem.xs, platform=PLATFORM)
-    return solver, adjoint
-
-
-@contextlib.contextmanager
-def _kernels(on: bool) -> Iterator[None]:
-    """With the switch for kernels on or off; what is chosen meanwhile is complete."""
-    before = os.environ.get(_SWITCH)
-    os.environ[_SWITCH] = str(int(on))
-    try:
-        yield
-    finally:
-        del os.environ[_SWITCH]
-        if before is not None:
-            os.environ[_SWITCH] = before
+    text = text.replace(CHOICE, "default")
+    return _cases.settings(text, problem.cell, problem.xs, PLATFORM)
 
 
 class Program(NamedTuple):
@@ -169,10 +139,10 @@ def default_cases() -> Iterator[Case]:
     for cell in CELLS:
         # All Jacobians of M²RNN's 1,024 state elements are tens of gigabytes.
         observed = 1024 if cell.startswith("M2RNN") else None
-        for solver in (SCAN, CHOICE, CHOICE + KERNELS):
+        for solver in (SCAN, CHOICE, CHOICE + NO_KERNELS):
             yield Case(cell, 64, LENGTH, solver, observed=observed)
     for length in (4096, 1024):
-        for solver in (SCAN, CHOICE, CHOICE + KERNELS):
+        for solver in (SCAN, CHOICE, CHOICE + NO_KERNELS):
             yield Case("DiagonalGRU", 64, length, solver)
     for cell in ("DiagonalGRU", "GRU, forgets"):
         for solver in ("Newton(1)", "Newton(16)", "Newton(64)", "Jacobi(64)"):
@@ -181,5 +151,5 @@ def default_cases() -> Iterator[Case]:
 
 def quick_cases() -> Iterator[Case]:
     """Some that compile in a minute, for the check against committed counts."""
-    for solver in (SCAN, CHOICE, CHOICE + KERNELS):
+    for solver in (SCAN, CHOICE, CHOICE + NO_KERNELS):
         yield Case("DiagonalGRU", 64, 1024, solver)

@@ -26,7 +26,7 @@ def _problem(record: dict[str, Any]) -> tuple[Any, ...]:
 def _ratio(scan: dict[str, Any] | None, row: dict[str, Any], seconds: str) -> str:
     """How many times the scan takes as long."""
     ours, theirs = (_median(found, seconds) for found in (row, scan or {}))
-    return "" if ours is None or theirs is None else _figures(theirs / ours)
+    return "" if ours is None or theirs is None else figures(theirs / ours)
 
 
 def _median(row: dict[str, Any], seconds: str) -> float | None:
@@ -38,7 +38,7 @@ def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:,.0f}"
 
 
-def _figures(value: float | None, factor: float = 1.0) -> str:
+def figures(value: float | None, factor: float = 1.0) -> str:
     """Three of them."""
     if value is None:
         return "?"
@@ -70,15 +70,15 @@ def _line(record: dict[str, Any], row: dict[str, Any], scan: Any, measured: bool
     line["submissions"] = _number(row["submissions"])
     line["waits"] = _number(row["reads"])
     line["turns"] = _loops(row["loops"]) + (f" (at L = {observed:,})" if observed else "")
-    line["temporary / MB"] = _figures(row["temporary_bytes"], 1e-6)
-    line["moved / MB"] = _figures(row["moved_bytes"], 1e-6)
+    line["temporary / MB"] = figures(row["temporary_bytes"], 1e-6)
+    line["moved / MB"] = figures(row["moved_bytes"], 1e-6)
     line["registers"] = _number(row["registers"])
     line["spilled / bytes"] = _number(row["spilled_bytes"])
-    line["compile / s"] = _figures(row["compile_seconds"])
-    line["predicted / ms"] = _figures(row["predicted_seconds"], 1e3)
+    line["compile / s"] = figures(row["compile_seconds"])
+    line["predicted / ms"] = figures(row["predicted_seconds"], 1e3)
     line["scan / this, predicted"] = _ratio(scan, row, "predicted_seconds")
     if measured:
-        line["measured / ms"] = _figures(_median(row, "seconds"), 1e3)
+        line["measured / ms"] = figures(_median(row, "seconds"), 1e3)
         line["scan / this, measured"] = _ratio(scan, row, "seconds")
     return line
 

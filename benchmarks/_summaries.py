@@ -1,5 +1,5 @@
-"""The tables of correctness, from the files of `agreement`, `cells`, `convergence` and
-`state_tracking`."""
+"""The tables of correctness, from the files of `agreement`, `cells`, `convergence`,
+`random_systems` and `state_tracking`."""
 
 import json
 import pathlib
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ._measure import markdown
+from .random_systems import table as systems_table
 
 Rows = list[dict[str, Any]]
 # The largest relative errors of values and gradients that agree.
@@ -89,13 +90,19 @@ def convergence(content: dict[str, Any]) -> str:
 
 
 def random_systems(content: dict[str, Any]) -> str:
-    """Verdicts; adaptive damping against constants; time to compile."""
-    total, *silent = content["random systems"]
+    """Verdicts by family, and each system that was silently wrong."""
+    parts = [markdown(systems_table(content))]
+    if content["silent"]:
+        parts.append(markdown(content["silent"]))
+    return "\n\n".join(parts)
+
+
+def solvers(content: dict[str, Any]) -> str:
+    """Adaptive damping against constants; time to compile."""
     adaptive, *constants = content["damping"]
     finished = [row for row in constants if not row[_FINISHED]]
     best = min(finished, key=lambda row: row["iterations"])
     parts = [
-        markdown([total, *silent]),
         f"Levenberg–Marquardt on a GRU of gain 3 (8 units, L = 512): {adaptive['iterations']} "
         f"iterations with adaptive damping; {best['iterations']} with the best constant, "
         f"μ = {best['damping']:g}.",
@@ -128,7 +135,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cells": ("cells", cells),
     "cells-agreement": ("cells", cells_agreement),
     "convergence": ("convergence", convergence),
-    "random-systems": ("convergence", random_systems),
+    "solvers": ("convergence", solvers),
+    "random-systems": ("random_systems", random_systems),
     "state-tracking": ("state_tracking", state_tracking),
 }
 

@@ -31,7 +31,6 @@ from ._measure import (
     save,
     scan_states,
 )
-from ._random_systems import random_systems
 from ._systems import SWEEP, SYSTEMS, System, gru
 
 METHODS: dict[str, prnn.AbstractSolver] = {
@@ -232,17 +231,6 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def random(count: int) -> list[dict[str, Any]]:
-    """How many were right, and each that was silently wrong."""
-    verdicts = random_systems(count)
-    silent = [row for row in verdicts if row["verdict"] == "SILENT"]
-    total: dict[str, Any] = {"systems": len(verdicts)}
-    total |= {v: sum(r["verdict"] == v for r in verdicts) for v in ("right", "admitted", "SILENT")}
-    for flag in ("forgets", "finished sequentially"):
-        total[flag] = sum(row[flag] for row in verdicts)
-    return [total, *silent]
-
-
 # What is measured, in this order.
 PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "systems": lambda args: compare(args.length, args.systems),
@@ -250,7 +238,6 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "damping": lambda args: damping(),
     "word problem": lambda args: word_problem(),
     "compile": lambda args: compile_times(),
-    "random systems": lambda args: random(args.random),
 }
 
 
@@ -263,7 +250,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS))
-    parser.add_argument("--random", type=int, default=500, help="number of random systems")
     parser.add_argument("--output", default="benchmarks/results", help="folder of JSON and plot")
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)

@@ -1,5 +1,5 @@
-"""The tables of two README files and the plots of `benchmarks/results`, from the JSON files there
-and in `examples/results`.
+"""The tables of two README files and of pages of the documentation, and the plots of
+`benchmarks/results`, from the JSON files there and in `examples/results`.
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; a test keeps it up to date.
 """
@@ -11,27 +11,33 @@ import pathlib
 import re
 from typing import Any
 
-from examples import _tracking
+from examples import _tracking, compare_cells
 from pararnn.diagnostics import Spread
 
-from . import _gpu_tables, _plots, _sharded_tables, _summaries
+from . import _gpu_measured, _gpu_tables, _plots, _sharded_tables, _summaries
 from ._measure import markdown
 from .speed import GAINS
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TRACKING = ROOT / "examples" / "results" / "tracking.json"
+EXAMPLES = ROOT / "examples" / "results"
 PLATFORMS = ("cpu", "gpu")
 # The tables of each file.
 FILES = {
-    "README.md": ("speed", "targets", "batches", "cells", "sharded-speed", "tracking"),
+    "README.md": ("headline",),
+    "docs/cells.md": ("cells",),
+    "docs/examples.md": ("tracking", "compare-cells"),
+    "docs/several_devices.md": ("sharded-speed",),
+    "docs/speed.md": ("speed", "targets", "batches"),
     "benchmarks/README.md": (
         "agreement",
         "cells-agreement",
         "convergence",
+        "solvers",
         "random-systems",
         "state-tracking",
         "gpu",
+        "gpu-measured",
         "sharded-agreement",
         "sharded-long",
         "sharded-traffic",
@@ -211,7 +217,7 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
     for platform in PLATFORMS:
         content = load(folder, platform)
         if content is None:
-            parts.append(f"Not measured on a {platform.upper()}.")
+            parts.append(f"This command was not run on a {platform.upper()}.")
             continue
         parts += [_environment(content), speed_table(content)]
         goals.append(targets_table(content) if platform == "cpu" else goals_table(content))
@@ -219,8 +225,13 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
             blocks["batches"] = batches_table(content)
     blocks |= {"speed": "\n\n".join(parts), "targets": "\n\n".join(goals)}
     blocks |= _summaries.tables(folder) | _sharded_tables.blocks(folder)
-    blocks["tracking"] = _tracking.block(TRACKING)
-    return blocks | {"gpu": _gpu_tables.block(folder)}
+    blocks["tracking"] = _tracking.block(EXAMPLES / "tracking.json")
+    blocks["compare-cells"] = compare_cells.block(EXAMPLES / "cells.json")
+    return blocks | {
+        "gpu": _gpu_tables.block(folder),
+        "gpu-measured": _gpu_measured.block(folder),
+        "headline": _gpu_measured.headline(folder, load(folder, "cpu") or {"cases": {}}),
+    }
 
 
 def rewritten(text: str, blocks: dict[str, str]) -> str:

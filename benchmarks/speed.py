@@ -153,7 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--widths", nargs="+", type=int)
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32", "float64"))
     parser.add_argument(
-        "--solvers", nargs="+", help="like default, Newton, Jacobi(64); equinox is its own cell"
+        "--solvers",
+        nargs="+",
+        help="like default, Newton-kernels, Jacobi(64); equinox is its own cell",
     )
     parser.add_argument("--project", action="store_true", help="with the input projection")
     parser.add_argument("--costs", action="store_true", help="count operations and bytes too")
@@ -180,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
             repetitions=args.repetitions,
             limit=args.limit,
             budget=args.budget,
-            gains=not any(own),
+            gains=platform == "cpu" and not any(own),  # iterations are the same anywhere
         )
     except KeyboardInterrupt:
         stopped = True
@@ -194,7 +196,7 @@ def _chosen(args: argparse.Namespace) -> list[Case]:
     solvers = tuple(args.solvers or ("default",))
     for solver in solvers:
         if solver != _cases.EQUINOX:
-            _cases.parse_solver(solver)
+            _cases.parse_solver(solver.removesuffix(_cases.NO_KERNELS))
     sizes = itertools.product(
         args.cells or ("GRU", "DiagonalGRU"),
         args.lengths or (4096,),

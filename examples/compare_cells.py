@@ -127,6 +127,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def block(path: pathlib.Path) -> str:
+    """What stands in the documentation, with what it was measured by."""
+    content = json.loads(path.read_text())
+    made = content["machine"]
+    about = f"`python -m examples.compare_cells`, {made['device']}, JAX {made['jax']}."
+    return f"{about}\n\n{table(content['rows'])}"
+
+
 def plot(rows: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
     """Bits per character over seconds per step."""
     figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")

@@ -26,11 +26,14 @@ def check_platform(platform: str | None) -> str:
 
 def kernels_enabled(platform: str | None) -> bool:
     """Whether generated kernels are used on a platform where nothing else is asked for: on CUDA, if
-    the environment variable `PARARNN_KERNELS` is 1.
+    JAX has one device; with the environment variable `PARARNN_KERNELS` 1, also if it has several,
+    over which it could not spread a kernel; with 0, never.
 
     Raises a `ValueError` for a value that is neither 0 nor 1.
     """
-    value = os.environ.get("PARARNN_KERNELS", "0")
-    if value not in ("0", "1"):
+    value = os.environ.get("PARARNN_KERNELS")
+    if value not in (None, "0", "1"):
         raise ValueError(f"The environment variable PARARNN_KERNELS must be 0 or 1; got {value!r}.")
-    return value == "1" and chosen_platform(platform) in ("cuda", "gpu")
+    if chosen_platform(platform) not in ("cuda", "gpu"):
+        return False
+    return jax.device_count() == 1 if value is None else value == "1"

@@ -39,6 +39,8 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)
+if os.environ["JAX_PLATFORMS"] != "cpu":  # a GPU would multiply float32 in ten bits
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 # Must come before the first import of the package: it rewrites modules while they are loaded.
 jaxtyping.install_import_hook("pararnn", "beartype.beartype")

@@ -14,6 +14,9 @@ import numpy as np
 
 import pararnn as prnn
 
+# Where there is a GPU, kernels run on it; elsewhere they are interpreted.
+INTERPRET = jax.default_backend() == "cpu"
+
 
 def scan(step, xs, init):
     """The states, by definition."""

@@ -169,8 +169,8 @@ def test_settings_are_complete():
         solver, adjoint = _gpu_cases.settings(text, problem)
         assert isinstance(solver, prnn.Newton) and solver.linear_method is not None
         assert adjoint.solver == solver and solver.chunk_size is not None
-        switched, _ = _gpu_cases.settings(f"{text}+kernels", problem)
-        assert switched.sweep_method == "kernel" != solver.sweep_method
+        without, _ = _gpu_cases.settings(f"{text}-kernels", problem)
+        assert solver.sweep_method == "kernel" != without.sweep_method
     assert "PARARNN_KERNELS" not in os.environ
 
 

@@ -41,9 +41,10 @@ def test_the_choice_of_a_gpu_runs_here(name):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
-def test_what_an_accelerator_gets():
-    """Short chunks, written out; iterations that are not asked for their success; and for a dense
-    step, chunks that start early."""
+def test_what_an_accelerator_gets(monkeypatch):
+    """Without kernels: short chunks, written out; iterations that are not asked for their success;
+    and for a dense step, chunks that start early."""
+    monkeypatch.setenv("PARARNN_KERNELS", "0")
     xs = jax.ShapeDtypeStruct((5000, D), float)
     common = {"chunk_size": 32, "linear_method": "radix", "sweep_method": "unrolled"}
     solver, reason = prnn.select_solver(STEPS["diagonal"], xs, INIT, platform="gpu")

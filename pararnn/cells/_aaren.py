@@ -78,6 +78,7 @@ class Aaren(AbstractCell):
 
     chunk_size: ClassVar[int | None] = 64
     algebra: ClassVar[AbstractAlgebra | None] = AttentionAlgebra()
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = AttentionAlgebra()
 
     query: Float[Array, "num_heads key_size"]
     weight_k: Float[Array, "num_heads*key_size input_size"]
@@ -159,6 +160,9 @@ class Aaren(AbstractCell):
         u = kept * jnp.expand_dims(u, 1) + jnp.sum(weights, axis=2)
         w = jnp.expand_dims(kept, 2) * jnp.expand_dims(w, 1) + weights @ v
         return (m[:, -1], u[:, -1], w[:, -1]), self._output(u.T, jnp.moveaxis(w, 1, 0))
+
+    def chunk_factor(self, us: _Inputs, reset: Bool[Array, " L"] | None) -> Bool[Array, ""]:
+        return jnp.asarray(True) if reset is None else ~jnp.any(reset)
 
     def readout(self, states: _State, us: _Inputs) -> Float[Array, "L output_size"]:
         _, u, w = states

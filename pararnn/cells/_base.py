@@ -24,11 +24,15 @@ class AbstractCell(eqx.Module):
         not affine; then one associative scan solves the recurrence. Its `element` is given one
         slice of `us`. Affine steps are recognised without it.
     - `chunk_size`: how many steps `through_chunk` makes at once; `None` if there is no such form.
+    - `chunk_algebra`: the family of maps that chunks make of the state, if it is closed under
+        composition; then accelerators make many chunks at once. For the elements see
+        `chunk_factor`.
     """
 
     structure: ClassVar[AbstractStructure | None] = None
     algebra: ClassVar[AbstractAlgebra | None] = None
     chunk_size: ClassVar[int | None] = None
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = None
 
     @property
     def context(self) -> int:
@@ -67,6 +71,12 @@ class AbstractCell(eqx.Module):
         - `us`: what the steps consume; at most `chunk_size` of them.
         - `reset`: which steps start from `init_state()`, or `None` if none does.
         """
+        raise NotImplementedError
+
+    def chunk_factor(self, us: PyTree[Array], reset: Bool[Array, " T"] | None) -> PyTree[Array]:
+        """What becomes of the state before a chunk, given the same `us` and `reset` as
+        `through_chunk`: the first part of an element of `chunk_algebra`, of which the second is
+        what the chunk makes of `init_state()`."""
         raise NotImplementedError
 
 

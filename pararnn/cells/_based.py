@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from .._algebra import AbstractAlgebra
 from ._base import AbstractCell, check_inputs
-from ._chunks_decayed import CHUNK_SIZE, decayed_step, reads, summed_logs, weighted_chunk
+from ._chunk_maps import MatrixAlgebra
+from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, summed_logs, weighted_chunk
 from ._parts import init_attention, merge_heads, split_heads, wide, with_ones, zero_state
 
 _State = Float[Array, "num_heads features columns"]
@@ -32,6 +34,7 @@ class Based(AbstractCell):
     """
 
     chunk_size: ClassVar[int | None] = CHUNK_SIZE
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
 
     weight_q: Float[Array, "num_heads*key_size input_size"]
     weight_k: Float[Array, "num_heads*key_size input_size"]
@@ -110,6 +113,11 @@ class Based(AbstractCell):
         weights = jnp.exp(between), jnp.exp(arriving)
         state, y = weighted_chunk(state, _features(q), _features(k), v, *weights, scores)
         return state, self._outputs(y)
+
+    def chunk_factor(
+        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+    ) -> Float[Array, "#num_heads #key_size 1"]:
+        return kept(jnp.zeros((len(us[0]), 1)), reset)
 
     def _outputs(self, y):
         return merge_heads(y[..., :-1] / y[..., -1:]) @ self.weight_o.T

@@ -61,12 +61,20 @@ def _heads_first(*arrays: Float[Array, "T _ _"]) -> list[Float[Array, "_ T _"]]:
     return [jnp.moveaxis(wide(x), 1, 0) for x in arrays]
 
 
-def _with_resets(
+def with_resets(
     log_decay: Float[Array, "T heads *channels"], reset: Bool[Array, " T"] | None
 ) -> Float[Array, "T heads *channels"]:
     """The logarithms of decays, finite; none stays of what is before a step that starts anew."""
     logs = jnp.maximum(wide(log_decay), LOG_ZERO)
     return logs if reset is None else jnp.where(over_rows(reset, logs), LOG_ZERO, logs)
+
+
+def kept(
+    log_decay: Float[Array, "T heads *channels"], reset: Bool[Array, " T"] | None
+) -> Float[Array, "heads key_size 1"]:
+    """How much of the state that arrives is left behind a chunk, row by row."""
+    logs = jnp.sum(with_resets(log_decay, reset), axis=0)
+    return jnp.exp(logs).reshape(len(logs), -1, 1)
 
 
 # --- one decay per head -----------------------------------------------------------------------
@@ -77,7 +85,7 @@ def summed_logs(
 ) -> tuple[Float[Array, "heads T T"], Float[Array, "heads T"]]:
     """The logarithms of decays: from each step (second) to each later one (first), `LOG_ZERO` to
     earlier ones; and from the state that arrives to each step."""
-    logs = _with_resets(log_decay, reset)
+    logs = with_resets(log_decay, reset)
     upto = np.tri(len(logs), dtype=bool)
     after = np.tri(len(logs), k=-1)
     logs = logs.T
@@ -148,7 +156,7 @@ def through_channels(
     # To blocks of a power of two, by steps that keep the state as it is.
     size = min(_BLOCK_SIZE, 1 << (length - 1).bit_length())
     surplus = ((0, -length % size), (0, 0), (0, 0))
-    q, k, v, logs = (jnp.pad(x, surplus) for x in (q, k, v, _with_resets(log_decay, reset)))
+    q, k, v, logs = (jnp.pad(x, surplus) for x in (q, k, v, with_resets(log_decay, reset)))
     count = len(q) // size
     q, k, v = (x.reshape(heads * count, size, -1) for x in _heads_first(q, k, v))
     with jax.default_matmul_precision("highest"):

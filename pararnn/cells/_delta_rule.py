@@ -18,14 +18,16 @@ Yang et al., *Parallelizing linear transformers with the delta rule over sequenc
 2024. Its inverse has entries of at most 2, as corrections with β up to 2 lengthen nothing.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._algebra import AbstractAlgebra
 from ._base import AbstractCell
+from ._chunk_maps import MatrixAlgebra
 from ._parts import merge_heads, wide, zero_state
 
 # A chunk has about as many rows: with more, products within it would outweigh those with the state.
@@ -114,6 +116,8 @@ class AbstractDeltaCell(AbstractCell):
     """A cell whose steps are those of the delta rule: its `project` returns what they consume, of
     type `DeltaInputs`. Chunks of steps are made by products of matrices."""
 
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
+
     weight_k: eqx.AbstractVar[Array]
     weight_o: eqx.AbstractVar[Array]
     num_heads: eqx.AbstractVar[int]
@@ -141,6 +145,15 @@ class AbstractDeltaCell(AbstractCell):
     ) -> tuple[Float[Array, "num_heads key_size value_size"], Float[Array, "L output_size"]]:
         after, y = delta_chunk(state, us, reset)
         return after, self._output(y, us)
+
+    def chunk_factor(
+        self, us: DeltaInputs, reset: Bool[Array, " L"] | None
+    ) -> Float[Array, "num_heads key_size key_size"]:
+        # Of columns that nothing is written to, each unit vector becomes a column of the factor.
+        size, dtype = self.key_size, self.init_state().dtype
+        one = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (self.num_heads, size, size))
+        nothing = [jnp.zeros_like(k) for k in us.keys]
+        return delta_chunk(one, us._replace(values=nothing), reset)[0]
 
     def _output(
         self, y: Float[Array, "L num_heads value_size"], us: DeltaInputs

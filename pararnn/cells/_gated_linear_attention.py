@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from .._algebra import AbstractAlgebra
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._chunks_decayed import CHUNK_SIZE, decayed_step, reads, through_channels
+from ._chunk_maps import MatrixAlgebra
+from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_channels
 from ._parts import (
     affine,
     init_attention,
@@ -44,6 +46,7 @@ class GatedLinearAttention(AbstractCell):
     """
 
     chunk_size: ClassVar[int | None] = CHUNK_SIZE
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
 
     weight_q: Float[Array, "num_heads*key_size input_size"]
     weight_k: Float[Array, "num_heads*key_size input_size"]
@@ -127,6 +130,11 @@ class GatedLinearAttention(AbstractCell):
         q, k, v, log_alpha, _ = us
         state, y = through_channels(state, q, k, v, log_alpha, reset)
         return state, self._outputs(y, us)
+
+    def chunk_factor(
+        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+    ) -> Float[Array, "#num_heads #key_size 1"]:
+        return kept(us[3], reset)
 
     def _outputs(self, y, us):
         y = norm_heads(y, self.weight_norm, centred=False)

@@ -50,7 +50,7 @@ class LRU(AbstractCell):
         - `input_size`, `hidden_size`: the numbers of features of inputs and of (complex) states.
         - `output_size`: the number of features of outputs; `None` is `input_size`.
         - `r_min`, `r_max`, `max_phase`: $λ$ starts uniformly distributed over the sector
-            $r_\min \le |λ| \le r_\max$, $0 \le \arg λ \le$ `max_phase` of the unit disc. Long
+            $r_{\min} \le |λ| \le r_{\max}$, $0 \le \arg λ \le$ `max_phase` of the unit disc. Long
             memory needs `r_min` near 1, and then a small `max_phase`.
         - `dtype`: of the parameters, which are real.
         - `key`: for the parameters: $B \sim N(0, 1/(2\,\text{input\_size}))$ and

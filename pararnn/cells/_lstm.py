@@ -95,6 +95,7 @@ class DiagonalLSTM(AbstractCell):
 
     $$f = σ(a_f ⊙ h + p_f ⊙ c + u_f), \quad g = \tanh(a_g ⊙ h + u_g), \quad
     c' = f ⊙ c + (1-f) ⊙ g,$$
+
     $$o = σ(a_o ⊙ h + p_o ⊙ c' + u_o), \quad h' = o ⊙ \tanh(c'),$$
 
     with $u = B x + b$ and each $B$ block-diagonal over heads. The output gate peeps at the *new*

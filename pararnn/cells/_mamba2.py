@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from .._algebra import AbstractAlgebra
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._chunks_decayed import CHUNK_SIZE, decayed_step, reads, through_heads
+from ._chunk_maps import MatrixAlgebra
+from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_heads
 from ._parts import (
     causal_convolution,
     init_linear,
@@ -43,6 +45,7 @@ class Mamba2(AbstractCell):
     """
 
     chunk_size: ClassVar[int | None] = CHUNK_SIZE
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
 
     weight_c: Float[Array, "state_size input_size"]
     weight_b: Float[Array, "state_size input_size"]
@@ -160,11 +163,18 @@ class Mamba2(AbstractCell):
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
         c, b, s, delta, _ = us
-        log_decay = -delta * jnp.expand_dims(jnp.exp(wide(self.a_log)), 0)
         written = jnp.expand_dims(delta, 2) * wide(s)
         c, b = jnp.expand_dims(c, 1), jnp.expand_dims(b, 1)
-        state, y = through_heads(state, c, b, written, log_decay, reset)
+        state, y = through_heads(state, c, b, written, self._log_decay(delta), reset)
         return state, self._outputs(y, us)
+
+    def chunk_factor(
+        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+    ) -> Float[Array, "#num_heads #key_size 1"]:
+        return kept(self._log_decay(us[3]), reset)
+
+    def _log_decay(self, delta):
+        return -delta * jnp.expand_dims(jnp.exp(wide(self.a_log)), 0)
 
     def _outputs(self, y, us):
         _, _, s, _, g = us

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._algebra import AbstractAlgebra
 from ._base import AbstractCell, block_sizes, check_inputs
-from ._chunks_decayed import CHUNK_SIZE, LOG_ZERO, reads, summed_logs, weighted_chunk
+from ._chunks_decayed import CHUNK_SIZE, LOG_ZERO, reads, summed_logs, weighted_chunk, with_resets
 from ._parts import (
     affine,
     convolved,
@@ -25,11 +25,7 @@ from ._parts import (
 )
 
 _State = tuple[Float[Array, "num_heads key_size columns"], Float[Array, " num_heads"]]
-_Element = tuple[
-    Float[Array, " num_heads"],
-    Float[Array, " num_heads"],
-    Float[Array, "num_heads key_size columns"],
-]
+_Element = tuple[Float[Array, " num_heads"], _State]
 
 # Forgets all that was before, also next to another state that holds nothing.
 _FORGET = 1e5 * LOG_ZERO
@@ -54,23 +50,23 @@ def _mixed(
 @dataclasses.dataclass(frozen=True)
 class _MeanAlgebra(AbstractAlgebra):
     r"""The maps that decay a mean's weight $e^\ell$ by $e^f$ and mix in another mean $M_1$ of
-    weight $e^{\ell_1}$. An element is $(f, \ell_1, M_1)$: of one step, the gates and $k v^\top$."""
+    weight $e^{\ell_1}$. An element is $(f, (M_1, \ell_1))$: of one step, the gates and
+    $k v^\top$."""
 
     def element(self, u: Any) -> _Element:
         _, k, v, i, f, _ = u
-        return f, i, _written(k, v)
+        return f, (_written(k, v), i)
 
     def constant(self, state: _State) -> _Element:
-        memory, logs = state
-        return jnp.full_like(logs, _FORGET), logs, memory
+        return jnp.full_like(state[1], _FORGET), state
 
     def compose(self, later: _Element, earlier: _Element) -> _Element:
-        (f2, logs2, memory2), (f1, logs1, memory1) = later, earlier
-        memory, logs = _mixed(logs1 + f2, memory1, logs2, memory2)
-        return jnp.maximum(f1 + f2, _FORGET), logs, memory
+        (f2, (memory2, logs2)), (f1, (memory1, logs1)) = later, earlier
+        mixed = _mixed(logs1 + f2, memory1, logs2, memory2)
+        return jnp.maximum(f1 + f2, _FORGET), mixed
 
     def apply(self, element: _Element, state: _State) -> _State:
-        (f, new_logs, new), (memory, logs) = element, state
+        (f, (new, new_logs)), (memory, logs) = element, state
         return _mixed(logs + f, memory, new_logs, new)
 
 
@@ -85,6 +81,7 @@ class MLSTM(AbstractCell):
 
     $$\ell' = \log(e^{\ell + \log σ(\tilde f)} + e^{\tilde\imath}), \quad
     w = e^{\tilde\imath - \ell'},$$
+
     $$C' = (1-w)\, C + w\, k v^\top, \quad n' = (1-w)\, n + w\, k, \quad
     y = \frac{C'^\top q}{\max(|n' · q|, e^{-\ell'})},$$
 
@@ -108,6 +105,7 @@ class MLSTM(AbstractCell):
 
     chunk_size: ClassVar[int | None] = CHUNK_SIZE
     algebra: ClassVar[AbstractAlgebra | None] = _MeanAlgebra()
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = _MeanAlgebra()
 
     weight_q: Float[Array, "num_heads*key_size input_size/num_blocks"]
     weight_k: Float[Array, "num_heads*key_size input_size/num_blocks"]
@@ -243,6 +241,11 @@ class MLSTM(AbstractCell):
         weights = between / jnp.expand_dims(total, 2), arriving / total
         memory, y = weighted_chunk(memory, q, k, v, *weights)
         return (memory, logs[:, -1]), self._outputs(y, logs.T, us)
+
+    def chunk_factor(
+        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+    ) -> Float[Array, " num_heads"]:
+        return jnp.maximum(jnp.sum(with_resets(us[4], reset), axis=0), _FORGET)
 
     def _outputs(self, y, logs, us):
         # Numerator and denominator times a power of e, so that none overflows.

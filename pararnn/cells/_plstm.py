@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from .._algebra import AbstractAlgebra
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._chunks_decayed import CHUNK_SIZE, decayed_step, reads, through_heads
+from ._chunk_maps import MatrixAlgebra
+from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_heads
 from ._parts import init_linear, merge_heads, split_heads, wide, zero_state
 
 _State = Float[Array, "num_heads key_size value_size"]
@@ -36,6 +38,7 @@ class PLSTM(AbstractCell):
     """
 
     chunk_size: ClassVar[int | None] = CHUNK_SIZE
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
 
     weight_q: Float[Array, "num_heads*key_size input_size"]
     weight_k: Float[Array, "num_heads*key_size input_size"]
@@ -136,6 +139,11 @@ class PLSTM(AbstractCell):
         k, v, log_kept, q, own = us
         after, y = through_heads(state, q, k, v, log_kept[:, :, 0], reset)
         return after, self._output(y + own)
+
+    def chunk_factor(
+        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+    ) -> Float[Array, "#num_heads #key_size 1"]:
+        return kept(us[2][:, :, 0], reset)
 
     def _output(self, y: Float[Array, "L num_heads value_size"]) -> Float[Array, "L output_size"]:
         """From what is read to outputs."""

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from .._algebra import AbstractAlgebra
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._chunks_decayed import CHUNK_SIZE, decayed_step, reads, through_heads
+from ._chunk_maps import MatrixAlgebra
+from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_heads
 from ._parts import init_attention, init_linear, norm_heads, split_heads, zero_state
 
 _State = Float[Array, "num_heads key_size value_size"]
@@ -37,6 +39,7 @@ class Retention(AbstractCell):
     """
 
     chunk_size: ClassVar[int | None] = CHUNK_SIZE
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
 
     weight_q: Float[Array, "num_heads*key_size input_size"]
     weight_k: Float[Array, "num_heads*key_size input_size"]
@@ -115,10 +118,23 @@ class Retention(AbstractCell):
         # What turns is not the state but the queries, which follow it, and the keys: back, to where
         # they would have to be before the chunk.
         back = -np.expand_dims(np.arange(1, len(q) + 1), (1, 2)) * self._angles()
-        log_decay = jnp.asarray(np.tile(self._log_decay(), (len(q), 1)), state.dtype)
-        state, y = through_heads(state, _turned(q, back), _turned(k, back), v, log_decay, reset)
-        state = jnp.moveaxis(_turned(jnp.moveaxis(state, 1, 2), -back[-1]), 2, 1)
-        return state, self._outputs(y, us)
+        q, k, log_decay = _turned(q, back), _turned(k, back), self._log_decays(len(q), state)
+        state, y = through_heads(state, q, k, v, log_decay, reset)
+        return self._turned_on(state, len(q)), self._outputs(y, us)
+
+    def chunk_factor(
+        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+    ) -> Float[Array, "num_heads key_size key_size"]:
+        length, start = len(us[0]), self.init_state()
+        one = jnp.expand_dims(jnp.eye(self.key_size, dtype=start.dtype), 0)
+        return self._turned_on(kept(self._log_decays(length, start), reset) * one, length)
+
+    def _turned_on(self, state, length):
+        """By as much as that many steps turn a state."""
+        return jnp.moveaxis(_turned(jnp.moveaxis(state, 1, 2), length * self._angles()), 2, 1)
+
+    def _log_decays(self, length, state):
+        return jnp.asarray(np.tile(self._log_decay(), (length, 1)), state.dtype)
 
     def _outputs(self, y, us):
         y = norm_heads(y, self.weight_norm, centred=True)

@@ -34,6 +34,7 @@ class SLSTM(AbstractCell):
 
     $$\ell' = \log(e^{\ell + \log σ(\tilde f)} + e^{\tilde\imath}), \quad
     w = e^{\tilde\imath - \ell'},$$
+
     $$v' = v + w ⊙ (\tanh\tilde z - v), \quad h' = σ(\tilde o) ⊙ v',$$
 
     where each raw gate is $W_x x + b + R h$ with $R$ block-diagonal over heads. The state is

@@ -30,7 +30,7 @@ class Titans(AbstractCell):
     of its key with its value:
 
     $$S_t = η_t S_{t-1} - λ_t ∇_θ ℓ(θ_{t-1}; k_t, v_t), \qquad θ_t = (1 - α_t) θ_{t-1} + S_t,
-    \qquad ℓ = \tfrac12 ‖M_θ(k) - v‖^2.$$
+    \qquad ℓ = \tfrac12 \lVert M_θ(k) - v \rVert^2.$$
 
     $q$, $k$, $v$ are linear maps of $x$, $q$ and $k$ divided by their norms; the gates are numbers,
     $η$ and $α$ of the form $σ(w x + b)$ and $λ$ that times `max_rate`. The output, of shape

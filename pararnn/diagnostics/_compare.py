@@ -18,6 +18,9 @@ from .._misc import real_leaves
 from .._norms import relative_error
 from ..jaxprs._counting import count
 
+# Fast functions take so much of the slowest one's time in a turn, by so many calls at most.
+_SHARE, _MOST_CALLS = 0.1, 20
+
 
 class Spread(NamedTuple):
     """The median of repeated measurements, and their quartiles."""
@@ -46,19 +49,26 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call, A B A B …, after one warm-up call each; waits for every result.
 
-    After two rounds, ends early once `limit` seconds are spent. Calls `tick` after each round.
+    A function that is much faster than the slowest is called a few times in its turn, and the mean
+    counts. After two rounds, ends early once `limit` seconds are spent. Calls `tick` after each.
     """
     for function in functions.values() if warm_up else ():
         jax.block_until_ready(function())
     times: dict[str, list[float]] = {name: [] for name in functions}
+    calls = dict.fromkeys(functions, 1)
     begin = time.perf_counter()
     for i in range(repetitions):
         if i >= 2 and time.perf_counter() - begin > limit:
             break
         for name, function in functions.items():
             start = time.perf_counter()
-            jax.block_until_ready(function())
-            times[name].append(time.perf_counter() - start)
+            for _ in range(calls[name]):
+                jax.block_until_ready(function())
+            times[name].append((time.perf_counter() - start) / calls[name])
+        slowest = max(seconds[0] for seconds in times.values())
+        calls = {
+            name: int(min(max(_SHARE * slowest / times[name][0], 1), _MOST_CALLS)) for name in times
+        }
         tick()
     return times
 

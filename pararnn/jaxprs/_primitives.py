@@ -40,6 +40,11 @@ def _split(eqn, patterns):
     return [rows(patterns[0], piece) for piece in pieces(index, eqn.params)]
 
 
+def _unstack(eqn, patterns):
+    parts = np.moveaxis(positions(eqn.invars[0].aval.shape), eqn.params["axis"], 0)
+    return [rows(patterns[0], part) for part in parts]
+
+
 def _joined(eqn, patterns):
     width = next(num_columns(p) for p in patterns if p is not None)
     stacked = [
@@ -99,6 +104,7 @@ PRIMITIVES: dict[str, Rule] = {
     "split": _split,
     "concatenate": _joined,
     "stack": _joined,
+    "unstack": _unstack,
     "pad": _pad,
     "dot_general": _dot_general,
     **dict.fromkeys("reduce_sum reduce_max reduce_min reduce_prod".split(), _reduction),

@@ -24,6 +24,9 @@ _BYTES_OF_A_WARP = 12 * 1024
 _HELD = 32
 # How many elements of the carry and the inputs a thread holds at most, if more threads help.
 _CARRIED = 12
+# How many steps' inputs are loaded while as many steps are computed: a load takes longer than an
+# elementwise step. By what a thread can hold of them, and by what compiles in a few seconds.
+_AHEAD, _HELD_AHEAD, _OPERATIONS_AHEAD = 4, 24, 800
 # So many programs fill a large device.
 _ENOUGH_PROGRAMS = 264
 
@@ -51,6 +54,16 @@ class Kernel:
         self.inputs = plan.inputs
         self.all_kept = _fit(plan)
         self.kept = [*plan.vectors, *(plan.matrices if self.all_kept else ())]
+        self.ahead = self._steps_ahead()
+
+    def _steps_ahead(self) -> int:
+        """How many steps' inputs are under way; none where products need the registers."""
+        lanes = self.rows * sum(lanes_of(*span.widths) for span in self.inputs)
+        few = _AHEAD * lanes <= _HELD_AHEAD * 32 * self.warps
+        short = _AHEAD * self.plan.operations <= _OPERATIONS_AHEAD
+        if self.plan.matrices or not (few and short) or self.geometry.num_steps < 2 * _AHEAD:
+            return int(self.all_kept)
+        return _AHEAD
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
         """Of all ends, then of all states if they are kept; booleans as bytes."""
@@ -84,22 +97,31 @@ class _Run:
     def run(self) -> None:
         carry = self._first_carry()
         kept = {span: self._load(span, np.int32(0)) for span in self.kernel.kept}
-        if self.geometry.num_steps == 1:
-            carry = self._step(np.int32(0), carry, self._inputs_at(np.int32(0)), kept)
+        steps, ahead = self.geometry.num_steps, self.kernel.ahead
+        group = max(ahead, 1)
+
+        def loaded(first):
+            return [self._inputs_at(first + np.int32(j)) for j in range(ahead)]
+
+        def some(first, carry, inputs, count):
+            for j in range(count):
+                i = first + np.int32(j)
+                carry = self._step(i, carry, inputs[j] if ahead else self._inputs_at(i), kept)
+            return carry
+
+        def turn(n, arrays):
+            carry, inputs = arrays
+            first = n * np.int32(group)
+            following = loaded(first + np.int32(group))
+            return some(first, carry, inputs, group), following
+
+        turns, inputs = steps // group, loaded(np.int32(0))
+        if turns > 1:
+            stop = np.int32(turns)
+            carry, inputs = lax.fori_loop(np.int32(0), stop, turn, (carry, inputs))
+            carry = some(np.int32(turns * group), carry, inputs, steps % group)
         else:
-            # The next step's inputs are under way while a step is computed, unless products need
-            # the registers.
-            ahead = self.kernel.all_kept
-
-            def turn(i, arrays):
-                carry, inputs = arrays
-                inputs = inputs if ahead else self._inputs_at(i)
-                following = self._inputs_at(i + np.int32(1)) if ahead else []
-                return self._step(i, carry, inputs, kept), following
-
-            stop = np.int32(self.geometry.num_steps)
-            first = (carry, self._inputs_at(np.int32(0)) if ahead else [])
-            carry, _ = lax.fori_loop(np.int32(0), stop, turn, first)
+            carry = some(np.int32(0), carry, inputs, steps)
         self._write(self.ends, self.chunk, carry, self.chunk < self.geometry.num_chunks)
 
     def _step(self, i, carry, inputs, kept):

@@ -28,11 +28,13 @@ class Plan(NamedTuple):
     - `cuts`: where axes are cut.
     - `spans`: what the program loads, with the dtypes.
     - `lanes`: of each tile of the carry.
+    - `operations`: how many a step takes.
     """
 
     cuts: Cuts
     spans: dict[Span, Any]
     lanes: list[int]
+    operations: int
 
     @property
     def inputs(self) -> list[Span]:
@@ -90,7 +92,7 @@ def _attempt(program: Program, cuts: Cuts) -> Plan:
     closed = jax.make_jaxpr(step)()
     if len(closed.jaxpr.eqns) > MAX_OPERATIONS:
         raise Unsupported("needs too many operations")
-    return Plan(cuts, spans, lanes)
+    return Plan(cuts, spans, lanes, len(closed.jaxpr.eqns))
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct, cuts: Cuts) -> Tiled:

@@ -26,6 +26,7 @@ from .._misc import num_steps, struct
 from .._norms import all_finite
 from .._outcome import checked
 from .._packing import zero_unless
+from .._platform import chosen_platform
 from .._recurrence import precise
 from .._select import time_axis
 from .._settings import check_positive_int
@@ -35,6 +36,7 @@ from .._traits import check_unmasked
 from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, from_equinox
 from ..solvers import AbstractSolver, TimeSharded
+from ._chunks import steps_at_once, through_chunks
 from ._prepared import Prepared, no_inputs, prepare
 from ._segments import default_size, in_segments
 
@@ -272,10 +274,9 @@ class RNN(eqx.Module, Generic[Cell]):
     def _outputs(self, prepared: Prepared, mask, throw: bool) -> tuple[Any, Any]:
         """The outputs of what is left without padding, and the last state."""
         length, start, packing = num_steps(prepared.xs), prepared.start, prepared.packing
-        chunked = self._is_chunked(prepared)
-        size = self.cell.chunk_size if chunked else self._segment_size(prepared)
-        assert size is not None
-        if not chunked and size >= length:
+        chunk_size = self.cell.chunk_size if self._is_chunked(prepared) else None
+        size = chunk_size or self._segment_size(prepared)
+        if chunk_size is None and size >= length:
             us = prepared.us(self.cell)
             solution = self._solve(prepared, us, mask, throw)
             ys, final = self.cell.readout(solution.states, us), solution.final
@@ -287,15 +288,18 @@ class RNN(eqx.Module, Generic[Cell]):
             solution = self._solve(part, us, mask, throw=False)
             return solution.final, self.cell.readout(solution.states, us), solution.result
 
+        ways = [(size, solved if chunk_size is None else self._through(self.cell.through_chunk))]
+        if chunk_size is not None and self._makes_chunks_at_once(length):
+            at_once = functools.partial(through_chunks, self.cell)
+            ways.insert(0, (steps_at_once(length, chunk_size), self._through(at_once)))
         outputs = in_segments(
             self.cell,
-            self._through_chunk if chunked else solved,
+            ways,
             prepared.given,
             start,
             self._initial(),
             prepared.reset,
             length=length,
-            size=size,
             count=None if packing is None else packing.count,
         )
         return checked((outputs.ys, outputs.final), outputs.result, throw)
@@ -323,10 +327,21 @@ class RNN(eqx.Module, Generic[Cell]):
             return False
         return self.segment_size is None
 
-    def _through_chunk(self, state, us, reset):
-        after, ys = precise(self.cell.through_chunk)(state, us, reset)
-        finite = all_finite((after, ys))
-        return after, ys, RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)
+    def _makes_chunks_at_once(self, length: int) -> bool:
+        """Whether many chunks are made side by side; a CPU gains nothing by it."""
+        if self.cell.chunk_algebra is None or chosen_platform(None) == "cpu":
+            return False
+        return self.cell.chunk_size is not None and length > self.cell.chunk_size
+
+    def _through(self, some):
+        """`some(state, us, reset)`, which returns state and outputs; and whether all is finite."""
+
+        def through(state, us, reset):
+            after, ys = precise(some)(state, us, reset)
+            finite = all_finite((after, ys))
+            return after, ys, RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)
+
+        return through
 
     def step(
         self, x: PyTree[Any], state: PyTree[Array] | None = None

@@ -7,7 +7,7 @@ the state before the segment, which is kept.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,28 +59,28 @@ def default_size(state: PyTree[Any], us: PyTree[Any], length: int) -> int:
 
 def in_segments(
     cell: AbstractCell,
-    through: Through,
+    ways: Sequence[tuple[int, Through]],
     given: Given,
     start: PyTree[Array],
     initial: PyTree[Array],
     reset: Bool[Array, " L"] | None,
     *,
     length: int,
-    size: int,
     count: Int[Array, ""] | None,
 ) -> Outputs:
     """The outputs of a sequence of at least one step.
 
     **Arguments:**
 
-    - `through`: makes some steps of the cell.
+    - `ways`: how many steps a segment has, and what makes them; then, if that may take long, the
+        same of the smaller segments of the one in which the final state is.
     - `given`: what its `project` sees.
     - `start`, `initial`: the states before the first step, and where a step starts anew.
     - `reset`: which steps start anew, if any.
     - `length`: how many steps there are.
-    - `size`: how many a segment has.
     - `count`: how many of the steps, from the first on, lead to the final state; `None` is all.
     """
+    (size, through), *finer = ways
     size = min(size, length)
     if size == length and count is None:
         final, ys, result = through(start, project(cell, given), reset)
@@ -103,8 +103,11 @@ def in_segments(
         count = jnp.asarray(length if count is None else count)
         place = jnp.maximum(count - 1, 0) // size
         state, (left, anew) = jtu.tree_map(lambda x: x[place], (before, rows))
-        us = project(cell, left)
-        final = _some_steps(cell.step, state, initial, us, anew, count - place * size)
+        count = count - place * size
+        if finer:
+            last = in_segments(cell, finer, left, state, initial, anew, length=size, count=count)
+            return Outputs(ys, last.final, _worst(results))
+        final = _some_steps(cell.step, state, initial, project(cell, left), anew, count)
     return Outputs(ys, final, _worst(results))
 
 

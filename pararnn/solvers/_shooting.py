@@ -84,8 +84,9 @@ class AbstractIterativeSolver(AbstractSolver):
     - `linear_method`: how the linear recurrence over the chunks is solved: `"sequential"`,
         `"associative"`, `"radix"`, a scan of your own, or `None` to pick by platform.
     - `sweep_method`: how the steps of the chunks are made: `"scan"`, `"unrolled"`, `"kernel"`, a
-        sweep of your own, or `None` to pick by platform and chunk size. Kernels are picked only if
-        the environment variable `PARARNN_KERNELS` is 1 when the first program is made.
+        sweep of your own, or `None` to pick by platform and chunk size. Kernels are picked on a
+        CUDA device, if JAX has only this one; with the environment variable `PARARNN_KERNELS` 0
+        when the first program is made, never, and with 1 also if there are several.
     - `overlap`: how many steps early every chunk starts for the first time, at most `chunk_size`: a
         recurrence that forgets its state within these steps needs no iteration. `None` is 0, but
         `min(32, chunk_size)` on an accelerator if the structure is dense.

@@ -64,15 +64,24 @@ def test_one_pass_is_the_scan(name):
     """The steps are recognised as affine, or have an algebra: nothing iterates."""
     cell = CELLS[name](key=KEY)
     xs = jnp.asarray(np.random.default_rng(1).standard_normal((13, 4)))
-    one_pass = prnn.RNN(cell, prnn.AssociativeScan()).solve(xs, throw=False)
-    expected = prnn.RNN(cell, prnn.Sequential()).solve(xs, throw=False)
-    jtu.tree_map(lambda a, b: close(a, b, 1e-12), one_pass.states, expected.states)
+
+    @eqx.filter_jit
+    def states(cell, xs):
+        solvers = prnn.AssociativeScan(), prnn.Sequential()
+        return [prnn.RNN(cell, solver).solve(xs, throw=False).states for solver in solvers]
+
+    jtu.tree_map(lambda a, b: close(a, b, 1e-12), *states(cell, xs))
     many = jax.ShapeDtypeStruct((500, 4), float)
     solver, _ = prnn.select_solver(cell, many, platform="gpu")
     assert isinstance(solver, prnn.AssociativeScan)
 
 
-@pytest.mark.parametrize("name", CELLS)
+# One of each kind; all others differ from one of these by what `test_cells.py` checks, in the same
+# ways: the values, gradients, the structure, and locality in time. Streaming follows, for all.
+KINDS = ("S5", "SelectiveSSM", "LinearLMU", "LMU", "PLSTM", "DeltaProduct", "Aaren", "MLSTM")
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_promises(name):
     """Values, gradients, the structure, locality in time, and streaming."""
     xs = jnp.asarray(np.random.default_rng(2).standard_normal((12, 4)))
@@ -82,7 +91,7 @@ def test_promises(name):
 
 @pytest.mark.parametrize("name", CELLS)
 def test_packed_sequences(name):
-    """Two sequences in one, with padding between, are as each by itself."""
+    """Two sequences in one, with padding between, are as each by itself, and step by step."""
     rnn = prnn.RNN(CELLS[name](key=KEY))
     xs = jnp.asarray(np.random.default_rng(3).standard_normal((12, 4)))
     reset = np.isin(np.arange(12), (0, 7))
@@ -92,6 +101,14 @@ def test_packed_sequences(name):
     first, second = run(rnn, xs[:5]), run(rnn, xs[7:])
     close(ys, jnp.concatenate([first[0], jnp.zeros((2, ys.shape[1])), second[0]]), 1e-12)
     close(final, second[1], 1e-12)
+
+    @eqx.filter_jit
+    def stream(rnn, xs):
+        step = lambda state, x: rnn.step(x, state)[::-1]  # noqa: E731
+        return jax.lax.scan(step, rnn.init_state(xs[0]), xs)
+
+    streamed, ys = stream(rnn, xs[:5])
+    close((ys, streamed), first, 1e-12)
 
 
 # --- state-space models -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from systems import INTERPRET
 
 from pararnn.kernels import fused_sweep
 
@@ -29,8 +30,10 @@ def plain_sweep(step, starts, xs, *, num_steps, stride, first=0, keep, reverse=F
 
 
 def both(step, starts, xs, **geometry):
-    """The results of the kernel, interpreted, and of the plain sweep."""
-    fused = jax.jit(lambda s, x: fused_sweep(step, s, x, interpret=True, **geometry))(starts, xs)
+    """The results of the kernel, and of the plain sweep."""
+    fused = jax.jit(lambda s, x: fused_sweep(step, s, x, interpret=INTERPRET, **geometry))(
+        starts, xs
+    )
     plain = jax.jit(lambda s, x: plain_sweep(step, s, x, **geometry))(starts, xs)
     return fused, plain
 

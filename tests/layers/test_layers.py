@@ -30,6 +30,7 @@ def inputs(seed=0, length=LENGTH):
     return normal(seed, (length, INPUTS))
 
 
+@eqx.filter_jit
 def by_scan(cell, xs, init):
     """All outputs by the definition of a cell."""
     us = cell.project(xs)
@@ -39,17 +40,20 @@ def by_scan(cell, xs, init):
 @over_cells
 @over_solvers
 def test_call_and_stream(make, solver):
-    """One call over the sequence, two calls over its halves, and one step at a time agree."""
+    """One call over the sequence, calls over its thirds, and one step at a time agree."""
     rnn = layer(make, solver)
     xs = inputs()
-    ys, final = eqx.filter_jit(rnn)(xs)
+    call = eqx.filter_jit(rnn)
+    ys, final = call(xs)
     assert ys.shape == (LENGTH, SIZE) and ys.dtype == np.float64
     assert error(ys, by_scan(rnn.cell, xs, rnn.init_state())) <= 1e-10
 
-    first, middle = rnn(xs[:8])
-    second, end = rnn(xs[8:], middle)
-    assert error(jnp.concatenate([first, second]), ys) <= 1e-10
-    assert error(end, final) <= 1e-10
+    parts, state = [], rnn.init_state()
+    for first in (0, 7, 14):
+        part, state = call(xs[first : first + 7], state)
+        parts.append(part)
+    assert error(jnp.concatenate(parts), ys) <= 1e-10
+    assert error(state, final) <= 1e-10
 
     step = eqx.filter_jit(rnn.step)
     y, state = step(xs[0])
@@ -59,7 +63,7 @@ def test_call_and_stream(make, solver):
         streamed.append(y)
     assert error(jnp.stack(streamed), ys) <= 1e-10
     assert error(state, final) <= 1e-10
-    solution = rnn.solve(xs)
+    solution = eqx.filter_jit(rnn.solve)(xs, throw=False)
     assert error(solution.final, final) <= 1e-10
     assert solution.result == prnn.RESULTS.successful
 
@@ -71,14 +75,15 @@ def test_reset(make):
     rnn = eqx.tree_at(lambda r: r.learned_state, rnn, normal(5, (SIZE,)))
     xs, carried = inputs(), normal(6, (SIZE,))
     reset = jnp.zeros(LENGTH, bool).at[jnp.asarray([5, 13])].set(True)
-    ys, final = rnn(xs, carried, reset=reset)
+    call = eqx.filter_jit(rnn)
+    ys, final = call(xs, carried, reset=reset)
     expected = [
         by_scan(rnn.cell, xs[:5], carried),
         by_scan(rnn.cell, xs[5:13], rnn.learned_state),
         by_scan(rnn.cell, xs[13:], rnn.learned_state),
     ]
     assert error(ys, jnp.concatenate(expected)) <= 1e-10
-    assert error(final, rnn(xs[13:])[1]) <= 1e-10
+    assert error(final, call(xs[13:])[1]) <= 1e-10
 
 
 @over_cells
@@ -88,16 +93,16 @@ def test_learned_initial_state(make):
     assert error(learned.learned_state, plain.cell.init_state()) == 0
     xs = inputs()
 
-    def loss(rnn, xs):
-        return jnp.sum(jnp.sin(rnn(xs)[0]))
+    @eqx.filter_jit
+    def gradients(learned):
+        ours = eqx.filter_grad(lambda rnn: jnp.sum(jnp.sin(rnn(xs)[0])))(learned)
+        other = eqx.filter_grad(lambda rnn: jnp.sum(rnn(xs, jnp.ones(SIZE))[0]))(learned)
+        scanned = jax.grad(lambda h: jnp.sum(jnp.sin(by_scan(learned.cell, xs, h))))
+        return ours, other, scanned(learned.learned_state)
 
-    gradient = eqx.filter_grad(loss)(learned, xs)
-    expected = jax.grad(lambda h: jnp.sum(jnp.sin(by_scan(learned.cell, xs, h))))(
-        learned.learned_state
-    )
+    gradient, other, expected = gradients(learned)
     assert error(gradient.learned_state, expected) <= 1e-8
     # A state that is passed takes its place, and there is nothing left to learn.
-    other = eqx.filter_grad(lambda r: jnp.sum(r(xs, jnp.ones(SIZE))[0]))(learned)
     assert np.all(other.learned_state == 0)
     assert len(jtu.tree_leaves(learned)) == len(jtu.tree_leaves(plain)) + 1
 
@@ -257,13 +262,14 @@ def test_initial_states_are_accepted(make, learn_init):
     example of the inputs."""
     rnn, xs = layer(make, learn_init=learn_init), inputs(length=7)
     rnn = jtu.tree_map(lambda x: x + 0.1 if eqx.is_inexact_array(x) else x, rnn)
-    ys, final = rnn(xs)
+    call, make_step = eqx.filter_jit(rnn), eqx.filter_jit(rnn.step)
+    ys, final = call(xs)
     x = jax.ShapeDtypeStruct((INPUTS,), xs.dtype)
     for state in (rnn.init_state(), rnn.init_state(xs[0]), rnn.init_state(x)):
-        got, last = rnn(xs, state)
+        got, last = call(xs, state)
         assert error(got, ys) == 0 and error(last, final) == 0
-        y, after = rnn.step(xs[0], state)
-        again, last = rnn(xs[1:], after)
+        y, after = make_step(xs[0], state)
+        again, last = call(xs[1:], after)
         assert error(jnp.concatenate([y[None], again]), ys) <= 1e-10
         assert error(last, final) <= 1e-10
     assert jtu.tree_structure(rnn.init_state(x)) == jtu.tree_structure(final)

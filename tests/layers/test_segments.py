@@ -8,7 +8,9 @@ import pytest
 from systems import error, normal
 
 import pararnn as prnn
+from pararnn.cells._chunk_maps import MatrixAlgebra
 from pararnn.diagnostics import temporary_bytes
+from pararnn.layers._chunks import steps_at_once, through_chunks
 from pararnn.layers._segments import default_size
 
 LENGTH, INPUTS = 23, 3
@@ -45,12 +47,28 @@ class Doubling(prnn.AbstractCell):
         return state, self.readout(states, us)
 
 
+class Mixing(Doubling):
+    """The same, whose chunks are known to compose."""
+
+    chunk_algebra = MatrixAlgebra()
+
+    def init_state(self):
+        return jnp.zeros((1, 2, 1))
+
+    def step(self, state, u):
+        return jnp.expand_dims(self.rate, 2) * state + jnp.expand_dims(u, (0, 2))
+
+    def chunk_factor(self, us, reset):
+        kept = jnp.expand_dims(self.rate, 2) ** len(us)
+        return kept if reset is None else jnp.where(jnp.any(reset), 0, kept)
+
+
 def outcome(rnn, xs, state=None, **options):
     """Outputs, what follows, and the gradient of both."""
 
     def loss(args):
         rnn, xs, state = args
-        ys, final = rnn(xs, state, **options)
+        ys, final = rnn(xs, state, throw=False, **options)
         total = sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(final))
         return total + jnp.sum(ys**2), (ys, final)
 
@@ -58,11 +76,20 @@ def outcome(rnn, xs, state=None, **options):
     return jax.tree.leaves(eqx.filter(run((rnn, xs, state)), eqx.is_array))
 
 
-@pytest.mark.parametrize("solver", [None, prnn.Newton(chunk_size=4)], ids=["default", "Newton"])
+NEWTON = prnn.Newton(chunk_size=4)
+BOTH = {"reset": RESET, "mask": MASK}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"reset": RESET}, {"mask": MASK}, {"reset": RESET, "mask": MASK}],
-    ids=["plain", "reset", "mask", "reset and mask"],
+    "solver, options",
+    [
+        pytest.param(None, {}, id="default-plain"),
+        pytest.param(None, {"reset": RESET}, id="default-reset"),
+        pytest.param(None, {"mask": MASK}, id="default-mask"),
+        pytest.param(None, BOTH, id="default-reset and mask"),
+        pytest.param(NEWTON, {}, id="Newton-plain"),
+        pytest.param(NEWTON, BOTH, id="Newton-reset and mask"),
+    ],
 )
 def test_segments_give_the_numbers_of_the_whole(solver, options):
     learned = bool(options)
@@ -74,7 +101,7 @@ def test_segments_give_the_numbers_of_the_whole(solver, options):
 
 def test_all_may_be_padding():
     nothing = jnp.zeros(LENGTH, bool)
-    ys, (final, past) = prnn.RNN(CELL, segment_size=7)(XS, mask=nothing)
+    ys, (final, past) = eqx.filter_jit(prnn.RNN(CELL, segment_size=7))(XS, mask=nothing)
     assert not jnp.any(ys) and error(final, CELL.init_state()) == 0 and not jnp.any(past)
 
 
@@ -90,8 +117,9 @@ def test_a_cell_goes_through_chunks(length):
         )
     assert "chunks of 4 steps" in prnn.select_solver(cell, xs)[1]
     assert "chunks of 4" not in prnn.select_solver(prnn.RNN(cell, prnn.Sequential()), xs)[1]
-    ys, _ = jax.vmap(prnn.RNN(cell))(jnp.stack([xs, 2 * xs]))
-    assert error(ys[1], prnn.RNN(cell)(2 * xs)[0]) <= 1e-12
+    ys, _ = jax.jit(jax.vmap(prnn.RNN(cell)))(jnp.stack([xs, 2 * xs]))
+    assert error(ys[1], 2 * ys[0]) <= 1e-12  # linear
+    assert error(ys[0], prnn.RNN(cell)(xs)[0]) <= 1e-12
 
 
 def test_a_learned_state_is_started_from_within_chunks():
@@ -144,3 +172,70 @@ def test_a_segment_that_overflows_is_told_of():
     with pytest.raises(Exception, match="not finite"):
         jax.block_until_ready(jax.jit(lambda xs: layer(xs)[0])(xs))
     assert not jnp.all(jnp.isfinite(layer(xs, throw=False)[0]))
+
+
+# --- many chunks at once ----------------------------------------------------------------------
+
+WHOLE = 4 * 64 + 9
+# One of each way to say what is left of a state: by rows, by a matrix, and those with an algebra of
+# their own. Based and PLSTM say it as Mamba2 does, the other delta rules as DeltaProduct.
+CELLS = {
+    "GatedLinearAttention": prnn.GatedLinearAttention,
+    "Mamba2": prnn.Mamba2,
+    "Retention": prnn.Retention,
+    "DeltaProduct": prnn.DeltaProduct,
+    "MLSTM": prnn.MLSTM,
+    "Aaren": prnn.Aaren,
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_chunks_at_once(name):
+    """As one after another; with starts anew, some of them between chunks."""
+    cell = CELLS[name](INPUTS, 2, 4, 3, key=KEY)
+    xs = normal(4, (WHOLE, INPUTS))
+    reset = jnp.zeros(WHOLE, bool).at[jnp.asarray([5, 64, 100, 101, 192])].set(True)
+    before = prnn.RNN(cell)(xs[:7])[1]
+    state = before[0] if cell.context else before
+
+    def one_by_one(cell, state, us, reset):
+        size, outputs = cell.chunk_size, []
+        for first in range(0, WHOLE, size):
+            some = jax.tree.map(lambda x, n=first: x[n : n + size], (us, reset))
+            state, ys = cell.through_chunk(state, *some)
+            outputs.append(ys)
+        return state, jnp.concatenate(outputs)
+
+    def results(run, reset):
+        def loss(args):
+            cell, xs, state = args
+            state, ys = run(cell, state, cell.project(xs), reset)
+            total = sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(state))
+            return total + jnp.sum(jnp.cos(ys)), (state, ys)
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)((cell, xs, state))
+
+    run = eqx.filter_jit(lambda way: results(way, reset))
+    got, expected = (
+        jax.tree.leaves(eqx.filter(run(way), eqx.is_array)) for way in (through_chunks, one_by_one)
+    )
+    assert error(got, expected) <= 1e-11
+
+
+@pytest.mark.parametrize(
+    "options, length",
+    [({}, 3), ({}, 4), ({}, 23), ({"reset": True}, 24), ({"mask": True, "reset": True}, 23)],
+)
+def test_an_accelerator_makes_chunks_at_once(length, options, monkeypatch):
+    cell = Mixing(jnp.asarray([[0.5, 0.1]]))
+    flags = {"reset": RESET, "mask": MASK}
+    options = {name: jnp.resize(flags[name], length) for name in options}
+    xs = normal(5, (length, 2))
+    expected = outcome(prnn.RNN(cell), xs, **options)
+    monkeypatch.setattr("pararnn.layers._rnn.chosen_platform", lambda _: "gpu")
+    monkeypatch.setattr("pararnn.layers._chunks._CHUNKS_AT_ONCE", 2)
+    assert error(outcome(prnn.RNN(cell), xs, **options), expected) <= 1e-12
+
+
+def test_steps_at_once():
+    assert [steps_at_once(n, 64) for n in (65, 4096, 4097, 8192)] == [128, 4096, 33 * 64, 4096]

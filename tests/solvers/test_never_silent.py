@@ -16,6 +16,7 @@ import pytest
 from systems import error, normal, previous, scan, tolerance
 
 import pararnn as prnn
+from benchmarks._random_systems import group
 
 SOLVERS = {
     "Newton": prnn.Newton(),
@@ -168,6 +169,14 @@ def test_random_sweep(dtype):
                     assert_right(solution, expected)
                 checked += 1
     assert checked >= 20  # with the finish, all of them
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_random_families(number):
+    """Of families from harmless to hostile, under any solver: the first of those of the benchmark
+    `random_systems`."""
+    verdicts = [row["verdict"] for row in group(number, size=20)]
+    assert verdicts == ["right"] * 20
 
 
 # --- slow, neutral and unstable systems -------------------------------------------------------

@@ -71,6 +71,11 @@ def _gru(h, x):
     return (1 - z) * jnp.tanh(x + W[2] * r * h) + z * h
 
 
+def _taken_apart(h, x):
+    a, b = h
+    return jnp.tanh(jnp.stack([a - b, a + b]))
+
+
 def _dense_gru(h, x):
     z, r = jax.nn.sigmoid(W @ h + x), jax.nn.sigmoid(W.T @ h - x)
     return (1 - z) * jnp.tanh(x + W @ (r * h)) + z * h
@@ -367,6 +372,7 @@ STEPS = {
     ),
     "derivative inside": (lambda h, x: jax.grad(lambda h: jnp.sum(jnp.sin(h) * x))(h), vectors(),
                           DIAGONAL),
+    "taken apart": (_taken_apart, jnp.zeros((2, 3)), [[0, 3], [1, 4], [2, 5]]),
     "complex": (
         lambda h, x: h * (0.3 + 0.4j) + jax.lax.complex(x, x), jnp.zeros(3, complex),
         [[0, 3], [1, 4], [2, 5]],

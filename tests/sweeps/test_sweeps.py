@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from systems import normal
+from systems import INTERPRET, normal
 
 import pararnn as prnn
 from pararnn.sweeps import Fused, Rows, Scanned, Unrolled
@@ -16,7 +16,7 @@ SWEEPS = {
     "scan": Scanned(),
     "in place": Scanned(in_place=True),
     "unrolled": Unrolled(),
-    "kernel": Fused(interpret=True),
+    "kernel": Fused(interpret=INTERPRET),
 }
 ROWS = {
     "whole": Rows(LENGTH, 3, 4, 4),
@@ -75,7 +75,7 @@ def test_rows(name, which, reverse):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), kept, states)
 
 
-@pytest.mark.parametrize("method", ["scan", "unrolled", Fused(interpret=True)])
+@pytest.mark.parametrize("method", ["scan", "unrolled", Fused(interpret=INTERPRET)])
 @pytest.mark.parametrize("batched", [False, True])
 def test_in_a_solve(method, batched):
     """Values, and gradients both ways through a linear solve, with weights of their own for each
@@ -107,7 +107,7 @@ def test_what_cannot_be_a_kernel_runs_all_the_same():
         return jnp.sort(0.5 * h + x)
 
     assert "sort" in prnn.kernels.unsupported(sorting, jnp.zeros((1, 2)), XS[0])
-    solver = prnn.Newton(chunk_size=4, sweep_method=Fused(interpret=True))
+    solver = prnn.Newton(chunk_size=4, sweep_method=Fused(interpret=INTERPRET))
     got = prnn.solve(sorting, XS[0], jnp.zeros(2), solver=solver).states
     expected = prnn.solve(sorting, XS[0], jnp.zeros(2), solver=prnn.Sequential()).states
     np.testing.assert_allclose(got, expected, rtol=1e-9)
@@ -117,20 +117,27 @@ def test_a_sequential_run_in_one_kernel():
     def plain(h, x):
         return jnp.tanh(WEIGHT @ h + x)
 
-    solver = prnn.Sequential(sweep_method=Fused(interpret=True))
+    solver = prnn.Sequential(sweep_method=Fused(interpret=INTERPRET))
     got = prnn.solve(plain, XS[0], jnp.ones(2), solver=solver, adjoint=solver)
     expected = prnn.solve(plain, XS[0], jnp.ones(2), solver=prnn.Sequential())
     np.testing.assert_allclose(got.states, expected.states, rtol=1e-12)
 
 
 def test_the_switch(monkeypatch):
-    """Kernels are picked where they are switched on, on CUDA, and can be generated."""
+    """Kernels are picked on CUDA, where they can be generated, if there is one device or they are
+    switched on."""
     recurrence = prnn.Recurrence(lambda h, x: jnp.tanh(0.5 * h + x), XS[0], jnp.zeros(2))
     odd = prnn.Recurrence(lambda h, x: jnp.sort(h + x), XS[0], jnp.zeros(2))
     long = jnp.zeros((1000, 2))
     diagonal = prnn.Recurrence(lambda h, x: jnp.tanh(0.5 * h + x), long, jnp.zeros(2))
+    monkeypatch.setenv("PARARNN_KERNELS", "0")
     assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == "unrolled"
-    monkeypatch.setenv("PARARNN_KERNELS", "1")
+    monkeypatch.delenv("PARARNN_KERNELS")
+    with monkeypatch.context() as several:
+        several.setattr(jax, "device_count", lambda: 2)
+        assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == "unrolled"
+        several.setenv("PARARNN_KERNELS", "1")
+        assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == "kernel"
     solver = prnn.Newton().resolved(diagonal, "cuda")
     assert solver.sweep_method == "kernel" and solver.chunk_size == 64
     assert prnn.Newton().resolved(odd, "cuda").sweep_method == "unrolled"
