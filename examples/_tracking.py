@@ -73,7 +73,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def block(path: pathlib.Path) -> str:
-    """What stands in the README, from the JSON file."""
+    """What stands in the documentation, from the JSON file."""
     content = json.loads(path.read_text())
     made = content["environment"]
     about = f"`python -m examples.tables tracking`, {made['device']}, JAX {made['jax']}."
