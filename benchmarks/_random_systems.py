@@ -82,7 +82,7 @@ def _error(got: Any, expected: Any, scale: Any) -> Any:
 
     def one(a, b, scale):
         difference = jnp.where(a == b, 0, jnp.abs(a - b))  # infinities may be equal
-        return jnp.max(difference / jnp.maximum(scale, 1e-300), initial=0)
+        return jnp.max(difference / jnp.maximum(jnp.expand_dims(scale, 0), 1e-300), initial=0)
 
     return jtu.tree_map(one, _wide(got), _wide(expected), scale)
 

@@ -75,9 +75,22 @@ def run(page: str, blocks: list[Block], *, alone: bool = False) -> list[str]:
 
     `alone`: each as if there were no others; otherwise each knows what those before it made.
     """
-    meshes = any("jax.device_count()" in block.code for block in blocks)
-    parts = [(block.line, block.code, block.check) for block in blocks]
-    given = json.dumps({"page": page, "blocks": parts, "alone": alone})
+    return run_all({page: blocks}, alone=alone)[page]
+
+
+def need_devices(blocks: list[Block]) -> bool:
+    """Whether they are for several devices."""
+    return any("jax.device_count()" in block.code for block in blocks)
+
+
+def run_all(blocks: dict[str, list[Block]], *, alone: bool = False) -> dict[str, list[str]]:
+    """The same of several pages, in one process: JAX takes long to start. None knows of another."""
+    parts = {
+        page: [(block.line, block.code, block.check) for block in some]
+        for page, some in blocks.items()
+    }
+    given = json.dumps({"pages": parts, "alone": alone})
+    meshes = any(map(need_devices, blocks.values()))
     output = python("-m", "tests.pages", "--run", given=given, two_devices=meshes)
     return json.loads(output.splitlines()[-1])
 
@@ -138,7 +151,9 @@ def _write(page: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--run":
-        print(json.dumps(_run_here(**json.load(sys.stdin))))
+        given = json.load(sys.stdin)
+        pages = given["pages"].items()
+        print(json.dumps({page: _run_here(page, some, given["alone"]) for page, some in pages}))
     else:
         for argument in sys.argv[1:]:
             _write(pathlib.Path(argument))

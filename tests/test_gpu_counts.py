@@ -177,7 +177,7 @@ def test_settings_are_complete():
 def test_programs_are_those_of_the_scan():
     """Values and gradients, and the turns of the loops."""
     found = {}
-    for name in (_gpu_cases.SCAN, "Newton(16)"):
+    for name in (_gpu_cases.SCAN, "Newton(16)-kernels"):
         case = Case("DiagonalGRU", 3, 64, name)
         problem = _gpu_cases.problem(case)
         chosen = _gpu_cases.settings(name, problem)

@@ -12,20 +12,27 @@ import pararnn
 
 DOCS = pages.ROOT / "docs"
 PAGES = sorted(str(file.relative_to(DOCS)) for file in DOCS.rglob("*.md"))
-WITH_EXAMPLES = [page for page in PAGES if "```python" in (DOCS / page).read_text()]
+TEXTS = {page: (DOCS / page).read_text() for page in PAGES}
+BLOCKS = {page: pages.blocks_of(text) for page, text in TEXTS.items() if "```python" in text}
+FLAX = "coming_from/flax.md"
+# Several pages share a process. Those of several devices, and of a package that may be missing, are
+# by themselves.
+APART = {page for page, blocks in BLOCKS.items() if pages.need_devices(blocks)} | {FLAX}
+SHARED = [page for page in BLOCKS if page not in APART]
+GROUPS = [*(SHARED[i::4] for i in range(4)), *([page] for page in sorted(APART))]
 
 
-@pytest.mark.parametrize("page", WITH_EXAMPLES)
-def test_examples_of_a_page(page):
+@pytest.mark.parametrize("some", GROUPS, ids=lambda some: some[0])
+def test_examples_of_pages(some):
     """If what is printed has changed for a reason: `python -m tests.pages docs/PAGE`."""
-    text = (DOCS / page).read_text()
-    if "from flax" in text:
+    if FLAX in some:
         pytest.importorskip("flax")
-    blocks = pages.blocks_of(text)
-    assert len(blocks) == text.count("```python\n")
-    for block, printed in zip(blocks, pages.run(page, blocks), strict=True):
-        if block.output is not None:
-            assert pages.agree(block.output, printed), f"{page}:{block.line} prints\n{printed}"
+    printed = pages.run_all({page: BLOCKS[page] for page in some})
+    for page in some:
+        assert len(BLOCKS[page]) == TEXTS[page].count("```python\n")
+        for block, text in zip(BLOCKS[page], printed[page], strict=True):
+            if block.output is not None:
+                assert pages.agree(block.output, text), f"{page}:{block.line} prints\n{text}"
 
 
 def test_what_is_printed_is_compared():

@@ -230,7 +230,8 @@ def test_initial_states_and_export(make):
     ys, final = call(xs)
     for state in (made.init_state(), made.init_state(xs[0])):
         got, last = call(xs, state)
-        assert error(got, ys) == 0 and error(last, final) == 0
+        # Of another program: a state that is an argument may be rounded in another order.
+        assert error(got, ys) <= 1e-15 and error(last, final) <= 1e-15
         assert error(step(xs[0], state)[0], ys[0]) <= 1e-10
 
     def body(state, x):
