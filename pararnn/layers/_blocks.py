@@ -96,6 +96,12 @@ def make_norm(width: int, dtype: Any) -> eqx.nn.RMSNorm:
     return eqx.nn.RMSNorm(width, use_bias=False, dtype=dtype)
 
 
+def without_padding(xs: Sequence, mask: Flags | None) -> Sequence:
+    """The inputs of a block, checked, with zeros for padding, which may hold anything."""
+    check_sequence("block", xs)
+    return xs if mask is None else zero_unless(check_flags("mask", mask, len(xs)), xs)
+
+
 def add_branch(x: Array, branch: Array, dropout: eqx.nn.Dropout, key: PRNGKeyArray | None) -> Array:
     """A residual connection, in the dtype of `x`: the states of a cell are wider than bfloat16."""
     if branch.shape != x.shape:
@@ -271,10 +277,8 @@ class ResidualBlock(AbstractBlock):
         key: PRNGKeyArray | None = None,
         throw: bool = True,
     ) -> tuple[Sequence, PyTree[Array]]:
-        check_sequence("block", xs)
+        xs = without_padding(xs, mask)
         key_rnn, key_mlp = (None, None) if key is None else jax.random.split(key)
-        if mask is not None:
-            xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
         normed = jax.vmap(self.norm)(xs)
         ys, state = self.rnn(normed, state, reset=reset, mask=mask, throw=throw)
         xs = add_branch(xs, ys, self.dropout, key_rnn)

@@ -7,12 +7,10 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._checks import check_flags, check_sequence
-from .._packing import zero_unless
 from ..adjoints import AbstractAdjoint
 from ..cells import MLSTM, AbstractCell, SelectiveSSM
 from ..solvers import AbstractSolver
-from ._blocks import AbstractBlock, Flags, Sequence, Vector, add_branch, make_norm
+from ._blocks import AbstractBlock, Flags, Sequence, Vector, add_branch, make_norm, without_padding
 from ._rnn import RNN
 
 
@@ -171,9 +169,7 @@ class GatedBlock(AbstractBlock):
         key: PRNGKeyArray | None = None,
         throw: bool = True,
     ) -> tuple[Sequence, PyTree[Array]]:
-        check_sequence("block", xs)
-        if mask is not None:
-            xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
+        xs = without_padding(xs, mask)
         normed = jax.vmap(self.norm)(xs)
         us = jax.vmap(self.inputs)(normed)
         ys, state = self.rnn(us, state, reset=reset, mask=mask, throw=throw)

@@ -8,12 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._algebra import AbstractAlgebra
-from .._checks import check_flags, check_sequence
-from .._packing import zero_unless
 from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, ClampAlgebra, MinMax
 from ..solvers import AbstractSolver
-from ._blocks import AbstractBlock, Flags, GatedMLP, Sequence, Vector, add_branch, make_norm
+from ._blocks import (
+    AbstractBlock,
+    Flags,
+    GatedMLP,
+    Sequence,
+    Vector,
+    add_branch,
+    make_norm,
+    without_padding,
+)
 from ._rnn import RNN
 
 
@@ -123,9 +130,7 @@ class MinMaxBlock(AbstractBlock):
         key: PRNGKeyArray | None = None,
         throw: bool = True,
     ) -> tuple[Sequence, PyTree[Array]]:
-        check_sequence("block", xs)
-        if mask is not None:
-            xs = zero_unless(check_flags("mask", mask, len(xs)), xs)
+        xs = without_padding(xs, mask)
         ys, state = self.rnn(xs, state, reset=reset, mask=mask, throw=throw)
         return add_branch(xs, ys, self.dropout, key), state
 

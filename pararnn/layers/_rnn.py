@@ -289,7 +289,7 @@ class RNN(eqx.Module, Generic[Cell]):
             return solution.final, self.cell.readout(solution.states, us), solution.result
 
         ways = [(size, solved if chunk_size is None else self._through(self.cell.through_chunk))]
-        if chunk_size is not None and self._makes_chunks_at_once(length):
+        if chunk_size is not None and length > chunk_size and self._makes_chunks_at_once:
             at_once = functools.partial(through_chunks, self.cell)
             ways.insert(0, (steps_at_once(length, chunk_size), self._through(at_once)))
         outputs = in_segments(
@@ -327,11 +327,10 @@ class RNN(eqx.Module, Generic[Cell]):
             return False
         return self.segment_size is None
 
-    def _makes_chunks_at_once(self, length: int) -> bool:
+    @property
+    def _makes_chunks_at_once(self) -> bool:
         """Whether many chunks are made side by side; a CPU gains nothing by it."""
-        if self.cell.chunk_algebra is None or chosen_platform(None) == "cpu":
-            return False
-        return self.cell.chunk_size is not None and length > self.cell.chunk_size
+        return self.cell.chunk_algebra is not None and chosen_platform(None) != "cpu"
 
     def _through(self, some):
         """`some(state, us, reset)`, which returns state and outputs; and whether all is finite."""
