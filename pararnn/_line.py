@@ -7,7 +7,7 @@ of a sequence.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -92,7 +92,7 @@ class Line:
         step = -1 if self.reverse else 1
         devices = range(self.count)
         pairs = [(i, i + step) for i in devices if i + step in devices]
-        moved = jtu.tree_map(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
+        moved = _packed(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
         return bool_where(jnp.asarray(self.is_first), first, moved)
 
     def earlier(self, rows: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
@@ -108,27 +108,6 @@ class Line:
         )
 
     # --- from all to all ----------------------------------------------------------------------
-
-    def around(self, rows: Array, reach: int) -> tuple[Array, Array]:
-        """The `reach` rows before those that lie here, and those after them; zeros where there are
-        none. In one exchange."""
-        nothing = jnp.zeros((reach, *rows.shape[1:]), rows.dtype)
-        if self.axis is None:
-            return nothing, nothing
-        # Of a device with fewer rows all are needed, and then of some behind it too.
-        count = min(reach, len(rows))
-        ends = jnp.concatenate([rows[:count], rows[-count:]]) if len(rows) > count else rows
-        every = self.gathered(ends)
-        firsts, lasts = (
-            x.reshape(-1, *rows.shape[1:]) for x in (every[:, :count], every[:, -count:])
-        )
-        before = jnp.concatenate([nothing, lasts])
-        after = jnp.concatenate([firsts, nothing])
-        start = jnp.asarray(self.index) * count
-        return (
-            jax.lax.dynamic_slice_in_dim(before, start, reach),
-            jax.lax.dynamic_slice_in_dim(after, start + count, reach),
-        )
 
     def gathered(self, tree: PyTree[Array]) -> PyTree[Array]:
         """What each device has as `tree`, along a new leading axis, in the order of time. For
@@ -207,6 +186,22 @@ class Line:
 def _as_number(x: Array) -> Array:
     """A flag as 0 or 1: collectives take no flags."""
     return x.astype(np.int32) if x.dtype == bool else x
+
+
+def _packed(exchange: Callable[[Array], Array], tree: PyTree[Array]) -> PyTree[Array]:
+    """An exchange of all leaves of a type at once."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    if is_explicit(jax.sharding.get_abstract_mesh()):  # JAX joins only what lies alike
+        return treedef.unflatten(map(exchange, leaves))
+    found = list(leaves)
+    for dtype in dict.fromkeys(x.dtype for x in leaves):
+        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        vectors = [leaves[i].reshape(-1) for i in places]
+        ends = np.cumsum([len(v) for v in vectors])[:-1]
+        moved = jnp.split(exchange(jnp.concatenate(vectors)), ends)
+        for i, vector in zip(places, moved, strict=True):
+            found[i] = vector.reshape(leaves[i].shape)
+    return treedef.unflatten(found)
 
 
 def _extremes(rows: Float[Array, "devices numbers"], m: int) -> Extremes:

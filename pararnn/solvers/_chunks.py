@@ -1,11 +1,12 @@
 """A recurrence cut into chunks: sweeps over them, corrections of their starts, and the finish."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._devices import place_like
 from .._misc import raveler
@@ -15,7 +16,7 @@ from ..scans import AbstractScan
 from ..scans._named import across
 from ..sweeps import AbstractSweep, Rows
 from ._linearization import Linearization
-from ._tolerance import Tolerance
+from ._tolerance import SAMPLES, Tolerance
 
 # From this cosine on, two changes point the same way.
 _SAME_WAY = 0.5
@@ -35,6 +36,20 @@ class Point(NamedTuple):
         """By how much each start is not what arrives there. That of the first chunk of all is known
         and has none."""
         return self.arriving - self.starts
+
+
+class Judged(NamedTuple):
+    """What a sweep tells of the starts that it began with.
+
+    - `arriving`: what arrives at each chunk from the one before.
+    - `scale`: of each element of the starts.
+    - `mismatches`: by how much the first state of each chunk differs from the step of the state
+        before it, in units of the tolerance.
+    """
+
+    arriving: Float[Array, "chunks size"]
+    scale: Float[Array, "chunks size"]
+    mismatches: Float[Array, " chunks"]
 
 
 class Chunks:
@@ -103,8 +118,10 @@ class Chunks:
 
     def _arriving(self, ends: Float[Array, "followed size"]) -> Float[Array, "chunks size"]:
         """As `arriving`, if what nothing follows has been left out."""
-        missing = self.num_chunks - len(ends)
-        return self.arriving(jnp.pad(ends, [(0, missing), (0, 0)]))
+        return self.arriving(self._padded(ends))
+
+    def _padded(self, ends: Float[Array, "followed size"]) -> Float[Array, "chunks size"]:
+        return jnp.pad(ends, [(0, self.num_chunks - len(ends)), (0, 0)])
 
     def guess(self, guess: PyTree[Array] | None, overlap: int = 0) -> Float[Array, "chunks size"]:
         """The starts of all chunks: a user's guess, or `step(init, x)` at the step before. With an
@@ -193,27 +210,50 @@ class Chunks:
         ends, states = self._sweep.run(self._step, starts, self._inputs, self._rows, keep=True)
         return jax.vmap(self.ravel)(ends), states
 
-    def _disturbed_ends(self, starts: Float[Array, "n size"], rows: Rows) -> Array:
+    @property
+    def _samples(self) -> int:
+        """How many disturbances to try of each chunk: few chunks are few samples."""
+        return -(-SAMPLES // min(self.num_chunks, SAMPLES))
+
+    def _sampled(self, lead: Callable[[Int[Array, ""] | int], Array]) -> Array:
+        """Where disturbed states lead, along a leading axis of samples; `lead` takes what the
+        places of a sample begin with."""
+        if self._samples == 1:
+            return jnp.expand_dims(lead(0), 0)
+        return jax.vmap(lead)(self.length * jnp.arange(self._samples))
+
+    def _disturbed_ends(
+        self, starts: Float[Array, "n size"], rows: Rows
+    ) -> Float[Array, "samples n size"]:
         """Where chunks lead if each step starts from a disturbed state."""
         times = jnp.arange(self.length)
         places = times % self.chunk_size * self.num_chunks + times // self.chunk_size
         places = jnp.flip(places) if rows.reverse else places
         places = self._sweep.prepare(places, rows)
         inputs = self._inputs if rows == self._rows else self._sweep.prepare(self._xs, rows)
-        return self._lead(self._disturbed_step, starts, (places, inputs), rows)
+
+        def lead(first):
+            return self._lead(self._disturbed_step, starts, (places + first, inputs), rows)
+
+        return self._sampled(lead)
 
     def _disturbed_step(self, state, inputs):
         place, x = inputs
         return self._step(self.tolerance.disturb(state, place), x)
 
-    def fine_scale(self, starts, arriving, states) -> Float[Array, "chunks size"]:
-        """The scale of each element of the starts, from the sweep that has led to `states`."""
+    def judged(self, starts, ends, states) -> Judged:
+        """What is known of the starts from the sweep that has led to `ends` and `states`."""
+        most = self.tolerance.most(starts)
         if self.window:
             begin = self._in_window(starts, states)
             disturbed = self._disturbed_ends(begin, self._last_rows(self.window))
         else:
             disturbed = self._disturbed_ends(starts, self._rows)
-        return self.tolerance.fine(starts, arriving, self._arriving(disturbed))
+        # In one exchange.
+        rows = (ends, *map(self._padded, disturbed))
+        arriving, *disturbed = self.line.earlier(rows, (self.first_start[0],) * len(rows))
+        scale = self.tolerance.fine(starts, arriving, jnp.stack(disturbed), most)
+        return Judged(arriving, scale, self._mismatches(arriving, states, most))
 
     def _in_window(self, starts, states) -> Float[Array, "followed size"]:
         """The states from which the window of each chunk that is followed by another begins."""
@@ -230,15 +270,18 @@ class Chunks:
         begin = self._in_window(starts, states)
         return self._ends(begin + deviations[: len(begin)], self._last_rows(self.window))
 
-    def mismatches(self, arriving, states: PyTree[Array]) -> Float[Array, " chunks"]:
-        """By how much the first state of each chunk differs from the step of the state before it,
-        in units of the tolerance."""
+    def _mismatches(self, arriving, states: PyTree[Array], most) -> Float[Array, " chunks"]:
         before = jax.vmap(self.unravel)(arriving)
         got, inputs = self._slice((states, self._xs), 0, self.num_chunks)
-        images = jax.vmap(self._step)(before, inputs)
-        disturbed = jax.vmap(self._disturbed_step)(before, (jnp.arange(self.num_chunks), inputs))
-        got, images, disturbed = (jax.vmap(self.ravel)(x) for x in (got, images, disturbed))
-        return self.tolerance.norm(images - got, self.tolerance.fine(got, images, disturbed))
+        got, images = (jax.vmap(self.ravel)(x) for x in (got, jax.vmap(self._step)(before, inputs)))
+        places = jnp.arange(self.num_chunks)
+
+        def lead(first):
+            disturbed = jax.vmap(self._disturbed_step)(before, (places + first, inputs))
+            return jax.vmap(self.ravel)(disturbed)
+
+        scale = self.tolerance.fine(got, images, self._sampled(lead), most)
+        return self.tolerance.norm(images - got, scale)
 
     def correct(self, point: Point) -> tuple[Float[Array, "chunks size"], Bool[Array, " chunks"]]:
         """The new starts; and which of them had to be replaced, or lead to one that had to be:

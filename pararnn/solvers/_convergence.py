@@ -246,12 +246,8 @@ def is_forgotten(norms: Float[Array, "..."], kept: Float[Array, ""]) -> Bool[Arr
 
 
 def contradicted(
-    norms: Float[Array, " starts"],
-    beyond: Float[Array, " starts"],
-    kept: Float[Array, ""],
-    trusted: Bool[Array, ""],
-    scan: AbstractScan,
-) -> Bool[Array, " starts"]:
+    norms: Float[Array, "..."], added_up: Float[Array, "..."], trusted: Bool[Array, ""]
+) -> Bool[Array, "..."]:
     """Which starts the sweep that computes the returned states contradicts.
 
     A slow mode may hide behind a fast one, whose rate is no guide then; but as long as chunks do
@@ -259,10 +255,9 @@ def contradicted(
 
     **Arguments:**
 
-    - `norms`: of the defects; `beyond`: what of them is more than rounding.
-    - `kept`: how much of a deviation is left after a chunk.
+    - `norms`: of the defects.
+    - `added_up`: the sum of them up to each start; where they are forgotten, of what of them is
+        more than rounding.
     - `trusted`: whether the corrections proved the convergence: then defects do not add up.
     """
-    largest = scan.line.largest(jnp.max(norms))
-    added_up = scan.cumulative_sum(jnp.where(is_forgotten(largest, kept), beyond, norms))
     return (norms > 1) | ((added_up > 1) & ~trusted)

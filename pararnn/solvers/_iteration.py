@@ -237,45 +237,55 @@ def check(
     """
     starts, line = progress.starts, chunks.line
     ends, states = chunks.trajectory(starts)
-    arriving = chunks.arriving(ends)
-    scale = chunks.fine_scale(starts, arriving, states)
+    arriving, scale, mismatches = chunks.judged(starts, ends, states)
     norm, trusted = chunks.tolerance.norm, progress.history.trusted
     defects = arriving - starts
-    norms = norm(defects, scale)
+    # The first chunk of all starts where it must.
+    norms, mismatches, error = (
+        jnp.where(chunks.is_first, 0, x) for x in (norm(defects, scale), mismatches, progress.error)
+    )
     beyond = norm(chunks.tolerance.beyond_rounding(defects, scale), scale)
-    largest, total = line.largest(jnp.max(norms)), line.total(jnp.sum(norms))
-    measure = functools.partial(_kept, chunks, starts, ends, states, defects, norms, scale)
-    if ahead == "sure":
-        kept, error = jnp.full((), jnp.inf, norms.dtype), progress.error
-    elif ahead == "doubtful":
+    # Whatever is to be known of other devices, in one exchange.
+    maxima = [jnp.max(x) for x in (norms, mismatches, error)]
+    whole, before = line.across(maxima, [jnp.sum(norms), jnp.sum(beyond)])
+    largest, total = whole.maxima[0], whole.sums[0]
+    measure = functools.partial(_kept, chunks, starts, ends, states, defects, norms, largest, scale)
+    kept = jnp.full((), jnp.inf, norms.dtype)
+    proven = jnp.asarray(False)
+    if ahead == "doubtful":
         kept = measure()
         right = (total == 0) | is_forgotten(largest, kept)
-        unjudged = progress.iteration < _JUDGED
-        error = jnp.where(unjudged & right, 0.0, progress.error)
-    else:
+        proven = (progress.iteration < _JUDGED) & right
+    elif ahead is None:
         doubtful = ~trusted & (total > 1)
-        unknown = place_like(jnp.full((), jnp.inf, norms.dtype), defects)
+        unknown = place_like(kept, defects)
         kept = once_where(doubtful, unknown, lambda _: measure(), "pararnn_kept")
-        error = progress.error
-    bad = (error > 1) | contradicted(norms, beyond, kept, trusted, chunks.scan)
-    # Across each boundary too, a returned state must be the step of the one before it, even where
-    # the step expands differences.
-    bad |= chunks.mismatches(arriving, states) > 1
-    bad &= ~chunks.is_first
+    forgotten = is_forgotten(largest, kept)
+
+    def is_bad(norms, mismatches, error, added_up, beyond_added_up):
+        added_up = jnp.where(forgotten, beyond_added_up, added_up)
+        contradicts = contradicted(norms, added_up, trusted)
+        # Across each boundary too, a returned state must be the step of the one before it, even
+        # where the step expands differences.
+        return contradicts | (mismatches > 1) | ((error > 1) & ~proven)
+
+    sums = zip((norms, beyond), before.sums, strict=True)
+    added_up = (chunks.scan.local.cumulative_sum(x) + earlier for x, earlier in sums)
+    bad = is_bad(norms, mismatches, error, *added_up) & ~chunks.is_first
     history = progress.history
     # Without an iteration, what one would change.
     correction = jnp.where(progress.iteration == 0, largest, history.correction)
     progress = progress._replace(
         attempts=progress.attempts + 1,
-        error=jnp.where(bad, jnp.inf, error),
-        pending=line.any(jnp.any(bad)),
+        error=jnp.where(bad, jnp.inf, jnp.where(proven, 0.0, error)),
+        pending=is_bad(*whole.maxima, *whole.sums),
         scale=scale,
         history=history._replace(correction=correction).restarted(progress.attempts == 0),
     )
     return Checked(progress, states, bad)
 
 
-def _kept(chunks: Chunks, starts, ends, states, defects, norms, scale) -> Float[Array, ""]:
+def _kept(chunks: Chunks, starts, ends, states, defects, norms, largest, scale) -> Float[Array, ""]:
     """How much of a deviation is left after a chunk, or after its last steps, if only these are to
     be tried; infinite if there is none to try.
 
@@ -283,7 +293,7 @@ def _kept(chunks: Chunks, starts, ends, states, defects, norms, scale) -> Float[
     own rounding does not hide it.
     """
     line = chunks.line
-    factor = jnp.clip(_TRIED / line.largest(jnp.max(norms)), 1, _MOST_TIMES)
+    factor = jnp.clip(_TRIED / largest, 1, _MOST_TIMES)
     deviated = chunks.deviated_ends(starts, states, factor.astype(defects.dtype) * defects)
     count = len(deviated)
     left = chunks.tolerance.norm(deviated - ends[:count], scale[:count])

@@ -23,7 +23,6 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._devices import place_like
 from .._misc import is_complex, raveler
 from .._norms import default_rtol
 from ..scans import AbstractScan
@@ -31,9 +30,9 @@ from ..structures import AbstractStructure
 
 # How many units in the last place count as rounding.
 _ROUNDING = 4.0
-# Disturbances of several elements may cancel by accident in one chunk: the neighbours up to this
-# distance, whose signs are others, then tell more.
-_NEIGHBOURS = 2
+# Disturbances of several elements may cancel by accident: of so many, with other signs, the largest
+# effect counts.
+SAMPLES = 5
 
 
 class Tolerance:
@@ -74,7 +73,7 @@ class Tolerance:
     def _per_element(self, values: np.ndarray) -> Float[Array, "1 size"]:
         return jnp.expand_dims(jnp.asarray(values), 0)
 
-    def _magnitude(self, x: Array) -> Float[Array, "n size"]:
+    def _magnitude(self, x: Array) -> Float[Array, "*rows size"]:
         x = jnp.abs(x).astype(self.wide)
         return jnp.where(jnp.isfinite(x), x, 0)
 
@@ -86,25 +85,30 @@ class Tolerance:
         largest = _largest(self._magnitude(values), self._groups)
         return self._coarsest * self._scan.cumulative_max(largest)
 
-    def fine(self, values: Array, images: Array, disturbed: Array) -> Float[Array, "n size"]:
+    def most(self, values: Float[Array, "n size"]) -> Float[Array, "1 size"]:
+        """The largest scale that `fine` may give: what is granted to the largest element of a leaf,
+        on any device. Chaos may drive a disturbance to any size."""
+        magnitude = _largest(self._magnitude(values), self._leaves)
+        most = jnp.max(magnitude, axis=0, keepdims=True, initial=0.0)
+        return self._coarsest * self._line.largest(most)
+
+    def fine(
+        self, values: Array, images: Array, disturbed: Float[Array, "samples n size"], most: Array
+    ) -> Float[Array, "n size"]:
         """The scale close to a solution: of each element on its own.
 
         **Arguments:**
 
         - `values`: the solution.
-        - `images`, `disturbed`: what the steps before led to, and where they lead when disturbed.
+        - `images`, `disturbed`: what the steps before led to, and where they lead when disturbed,
+            by one or several samples. Of fewer than `SAMPLES`, those of the nearest rows count too.
+        - `most`: as `most` gives it.
         """
-        moved = self._magnitude(disturbed.astype(self.wide) - images.astype(self.wide))
-        before, after = self._line.around(moved, _NEIGHBOURS)
-        near = jnp.concatenate([place_like(before, moved), moved, place_like(after, moved)])
-        shifted = [near[i : i + len(moved)] for i in range(2 * _NEIGHBOURS + 1)]
-        moved = functools.reduce(jnp.maximum, shifted)
-        magnitude = self._magnitude(values)
-        local = self._per_element(self._grain) * magnitude
-        # Chaos may drive a disturbance to any size: never more than what is granted to the largest.
-        most = jnp.max(_largest(magnitude, self._leaves), axis=0, keepdims=True, initial=0.0)
-        most = self._line.largest(most)
-        return jnp.minimum(self._coarsest * most, local + moved)
+        images = jnp.expand_dims(images.astype(self.wide), 0)
+        moved = self._magnitude(disturbed.astype(self.wide) - images)
+        moved = _largest_near(jnp.max(moved, axis=0), -(-SAMPLES // len(disturbed)))
+        local = self._per_element(self._grain) * self._magnitude(values)
+        return jnp.minimum(most, local + moved)
 
     def norm(self, difference: Array, scale: Float[Array, "n size"]) -> Float[Array, " n"]:
         """The largest element of each difference, in units of the tolerance; `inf` if any is not
@@ -146,6 +150,17 @@ def _largest(values: Array, labels: np.ndarray) -> Float[Array, "n size"]:
     if count == 1:
         return jnp.broadcast_to(jnp.max(values, axis=1, keepdims=True), values.shape)
     return jnp.max(values[:, _members(labels)], axis=-1)[:, labels]
+
+
+def _largest_near(rows: Float[Array, "n size"], count: int) -> Float[Array, "n size"]:
+    """Of each element the largest in the `count` nearest rows, or in all if there are fewer."""
+    n, count = len(rows), min(count, len(rows))
+    if count <= 1:
+        return rows
+    shifted = [rows[i : n - count + 1 + i] for i in range(count)]
+    largest, before = functools.reduce(jnp.maximum, shifted), (count - 1) // 2
+    edges = [(before, count - 1 - before), (0, 0)]
+    return jnp.pad(largest, edges, mode="edge")
 
 
 def _members(labels: np.ndarray) -> Int[np.ndarray, "groups k"]:
