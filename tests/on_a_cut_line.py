@@ -370,7 +370,7 @@ def nothing_gathers_the_sequence():
             # One exchange of summaries; all else has no more numbers than a state, or a few.
             assert large == [numbers * item] * newton, turn
             assert len(turn) <= (9 if newton else 5), turn
-            # Where the last states are judged, the end of a device and what disturbances make of it.
+            # Where states are judged, the end of a device and what disturbances make of it.
             other = [one for one in long if one not in turn and one.kind != "all-reduce"]
             judging = [one for one in long if one.loops[-1:] == ("attempts",)]
             assert len(judging) <= 3, judging

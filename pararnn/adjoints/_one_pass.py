@@ -77,7 +77,7 @@ class OnePassAdjoint(AbstractLinearAdjoint):
         tangents = Tangents(tangents.step, tangents.xs, tangents.init)
         one_pass = functools.partial(_one_pass, block_size)
         if recurrence.line.is_cut:
-            return across_devices(one_pass, recurrence, states, tangents)
+            return across_devices(one_pass, block_size, recurrence, states, tangents)
         return one_pass(recurrence, states, tangents)[1]
 
 

@@ -44,9 +44,14 @@ Pass = Callable[
 
 
 def across_devices(
-    one_pass: Pass, recurrence: Recurrence, states: PyTree[Array], tangents: Tangents
+    one_pass: Pass,
+    block_size: int,
+    recurrence: Recurrence,
+    states: PyTree[Array],
+    tangents: Tangents,
 ) -> PyTree[Array]:
-    """The tangents of all states, each device making `one_pass` over its own, or a few.
+    """The tangents of all states, each device making `one_pass`, in blocks of so many steps, over
+    its own, or a few.
 
     They are a linear solve whose unknowns are the tangents of the states *and* of what these depend
     on: so what flows back reaches the parameters in the same pass.
@@ -90,15 +95,24 @@ def across_devices(
         g, of_tangents = cotangents
         linear = zero, of_tangents._replace(init=None), g
 
-        def pull(rows: slice, arriving):
+        def pull(rows: slice, g, arriving):
             """What a pass over some steps makes of what flows back to their states, and to the last
             of them from what follows: that of the state before, of the arrays and of each step."""
             pulled = jax.linear_transpose(functools.partial(pass_over, rows), *linear)
-            leaving, *others = pulled((arriving, _rows(g, rows)))
+            leaving, *others = pulled((arriving, g))
             return leaving, others
 
-        guess, _ = pull(slice(0, window), zero)
-        run = functools.partial(pull, slice(0, length))
+        first_rows = slice(0, window)
+        guess, _ = pull(first_rows, _rows(g, first_rows), zero)
+        # In the blocks of the pass: else XLA makes one array for the pass, and another for those
+        # that may follow.
+        block = block_size if length % block_size == 0 else 1
+        blocks = jtu.tree_map(lambda x: x.reshape(-1, block, *x.shape[1:]), g)
+
+        def run(arriving):
+            g = jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+            return pull(slice(0, length), g, arriving)
+
         leaving, (pulled, flowed) = _settled(line.backwards(), run, guess, zero, differ)
         first = bool_where(jnp.asarray(line.is_first), leaving, zero)
         # Of a state of several arrays, some may have tangents and others none.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._devices import place_like
 from .._misc import raveler
@@ -15,6 +15,7 @@ from .._recurrence import Recurrence
 from ..scans import AbstractScan
 from ..scans._named import across
 from ..sweeps import AbstractSweep, Rows
+from ..sweeps._base import Step
 from ._linearization import Linearization
 from ._tolerance import SAMPLES, Tolerance
 
@@ -215,12 +216,19 @@ class Chunks:
         """How many disturbances to try of each chunk: few chunks are few samples."""
         return -(-SAMPLES // min(self.num_chunks, SAMPLES))
 
-    def _sampled(self, lead: Callable[[Int[Array, ""] | int], Array]) -> Array:
-        """Where disturbed states lead, along a leading axis of samples; `lead` takes what the
-        places of a sample begin with."""
+    def _sampled(self, lead: Callable[[Step], Array]) -> Float[Array, "samples n size"]:
+        """Where a step leads that starts from a disturbed state, which consumes its place too."""
+
+        def sample(first):
+            def disturbed_step(state, inputs):
+                place, x = inputs
+                return self._step(self.tolerance.disturb(state, first + place), x)
+
+            return lead(disturbed_step)
+
         if self._samples == 1:
-            return jnp.expand_dims(lead(0), 0)
-        return jax.vmap(lead)(self.length * jnp.arange(self._samples))
+            return jnp.expand_dims(sample(0), 0)
+        return jax.vmap(sample)(self.length * jnp.arange(self._samples))
 
     def _disturbed_ends(
         self, starts: Float[Array, "n size"], rows: Rows
@@ -232,14 +240,7 @@ class Chunks:
         places = self._sweep.prepare(places, rows)
         inputs = self._inputs if rows == self._rows else self._sweep.prepare(self._xs, rows)
 
-        def lead(first):
-            return self._lead(self._disturbed_step, starts, (places + first, inputs), rows)
-
-        return self._sampled(lead)
-
-    def _disturbed_step(self, state, inputs):
-        place, x = inputs
-        return self._step(self.tolerance.disturb(state, place), x)
+        return self._sampled(lambda step: self._lead(step, starts, (places, inputs), rows))
 
     def judged(self, starts, ends, states) -> Judged:
         """What is known of the starts from the sweep that has led to `ends` and `states`."""
@@ -274,13 +275,9 @@ class Chunks:
         before = jax.vmap(self.unravel)(arriving)
         got, inputs = self._slice((states, self._xs), 0, self.num_chunks)
         got, images = (jax.vmap(self.ravel)(x) for x in (got, jax.vmap(self._step)(before, inputs)))
-        places = jnp.arange(self.num_chunks)
-
-        def lead(first):
-            disturbed = jax.vmap(self._disturbed_step)(before, (places + first, inputs))
-            return jax.vmap(self.ravel)(disturbed)
-
-        scale = self.tolerance.fine(got, images, self._sampled(lead), most)
+        inputs = jnp.arange(self.num_chunks), inputs
+        disturbed = self._sampled(lambda step: jax.vmap(self.ravel)(jax.vmap(step)(before, inputs)))
+        scale = self.tolerance.fine(got, images, disturbed, most)
         return self.tolerance.norm(images - got, scale)
 
     def correct(self, point: Point) -> tuple[Float[Array, "chunks size"], Bool[Array, " chunks"]]:
