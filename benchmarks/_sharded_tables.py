@@ -38,9 +38,10 @@ def speed(content: Content) -> str:
             (row["cell"], row["size"]), {"cell": row["cell"], "units": row["size"]}
         )
         for kind, title in KINDS.items():
-            found = Spread(*row["faster"][kind])
+            found, ceiling = (Spread(*row[key][kind]) for key in ("faster", "ceiling"))
             pages = "" if row["pages"] == "small" else ", huge pages"
-            line[title + pages] = _marked(str(found), found.median >= FASTER)
+            marked = _marked(str(found), found.median >= FASTER)
+            line[title + pages] = f"{marked} of {ceiling.median:.3g}"
         line["iterations"] = row["iterations"]
     return markdown(list(lines.values()))
 
