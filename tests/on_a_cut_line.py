@@ -343,6 +343,52 @@ def compiled(step, weights, shapes, init, solver, count):
 
 
 @check
+def a_state_of_several_types():
+    """What goes to a neighbour goes in one exchange for each type."""
+
+    def step(w, state, x):
+        narrow, wide, turning, other = state
+        seen = x[: narrow.size] + wide[: narrow.size]
+        narrow = jnp.tanh(jnp.float32(0.5) * narrow + seen.astype(jnp.float32))
+        wide = jnp.tanh(0.5 * w @ wide + x)
+        return narrow, wide, 0.9j * turning + x[0].astype(complex), jnp.tanh(0.5 * other + wide[0])
+
+    init = jnp.zeros(2, jnp.float32), INIT, jnp.ones(3, complex), jnp.zeros((2, 1))
+
+    def states(solver):
+        run = functools.partial(prnn.solve, functools.partial(step, WEIGHT), throw=False)
+        return jax.jit(lambda xs: run(xs, init, solver=solver).states)
+
+    expected = states(prnn.Sequential())(XS)
+    for solver, kind in ((None, "Explicit"), (prnn.Newton(chunk_size=2), "Auto")):
+        with jax.set_mesh(mesh_of(8, kind)):
+            got = states(prnn.TimeSharded("time", solver))(XS)
+        assert [x.dtype for x in got] == [x.dtype for x in expected]
+        close(got[:1], expected[:1], atol=1e-5)
+        close(got[1:], expected[1:])
+
+
+@check
+def what_has_forgotten_is_right_at_once():
+    """Of many elements some are close to zero, and are no more exact than what cancels in them:
+    one chunk on each device is enough to tell by how much."""
+    size, length = 192, 2 * 160
+    draw = np.random.default_rng(1)
+    weight = draw.uniform(-1, 1, (size, size)) / size**0.5
+    weight, init = jnp.asarray(weight, jnp.float32), jnp.zeros(size, jnp.float32)
+
+    @jax.jit
+    def iterations(xs):
+        step = functools.partial(elman, weight)
+        return prnn.solve(step, xs, init, solver=prnn.TimeSharded("time")).stats.iterations
+
+    with jax.set_mesh(mesh_of(2)):
+        for _ in range(40):
+            xs = jnp.asarray(draw.normal(size=(length, size)), jnp.float32)
+            assert iterations(xs) == 0
+
+
+@check
 def nothing_gathers_the_sequence():
     """All that goes between devices are summaries, whatever the length; counted from the program
     that the compiler made."""
