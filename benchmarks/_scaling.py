@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# The steps that a device makes beside its share: early ones, and disturbed ones at its end.
-EARLY, JUDGED = 128, 128
+# The steps that a device makes beside its share: early ones; and at its end disturbed ones, some
+# side by side, and those that tell how much of a deviation it keeps.
+EARLY, JUDGED = 128, 256
 
 
 class Network(NamedTuple):

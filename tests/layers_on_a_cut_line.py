@@ -46,14 +46,13 @@ def both_directions():
         return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
 
     flags = {"reset": RESET[:LENGTH], "mask": MASK[:LENGTH]}
-    for length, options in ((24, {}), (LENGTH, flags)):
+    for length, kind, options in ((24, "Explicit", {}), (LENGTH, "Auto", flags)):
         expected = run(prnn.Bidirectional(*cells), XS[:length], **options)
-        for kind in ("Auto", "Explicit"):
-            with jax.set_mesh(mesh_of(8, kind)):
-                layer = prnn.Bidirectional(*cells, prnn.TimeSharded("time"))
-                got = run(layer, XS[:length], **options)
-            got, wanted = (eqx.filter(x, eqx.is_array) for x in (got, expected))
-            close(jax.tree.leaves(got), jax.tree.leaves(wanted))
+        with jax.set_mesh(mesh_of(8, kind)):
+            layer = prnn.Bidirectional(*cells, prnn.TimeSharded("time"))
+            got = run(layer, XS[:length], **options)
+        got, wanted = (eqx.filter(x, eqx.is_array) for x in (got, expected))
+        close(jax.tree.leaves(got), jax.tree.leaves(wanted))
 
 
 def layers(solver):
@@ -72,31 +71,34 @@ def layers(solver):
     }
 
 
-def layer_agrees(name, kind):
+def layer_agrees(name, kind="Auto", flags=True):
     mask, reset = MASK[:LENGTH], RESET[:LENGTH]
     padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
     solver = prnn.AssociativeScan() if name in ("affine", "algebra") else None
-    for xs, options in ((XS, {}), (padded, {"mask": mask, "reset": reset})):
+    xs, options = (padded, {"mask": mask, "reset": reset}) if flags else (XS, {})
 
-        @eqx.filter_jit
-        def run(layer, xs, options=options):
-            def loss(layer, xs):
-                ys, final = layer(xs, **options)
-                ys, state = layer(xs, final, **options)  # go on from there
-                return jnp.sum(ys**2), (ys, final, state)
+    @eqx.filter_jit
+    def run(layer, xs):
+        def loss(layer, xs):
+            ys, final = layer(xs, **options)
+            ys, state = layer(xs, final, **options)  # go on from there
+            return jnp.sum(ys**2), (ys, final, state)
 
-            return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
+        return eqx.filter_value_and_grad(loss, has_aux=True)(layer, xs)
 
-        expected = run(layers(None)[name], xs)
-        with jax.set_mesh(mesh_of(8, kind)):
-            got = run(layers(prnn.TimeSharded("time", solver))[name], xs)
-        got, expected = (eqx.filter(x, eqx.is_array) for x in (got, expected))
-        close(jax.tree.leaves(got), jax.tree.leaves(expected))
+    expected = run(layers(None)[name], xs)
+    with jax.set_mesh(mesh_of(8, kind)):
+        got = run(layers(prnn.TimeSharded("time", solver))[name], xs)
+    got, expected = (eqx.filter(x, eqx.is_array) for x in (got, expected))
+    close(jax.tree.leaves(got), jax.tree.leaves(expected))
 
 
 for _name in layers(None):
-    CHECKS[f"layer {_name}"] = functools.partial(layer_agrees, _name, "Auto")
-CHECKS["layer convolution, explicit"] = functools.partial(layer_agrees, "convolution", "Explicit")
+    CHECKS[f"layer {_name}"] = functools.partial(layer_agrees, _name)
+CHECKS["layer gru, no flags"] = functools.partial(layer_agrees, "gru", flags=False)
+CHECKS["layer convolution, explicit"] = functools.partial(
+    layer_agrees, "convolution", "Explicit", flags=False
+)
 
 
 if __name__ == "__main__":

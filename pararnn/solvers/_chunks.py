@@ -239,7 +239,6 @@ class Chunks:
         places = jnp.flip(places) if rows.reverse else places
         places = self._sweep.prepare(places, rows)
         inputs = self._inputs if rows == self._rows else self._sweep.prepare(self._xs, rows)
-
         return self._sampled(lambda step: self._lead(step, starts, (places, inputs), rows))
 
     def judged(self, starts, ends, states) -> Judged:

@@ -262,23 +262,25 @@ def check(
         kept = once_where(doubtful, unknown, lambda _: measure(), "pararnn_kept")
     forgotten = is_forgotten(largest, kept)
 
-    def is_bad(norms, mismatches, error, added_up, beyond_added_up):
-        added_up = jnp.where(forgotten, beyond_added_up, added_up)
+    def that_add_up(norms, beyond):
+        return jnp.where(forgotten, beyond, norms)
+
+    def is_bad(norms, mismatches, error, added_up):
         contradicts = contradicted(norms, added_up, trusted)
         # Across each boundary too, a returned state must be the step of the one before it, even
         # where the step expands differences.
         return contradicts | (mismatches > 1) | ((error > 1) & ~proven)
 
-    sums = zip((norms, beyond), before.sums, strict=True)
-    added_up = (chunks.scan.local.cumulative_sum(x) + earlier for x, earlier in sums)
-    bad = is_bad(norms, mismatches, error, *added_up) & ~chunks.is_first
+    added_up = chunks.scan.local.cumulative_sum(that_add_up(norms, beyond))
+    added_up += that_add_up(*before.sums)
+    bad = is_bad(norms, mismatches, error, added_up) & ~chunks.is_first
     history = progress.history
     # Without an iteration, what one would change.
     correction = jnp.where(progress.iteration == 0, largest, history.correction)
     progress = progress._replace(
         attempts=progress.attempts + 1,
         error=jnp.where(bad, jnp.inf, jnp.where(proven, 0.0, error)),
-        pending=is_bad(*whole.maxima, *whole.sums),
+        pending=is_bad(*whole.maxima, that_add_up(*whole.sums)),
         scale=scale,
         history=history._replace(correction=correction).restarted(progress.attempts == 0),
     )
