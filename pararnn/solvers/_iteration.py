@@ -240,15 +240,14 @@ def check(
     arriving, scale, mismatches = chunks.judged(starts, ends, states)
     norm, trusted = chunks.tolerance.norm, progress.history.trusted
     defects = arriving - starts
-    # The first chunk of all starts where it must.
-    norms, mismatches, error = (
-        jnp.where(chunks.is_first, 0, x) for x in (norm(defects, scale), mismatches, progress.error)
-    )
+    norms, error = norm(defects, scale), progress.error
     beyond = norm(chunks.tolerance.beyond_rounding(defects, scale), scale)
-    # Whatever is to be known of other devices, in one exchange.
-    maxima = [jnp.max(x) for x in (norms, mismatches, error)]
+    # Whatever is to be known of other devices, in one exchange. The first chunk of all starts where
+    # it must.
+    maxima = [jnp.max(jnp.where(chunks.is_first, 0, x)) for x in (norms, mismatches, error)]
     whole, before = line.across(maxima, [jnp.sum(norms), jnp.sum(beyond)])
-    largest, total = whole.maxima[0], whole.sums[0]
+    largest, largest_mismatch, largest_error = whole.maxima
+    total = whole.sums[0]
     measure = functools.partial(_kept, chunks, starts, ends, states, defects, norms, largest, scale)
     kept = jnp.full((), jnp.inf, norms.dtype)
     proven = jnp.asarray(False)
@@ -274,13 +273,16 @@ def check(
     added_up = chunks.scan.local.cumulative_sum(that_add_up(norms, beyond))
     added_up += that_add_up(*before.sums)
     bad = is_bad(norms, mismatches, error, added_up) & ~chunks.is_first
+    # What is known of other devices tells whether there is any on one of them.
+    whole = is_bad(largest, largest_mismatch, largest_error, that_add_up(*whole.sums))
+    pending = whole if line.is_cut else jnp.any(bad)
     history = progress.history
     # Without an iteration, what one would change.
     correction = jnp.where(progress.iteration == 0, largest, history.correction)
     progress = progress._replace(
         attempts=progress.attempts + 1,
         error=jnp.where(bad, jnp.inf, jnp.where(proven, 0.0, error)),
-        pending=is_bad(*whole.maxima, that_add_up(*whole.sums)),
+        pending=pending,
         scale=scale,
         history=history._replace(correction=correction).restarted(progress.attempts == 0),
     )

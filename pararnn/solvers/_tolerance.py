@@ -153,14 +153,10 @@ def _largest(values: Array, labels: np.ndarray) -> Float[Array, "n size"]:
 
 
 def _largest_near(rows: Float[Array, "n size"], count: int) -> Float[Array, "n size"]:
-    """Of each element the largest in the `count` nearest rows, or in all if there are fewer."""
-    n, count = len(rows), min(count, len(rows))
-    if count <= 1:
-        return rows
-    shifted = [rows[i : n - count + 1 + i] for i in range(count)]
-    largest, before = functools.reduce(jnp.maximum, shifted), (count - 1) // 2
-    edges = [(before, count - 1 - before), (0, 0)]
-    return jnp.pad(largest, edges, mode="edge")
+    """Of each element, none of which is negative, the largest in `count` rows around its own."""
+    before = (count - 1) // 2
+    near = jnp.pad(rows, [(before, count - 1 - before), (0, 0)])
+    return functools.reduce(jnp.maximum, [near[i : i + len(rows)] for i in range(count)])
 
 
 def _members(labels: np.ndarray) -> Int[np.ndarray, "groups k"]:
