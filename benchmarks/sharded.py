@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--repetitions", type=int, default=41)
     parser.add_argument("--limit", type=float, default=20.0, help="seconds of timing per case")
     parser.add_argument("--output", default="benchmarks/results", help="folder of the JSON file")
     args = parser.parse_args(argv)

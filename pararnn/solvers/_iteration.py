@@ -274,8 +274,8 @@ def check(
     added_up += that_add_up(*before.sums)
     bad = is_bad(norms, mismatches, error, added_up) & ~chunks.is_first
     # What is known of other devices tells whether there is any on one of them.
-    whole = is_bad(largest, largest_mismatch, largest_error, that_add_up(*whole.sums))
-    pending = whole if line.is_cut else jnp.any(bad)
+    anywhere = is_bad(largest, largest_mismatch, largest_error, that_add_up(*whole.sums))
+    pending = anywhere if line.is_cut else jnp.any(bad)
     history = progress.history
     # Without an iteration, what one would change.
     correction = jnp.where(progress.iteration == 0, largest, history.correction)
