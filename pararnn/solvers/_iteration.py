@@ -105,7 +105,9 @@ def run_single(chunks: Chunks, progress: Progress) -> Checked:
     """The sequential run, where there is but one chunk."""
     _, states = chunks.trajectory(progress.starts)
     history = progress.history._replace(correction=jnp.zeros((), jnp.float32))
-    progress = progress._replace(history=history, attempts=jnp.asarray(1))
+    progress = progress._replace(
+        history=history, attempts=jnp.asarray(1), pending=jnp.asarray(False)
+    )
     return Checked(progress, states, jnp.zeros(1, bool))
 
 

@@ -243,7 +243,7 @@ class AbstractIterativeSolver(AbstractSolver):
         """What a solve returns; of the `last` states, those that are not right are finished
         sequentially."""
         progress, states, bad = checked
-        converged, finished = ~chunks.line.any(jnp.any(bad)), jnp.asarray(0)
+        converged, finished = ~progress.pending, jnp.asarray(0)
         if last and self.fallback:
             chunk_size = chunks.chunk_size
             states, finished = finish_sequentially(chunks.recurrence, states, bad, chunk_size)
