@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._devices import is_explicit, place_like, spread, varying_axes
@@ -193,15 +194,11 @@ def _packed(exchange: Callable[[Array], Array], tree: PyTree[Array]) -> PyTree[A
     leaves, treedef = jtu.tree_flatten(tree)
     if is_explicit(jax.sharding.get_abstract_mesh()):  # JAX joins only what lies alike
         return treedef.unflatten(map(exchange, leaves))
-    found = list(leaves)
-    for dtype in dict.fromkeys(x.dtype for x in leaves):
-        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-        vectors = [leaves[i].reshape(-1) for i in places]
-        ends = np.cumsum([len(v) for v in vectors])[:-1]
-        moved = jnp.split(exchange(jnp.concatenate(vectors)), ends)
-        for i, vector in zip(places, moved, strict=True):
-            found[i] = vector.reshape(leaves[i].shape)
-    return treedef.unflatten(found)
+    found: dict[int, Array] = {}
+    for dtype in {x.dtype: None for x in leaves}:
+        vector, unravel = ravel_pytree({i: x for i, x in enumerate(leaves) if x.dtype == dtype})
+        found |= unravel(exchange(vector))
+    return treedef.unflatten([found[i] for i in range(len(leaves))])
 
 
 def _extremes(rows: Float[Array, "devices numbers"], m: int) -> Extremes:

@@ -96,9 +96,7 @@ def layer_agrees(name, kind="Auto", flags=True):
 for _name in layers(None):
     CHECKS[f"layer {_name}"] = functools.partial(layer_agrees, _name)
 CHECKS["layer gru, no flags"] = functools.partial(layer_agrees, "gru", flags=False)
-CHECKS["layer convolution, explicit"] = functools.partial(
-    layer_agrees, "convolution", "Explicit", flags=False
-)
+CHECKS["layer convolution, explicit"] = functools.partial(layer_agrees, "convolution", "Explicit")
 
 
 if __name__ == "__main__":

@@ -245,6 +245,13 @@ def is_forgotten(norms: Float[Array, "..."], kept: Float[Array, ""]) -> Bool[Arr
     return (kept < 1) & (jnp.max(norms) / (1 - kept) <= 1)
 
 
+def that_add_up(
+    forgotten: Bool[Array, ""], norms: Float[Array, "..."], beyond: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """What of defects adds up: all of it, or if they are `forgotten` what is more than rounding."""
+    return jnp.where(forgotten, beyond, norms)
+
+
 def contradicted(
     norms: Float[Array, "..."], added_up: Float[Array, "..."], trusted: Bool[Array, ""]
 ) -> Bool[Array, "..."]:
@@ -256,8 +263,7 @@ def contradicted(
     **Arguments:**
 
     - `norms`: of the defects.
-    - `added_up`: the sum of them up to each start; where they are forgotten, of what of them is
-        more than rounding.
+    - `added_up`: the sum up to each start of what of them adds up.
     - `trusted`: whether the corrections proved the convergence: then defects do not add up.
     """
     return (norms > 1) | ((added_up > 1) & ~trusted)

@@ -17,7 +17,15 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._devices import once_where, place_like
 from ._base import Report
 from ._chunks import Chunks, Point
-from ._convergence import History, Measured, Vouched, contradicted, is_forgotten, judge
+from ._convergence import (
+    History,
+    Measured,
+    Vouched,
+    contradicted,
+    is_forgotten,
+    judge,
+    that_add_up,
+)
 
 # What remains of a deviation is tried with one of about this many tolerances, but at most so many
 # times the defects.
@@ -261,10 +269,7 @@ def check(
         doubtful = ~trusted & (total > 1)
         unknown = place_like(kept, defects)
         kept = once_where(doubtful, unknown, lambda _: measure(), "pararnn_kept")
-    forgotten = is_forgotten(largest, kept)
-
-    def that_add_up(norms, beyond):
-        return jnp.where(forgotten, beyond, norms)
+    add_up = functools.partial(that_add_up, is_forgotten(largest, kept))
 
     def is_bad(norms, mismatches, error, added_up):
         contradicts = contradicted(norms, added_up, trusted)
@@ -272,11 +277,10 @@ def check(
         # where the step expands differences.
         return contradicts | (mismatches > 1) | ((error > 1) & ~proven)
 
-    added_up = chunks.scan.local.cumulative_sum(that_add_up(norms, beyond))
-    added_up += that_add_up(*before.sums)
+    added_up = chunks.scan.local.cumulative_sum(add_up(norms, beyond)) + add_up(*before.sums)
     bad = is_bad(norms, mismatches, error, added_up) & ~chunks.is_first
     # What is known of other devices tells whether there is any on one of them.
-    anywhere = is_bad(largest, largest_mismatch, largest_error, that_add_up(*whole.sums))
+    anywhere = is_bad(largest, largest_mismatch, largest_error, add_up(*whole.sums))
     pending = anywhere if line.is_cut else jnp.any(bad)
     history = progress.history
     # Without an iteration, what one would change.

@@ -218,16 +218,19 @@ def test_defects_are_forgotten_where_chunks_contract(kept, forgotten):
 
 
 def test_contradiction():
-    no, yes, norms = jnp.asarray(False), jnp.asarray(True), floats(0.6, 0.6, 0.2)
-    added_up = jnp.cumsum(norms)
+    no, yes, never = jnp.asarray(False), jnp.asarray(True), scalar(np.inf)
+    norms, none = floats(0.6, 0.6, 0.2), floats(0, 0, 0)
 
-    def contradicted(norms, added_up, trusted):
+    def contradicted(norms, beyond, kept, trusted):
+        forgotten = rule.is_forgotten(norms, kept)
+        added_up = jnp.cumsum(rule.that_add_up(forgotten, norms, beyond))
         return rule.contradicted(norms, added_up, trusted).tolist()
 
-    # They add up beyond the tolerance from the second start on, unless nothing of them adds up, or
-    # the corrections proved more.
-    assert contradicted(norms, added_up, no) == [False, True, True]
-    assert contradicted(norms, 0 * norms, no) == [False, False, False]
-    assert contradicted(norms, added_up, yes) == [False, False, False]
+    # They add up beyond the tolerance from the second start on, unless they are forgotten, or the
+    # corrections proved more.
+    assert contradicted(norms, norms, never, no) == [False, True, True]
+    assert contradicted(norms, none, scalar(0.1), no) == [False, False, False]
+    assert contradicted(norms, norms, scalar(0.1), no) == [False, True, True]
+    assert contradicted(norms, norms, never, yes) == [False, False, False]
     # A defect beyond the tolerance is one in any case.
-    assert contradicted(floats(0.1, 1.5, 0), floats(0, 0, 0), yes) == [False, True, False]
+    assert contradicted(floats(0.1, 1.5, 0), none, scalar(0.0), yes) == [False, True, False]
