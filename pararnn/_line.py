@@ -98,8 +98,9 @@ class Line:
 
     def earlier(self, rows: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
         """For each row the one before it; `first` is a single row, before all others."""
-        before = self.passed_on(jtu.tree_map(lambda x: x[-1], rows), first)
-        return previous_states(before, rows)
+        if self.axis is not None:
+            first = self.passed_on(jtu.tree_map(lambda x: x[-1], rows), first)
+        return previous_states(first, rows)
 
     def later(self, rows: PyTree[Array], last: PyTree[Array]) -> PyTree[Array]:
         """For each row the one after it; `last` is a single row, after all others."""

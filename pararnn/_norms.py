@@ -5,9 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact, PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from ._line import Line
 from ._misc import real_leaves
 
 
@@ -29,35 +28,6 @@ def default_rtol(dtype: Any) -> float:
     by a few; the exponent below one leaves the wide types room for the conditioning of the system.
     """
     return float(jnp.finfo(dtype).eps) ** 0.8
-
-
-def alignment(
-    a: PyTree[Inexact[Array, "..."]], b: PyTree[Inexact[Array, "..."]], line: Line | None = None
-) -> Float[Array, ""]:
-    """The largest cosine between corresponding leaves; 0 for a leaf that is zero in either. Leaves
-    may lie on a `line` of several devices."""
-    line = Line() if line is None else line
-
-    def scaled(v):
-        # To a largest magnitude of 1, so that the squares neither overflow nor vanish.
-        return v / jnp.maximum(line.largest(jnp.max(jnp.abs(v))), 1e-30).astype(v.dtype)
-
-    def products(x, y):
-        x, y = scaled(x), scaled(y)
-        found = jnp.abs(x) ** 2, jnp.abs(y) ** 2, jnp.real(jnp.conj(x) * y)
-        return [jnp.sum(p).astype(jnp.float32) for p in found]
-
-    def cosine(squares_x, squares_y, product):
-        squares = squares_x * squares_y
-        return jnp.where(squares > 0, product / jnp.sqrt(jnp.maximum(squares, 1e-30)), 0.0)
-
-    pairs = zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True)
-    found = [product for x, y in pairs if x.size for product in products(x, y)]
-    if not found:
-        return jnp.zeros((), jnp.float32)
-    totals = iter(line.totals(found))
-    cosines = [cosine(*three) for three in zip(totals, totals, totals, strict=True)]
-    return jnp.max(jnp.stack(cosines), initial=-1.0)
 
 
 def agreement_tolerance(dtype: Any) -> float:

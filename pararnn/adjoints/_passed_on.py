@@ -22,7 +22,6 @@ from .._devices import place_like
 from .._line import Line
 from .._misc import bool_where, or_zeros, raveler
 from .._recurrence import Recurrence
-from ..scans import Sequential
 from ..solvers._time_sharded import OVERLAP
 from ..solvers._tolerance import Tolerance
 from ._linear_solve import tied
@@ -138,12 +137,13 @@ def _rows(tree: PyTree[Array], rows: slice) -> PyTree[Array]:
 def _difference(recurrence: Recurrence) -> Callable[[Any, Any], Bool[Array, ""]]:
     """Whether two tangents or cotangents of a state differ on any device by more than the
     tolerance, each element compared to those that it depends on."""
-    tolerance = Tolerance(recurrence.init, recurrence.structure, Sequential(), None, 0.0)
+    tolerance = Tolerance(recurrence.init, recurrence.line, None, 0.0)
     ravel = raveler(recurrence.init)[0]
 
     def differ(a, b):
         a, b = (jnp.expand_dims(ravel(x), 0) for x in (a, b))
-        return recurrence.line.any(jnp.any(tolerance.norm(a - b, tolerance.coarse(b)) > 1))
+        scale = tolerance.of_connected(b, recurrence.structure)
+        return recurrence.line.any(jnp.any(tolerance.norm(a - b, scale) > 1))
 
     return differ
 

@@ -18,15 +18,18 @@ def shoot_once(chunks: Chunks) -> PyTree[Array]:
     starts = place_like(starts, chunks.first_start)
     point = chunks.sweep(starts)
     if chunks.chunk_size > 1:
-        starts, replaced = chunks.correct(point)
+        moved = chunks.moved(point)
+        starts = chunks.safeguarded(point, point.arriving + moved)
         _, states = chunks.trajectory(starts)
-        return finish_sequentially(recurrence, states, replaced, chunks.chunk_size)[0]
+        bad = chunks.overflown(point, moved)
+        return finish_sequentially(recurrence, states, bad, chunks.chunk_size)[0]
     kept = chunks.linearization.kept
     assert kept is not None and point.jacobians is not None  # an exact method has both
     solution = scan.affine(kept, point.jacobians, point.ends)
     if chunks.length >= scan.accurate_to:
         # The rounding of products grows with their length: once more, for what is missing.
-        starts, _ = chunks.correct(chunks.sweep(chunks.arriving(solution)))
+        point = chunks.sweep(chunks.arriving(solution))
+        starts = chunks.safeguarded(point, point.arriving + chunks.moved(point))
         _, states = chunks.trajectory(starts)
     else:
         solution = jnp.flip(solution, 0) if recurrence.reverse else solution

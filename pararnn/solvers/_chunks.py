@@ -6,21 +6,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._devices import place_like
-from .._misc import raveler
-from .._norms import alignment
+from .._misc import finite_or, raveler
 from .._recurrence import Recurrence
 from ..scans import AbstractScan
 from ..scans._named import across
 from ..sweeps import AbstractSweep, Rows
 from ..sweeps._base import Step
+from ._convergence import displacements, unexplained
 from ._linearization import Linearization
 from ._tolerance import SAMPLES, Tolerance
 
-# From this cosine on, two changes point the same way.
-_SAME_WAY = 0.5
+# Of a sweep that is not the plain one, at least so many steps are made once more, spread over the
+# chunks by a ratio that visits every place in a chunk.
+_MANY_SEEDS = 16
+_CHECKED, _GOLDEN = 64, 0.6180339887498949
 
 
 class Point(NamedTuple):
@@ -40,17 +43,17 @@ class Point(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What a sweep tells of the starts that it began with.
+    """The verdict on the starts of a sweep.
 
-    - `arriving`: what arrives at each chunk from the one before.
-    - `scale`: of each element of the starts.
-    - `mismatches`: by how much the first state of each chunk differs from the step of the state
-        before it, in units of the tolerance.
+    - `scale`: of each element of the starts, in units of the default tolerance.
+    - `errors`: a bound of the error of each start, in units of the tolerance; at most 1 if it is
+        accepted.
+    - `correction`: the largest correction of any start, in the same units.
     """
 
-    arriving: Float[Array, "chunks size"]
     scale: Float[Array, "chunks size"]
-    mismatches: Float[Array, " chunks"]
+    errors: Float[Array, " chunks"]
+    correction: Float[Array, ""]
 
 
 class Chunks:
@@ -67,9 +70,8 @@ class Chunks:
     - `scan`: how the linear recurrence over the chunks is solved.
     - `sweep`: how the steps of the chunks are made.
     - `rtol`, `atol`: as for a solver.
-    - `window`: if not 0, how many of the last steps of a chunk are tried to find out how exact its
-        end can be, and what it keeps of a deviation: less work, and a stricter judgement. At most a
-        chunk.
+    - `window`: if not 0, the number of steps at the end of each chunk over which rounding and
+        memory are measured: less work, and a stricter judgement. At most a chunk.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Chunks:
         self.chunk_size = min(chunk_size, self.length)
         self.num_chunks = -(-self.length // self.chunk_size)
         self.ravel, self.unravel, self.size, self.dtype = raveler(recurrence.init)
-        self.tolerance = Tolerance(recurrence.init, recurrence.structure, self.scan, rtol, atol)
+        self.tolerance = Tolerance(recurrence.init, recurrence.line, rtol, atol)
         self._step, self._xs = recurrence.step, recurrence.xs
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
         self._sweep = sweep
@@ -122,7 +124,8 @@ class Chunks:
         return self.arriving(self._padded(ends))
 
     def _padded(self, ends: Float[Array, "followed size"]) -> Float[Array, "chunks size"]:
-        return jnp.pad(ends, [(0, self.num_chunks - len(ends)), (0, 0)])
+        missing = self.num_chunks - len(ends)
+        return jnp.pad(ends, [(0, missing), (0, 0)]) if missing else ends
 
     def guess(self, guess: PyTree[Array] | None, overlap: int = 0) -> Float[Array, "chunks size"]:
         """The starts of all chunks: a user's guess, or `step(init, x)` at the step before. With an
@@ -211,49 +214,79 @@ class Chunks:
         ends, states = self._sweep.run(self._step, starts, self._inputs, self._rows, keep=True)
         return jax.vmap(self.ravel)(ends), states
 
+    # --- the judgement ------------------------------------------------------------------------
+
+    def judge(
+        self,
+        point: Point,
+        moved: Float[Array, "chunks size"],
+        defects: Float[Array, "chunks size"],
+        states: PyTree[Array] | None = None,
+    ) -> Judged:
+        """Judges the starts of a sweep; see `_convergence.py` for the rule.
+
+        **Arguments:**
+
+        - `point`: the starts, their ends, and the Jacobians by which they would be corrected.
+        - `moved`: as the method of that name gives it.
+        - `defects`: those of an earlier sweep, or zeros: the direction in which memory is measured.
+            Being independent of `point`, they let both sweeps run at the same time.
+        - `states`: the trajectory, if `window` is not 0.
+        """
+        tolerance, starts = self.tolerance, point.starts
+        displaced = displacements(starts, defects, tolerance.grain)
+        disturbed, response = self._probe(starts, displaced, states)
+        count = len(response)
+        effect = self._padded(tolerance.effect(point.ends[:count], disturbed))
+        effect = self.line.earlier(effect, jnp.zeros(self.size, effect.dtype))
+        scale = tolerance.scale(starts, effect, tolerance.most(starts))
+        response = self._padded(response - point.ends[:count])
+        defects = point.defects.astype(tolerance.wide)
+        correction = defects + moved.astype(tolerance.wide)
+        predicted = self._apply(point, displaced)
+        rows = (x.astype(tolerance.wide) for x in (displaced, response, predicted))
+        missed = unexplained(*rows, correction=correction, scan=self.scan)
+        errors = jnp.maximum(jnp.abs(correction) + missed, jnp.abs(defects))
+        both = jnp.stack([errors, correction])
+        errors, sizes = tolerance.norm(both, jnp.broadcast_to(scale, both.shape))
+        return Judged(scale, errors, jnp.max(sizes))
+
     @property
     def _samples(self) -> int:
-        """How many disturbances to try of each chunk: few chunks are few samples."""
-        return -(-SAMPLES // min(self.num_chunks, SAMPLES))
+        """How many disturbances to try of each chunk: more where chunks are few, or where they cost
+        little beside the tangents."""
+        propagated = self.linearization.propagated
+        many = propagated is not None and propagated.num_seeds(self.size) >= _MANY_SEEDS
+        return SAMPLES if many else -(-SAMPLES // min(self.num_chunks, SAMPLES))
 
-    def _sampled(self, lead: Callable[[Step], Array]) -> Float[Array, "samples n size"]:
-        """Where a step leads that starts from a disturbed state, which consumes its place too."""
+    def _probe(
+        self, starts: Float[Array, "chunks size"], displaced, states: PyTree[Array] | None
+    ) -> tuple[Float[Array, "samples n size"], Float[Array, "n size"]]:
+        """Where chunks lead if each step starts from a disturbed state, and where if only their
+        starts are displaced. With a window, of the chunks that are followed by another."""
+        begin, rows, inputs = starts, self._rows, self._inputs
+        if self.window:
+            begin, rows = self._in_window(starts, states), self._last_rows(self.window)
+            inputs = self._sweep.prepare(self._xs, rows)
+        inputs = self._sweep.prepare(jnp.arange(self.length), rows), inputs
+        begins = jnp.stack([begin] * self._samples + [begin + displaced[: len(begin)]])
+        ends = self._sampled(lambda step, begin: self._lead(step, begin, inputs, rows), begins)
+        return ends[:-1], ends[-1]
 
-        def sample(first):
+    def _sampled(self, lead: Callable[[Step, Array], Array], starts: Array) -> Array:
+        """What `lead(step, start)` makes of several starts, with a step that disturbs the state for
+        all of them but the last, and that consumes the place of the disturbance, too."""
+        count = len(starts)
+
+        def sample(start, first, strength):
             def disturbed_step(state, inputs):
                 place, x = inputs
-                return self._step(self.tolerance.disturb(state, first + place), x)
+                return self._step(self.tolerance.disturb(state, first + place, strength), x)
 
-            return lead(disturbed_step)
+            return lead(disturbed_step, start)
 
-        if self._samples == 1:
-            return jnp.expand_dims(sample(0), 0)
-        return jax.vmap(sample)(self.length * jnp.arange(self._samples))
-
-    def _disturbed_ends(
-        self, starts: Float[Array, "n size"], rows: Rows
-    ) -> Float[Array, "samples n size"]:
-        """Where chunks lead if each step starts from a disturbed state."""
-        times = jnp.arange(self.length)
-        places = times % self.chunk_size * self.num_chunks + times // self.chunk_size
-        places = jnp.flip(places) if rows.reverse else places
-        places = self._sweep.prepare(places, rows)
-        inputs = self._inputs if rows == self._rows else self._sweep.prepare(self._xs, rows)
-        return self._sampled(lambda step: self._lead(step, starts, (places, inputs), rows))
-
-    def judged(self, starts, ends, states) -> Judged:
-        """What is known of the starts from the sweep that has led to `ends` and `states`."""
-        most = self.tolerance.most(starts)
-        if self.window:
-            begin = self._in_window(starts, states)
-            disturbed = self._disturbed_ends(begin, self._last_rows(self.window))
-        else:
-            disturbed = self._disturbed_ends(starts, self._rows)
-        # In one exchange.
-        rows = (ends, *map(self._padded, disturbed))
-        arriving, *disturbed = self.line.earlier(rows, (self.first_start[0],) * len(rows))
-        scale = self.tolerance.fine(starts, arriving, jnp.stack(disturbed), most)
-        return Judged(arriving, scale, self._mismatches(arriving, states, most))
+        strengths = jnp.asarray([1.0] * (count - 1) + [0.0], jnp.float32)
+        return jax.vmap(sample)(starts, jnp.asarray(self.length * np.arange(count)), strengths)
 
     def _in_window(self, starts, states) -> Float[Array, "followed size"]:
         """The states from which the window of each chunk that is followed by another begins."""
@@ -262,60 +295,83 @@ class Chunks:
         first = self.chunk_size - self.window - 1
         return jax.vmap(self.ravel)(self._slice(states, first, self._num_followed))
 
-    def deviated_ends(self, starts, states, deviations) -> Float[Array, "n size"]:
-        """Where chunks end that start, or whose windows begin, with a deviation. If there are
-        windows, only of the chunks that are followed by another."""
-        if not self.window:
-            return self.ends(starts + deviations)
-        begin = self._in_window(starts, states)
-        return self._ends(begin + deviations[: len(begin)], self._last_rows(self.window))
-
-    def _mismatches(self, arriving, states: PyTree[Array], most) -> Float[Array, " chunks"]:
-        before = jax.vmap(self.unravel)(arriving)
-        got, inputs = self._slice((states, self._xs), 0, self.num_chunks)
-        got, images = (jax.vmap(self.ravel)(x) for x in (got, jax.vmap(self._step)(before, inputs)))
-        inputs = jnp.arange(self.num_chunks), inputs
-        disturbed = self._sampled(lambda step: jax.vmap(self.ravel)(jax.vmap(step)(before, inputs)))
-        scale = self.tolerance.fine(got, images, disturbed, most)
-        return self.tolerance.norm(images - got, scale)
-
-    def correct(self, point: Point) -> tuple[Float[Array, "chunks size"], Bool[Array, " chunks"]]:
-        """The new starts; and which of them had to be replaced, or lead to one that had to be:
-        where the linear recurrence overflows, the Jacobi update stands in, and where that overflows
-        too, the old start."""
+    def _apply(self, point: Point, vectors: Float[Array, "chunks size"]) -> Array:
+        """What the linearization makes of one vector per chunk, finite or not."""
         kept = self.linearization.kept
         if kept is None or point.jacobians is None:
-            return self.usable(point, point.arriving)
-        matrices = self._where_finite(point.jacobians, 0)
-        defects = self._where_finite(point.defects, 0)
+            return jnp.zeros_like(vectors)
+        return kept.apply(point.jacobians, vectors)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the sweep calls the step as it is."""
+        return self._sweep.plain
+
+    def wrong_steps(self, starts, states: PyTree[Array]) -> Bool[Array, " chunks"]:
+        """Which chunks contain a state that is not what the plain step makes of the state before
+        it. Some steps of every chunk are made once more, at other places in each. Of a plain sweep
+        there is nothing to ask."""
+        if self._sweep.plain:
+            return jnp.zeros(self.num_chunks, bool)
+        many = min(-(-_CHECKED // self.num_chunks), self.chunk_size)
+        index = np.arange(self.num_chunks * many)
+        place = np.floor(index * _GOLDEN % 1 * self.chunk_size).astype(int)
+        chunk = index // many
+        times = np.minimum(chunk * self.chunk_size + place, self.length - 1)
+        at_start = times % self.chunk_size == 0
+
+        def taken(tree, times):
+            times = self.length - 1 - times if self.recurrence.reverse else times
+            return jtu.tree_map(lambda x: x[times], tree)
+
+        before = jax.vmap(self.ravel)(taken(states, np.where(at_start, times, times - 1)))
+        before = jnp.where(jnp.expand_dims(jnp.asarray(at_start), 1), starts[chunk], before)
+        got = jax.vmap(self.ravel)(taken(states, times))
+        inputs = jnp.asarray(index), taken(self._xs, times)
+
+        def lead(step, vectors):
+            return jax.vmap(self.ravel)(jax.vmap(step)(jax.vmap(self.unravel)(vectors), inputs))
+
+        ends = self._sampled(lead, jnp.stack([before] * (self._samples + 1)))
+        effect = self.tolerance.effect(ends[-1], ends[:-1])
+        scale = self.tolerance.scale(got, effect, self.tolerance.most(starts))
+        wrong = self.tolerance.norm(ends[-1] - got, scale) > 1
+        return jnp.any(wrong.reshape(self.num_chunks, many), axis=1)
+
+    # --- the correction -----------------------------------------------------------------------
+
+    def moved(self, point: Point) -> Float[Array, "chunks size"]:
+        """By how much the corrections of the chunks before move what arrives at each chunk."""
+        kept = self.linearization.kept
+        if kept is None or point.jacobians is None:
+            return jnp.zeros_like(point.starts)
+        matrices = self._finite_matrices(point.jacobians)
+        defects = finite_or(point.defects, 0.0)
         # What a correction becomes at the end of its chunk is carried, not the correction itself:
         # then each device needs the matrices of its own chunks only.
-        moved = self.scan.arriving(kept, matrices, kept.apply(matrices, defects))
-        return self.usable(point, point.arriving + moved)
+        return self.scan.arriving(kept, matrices, kept.apply(matrices, defects))
 
-    def usable(self, point: Point, corrected: Float[Array, "chunks size"]):
-        """As `correct`, for starts that are corrected already, finite or not."""
-        usable = jnp.isfinite(corrected).all(-1)
+    def safeguarded(
+        self, point: Point, starts: Float[Array, "chunks size"]
+    ) -> Float[Array, "chunks size"]:
+        """The new starts; where they are not finite, because the linear recurrence overflows, the
+        Jacobi update; and where that is not either, the old start."""
+        return finite_or(starts, finite_or(point.arriving, point.starts))
+
+    def overflown(self, point: Point, moved: Float[Array, "chunks size"]) -> Bool[Array, " chunks"]:
+        """Which starts the linear recurrence, or the sweep, overflows at."""
+        overflown = ~jnp.isfinite(moved).all(-1)
         if point.jacobians is not None:
-            usable &= _finite(point.jacobians).reshape(-1)
-        starts = self._where_finite(self._where_finite(corrected, point.arriving), point.starts)
-        return starts, ~usable
+            overflown |= ~_finite(point.jacobians).reshape(-1)
+        return overflown
 
-    def _where_finite(self, x: Array, otherwise: Array | int) -> Array:
-        """The chunks that are finite throughout; or where most elements do not influence each other
-        the finite elements, which takes no reduction."""
+    def _finite_matrices(self, x: Float[Array, "chunks *matrix"]) -> Array:
+        """Zero for the chunks whose matrices are not finite throughout; or where most elements do
+        not influence each other for the entries that are not, which takes no reduction."""
         propagated = self.linearization.propagated
         if propagated is not None and propagated.num_seeds(self.size) < max(self.size, 2):
-            return jnp.where(jnp.isfinite(x), x, otherwise)
-        return where_finite(x, otherwise)
-
-    def is_persistent(self, change, previous) -> Bool[Array, ""]:
-        """Whether two successive changes of the starts point the same way, in some leaf.
-
-        If so, more of them will add up; rounding has no direction.
-        """
-        unravel = jax.vmap(self.unravel)
-        return alignment(unravel(change), unravel(previous), self.line) > _SAME_WAY
+            return finite_or(x, 0.0)
+        return where_finite(x, 0)
 
 
 def _with_tangents(step):

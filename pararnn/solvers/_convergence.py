@@ -1,269 +1,178 @@
-r"""When an iteration may stop: what its corrections and defects tell of the error that remains.
+r"""The stopping rule: is the trajectory that a sweep computed as good as the sequential one?
 
-All numbers here are in units of the tolerance (`_tolerance.py`): a start is right if its error is
-at most 1. `changes` below are those of each start in one correction;
-the arrays go over the chunks, in the order of time, those of this device if there are several.
+A sweep from starts $s_c$ returns a trajectory with one error per chunk: the *defect*
+$d_c = F_{c-1}(s_{c-1}) - s_c$ at its start. The error $E_c$ of the start obeys, to first order,
 
-Not even Newton's method is trusted to converge quadratically: the structure may be declared
-wrongly, and a custom derivative may not be one. So an error is estimated from what was observed,
-and the states that are returned are judged once more, by the sweep that computes them.
+$$E_{c+1} = J_c E_c + d_{c+1}, \qquad E_0 = 0,$$
+
+with the true Jacobian $J_c$ of the chunk. A correction solves this with the approximation $A_c$
+that its method uses, $δ_{c+1} = A_c δ_c + d_{c+1}$. What the approximation leaves unexplained,
+$ε = E - δ$, obeys
+
+$$ε_{c+1} = J_c ε_c + (J_c - A_c) δ_c.$$
+
+The effect of $J_c$ is *measured*, by a second trajectory whose chunks start from displaced starts:
+no derivative is believed, since the structure may be declared wrongly and a custom derivative may
+not be one. So a start is accepted if $|δ| + |ε|$ and $|d|$ are at most the tolerance, element by
+element, where the tolerance includes what the chunk before makes of rounding (`_tolerance.py`):
+this is a backward error, so that a network that amplifies its rounding can be at rest, while a
+drift of less than the rounding of one chunk adds up in $δ$ or in $ε$. Rates of convergence end
+an iteration that gets nowhere; they accept nothing.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._line import Line
+from .._misc import finite_or
 from ..scans import AbstractScan
+from ..structures import Diagonal
 
-# A correction beyond this may still be a transient, whose rate tells nothing.
-_EXTRAPOLATE_BELOW = 100.0
-# Corrections up to this may be rounding, amplified by a system close to the edge of stability.
-_AMPLIFIED_ROUNDING = 10.0
-# A correction proves its linearization by removing this much of the defects.
-_REMOVED = 0.9
+# Starts are displaced by this many tolerances, so that rounding does not hide their effect.
+_DISPLACEMENT = 8.0
+# An approximation is confirmed where it misses at most this part of a displacement. What rounding
+# contributes, about one tolerance, stays below.
+_CONFIRMED = 1 / 8
+# A chunk that retains more than this part of a displacement is taken to retain all.
+_LEAKY = 0.9
 # Give up after this many iterations in which no more than the guaranteed chunk became right and the
-# corrections of the others did not shrink either.
+# errors of the others did not shrink either.
 _PATIENCE = 15
-# The mean logarithm of the corrections must fall by this much to count as progress: less is noise.
+# The mean logarithm of the errors must fall by this much to count as progress: less is noise.
 _LOWER = 0.05
-# Beyond this, a correction is as bad as any: keeps its logarithm finite.
+# Beyond this, an error is as bad as any: keeps its logarithm finite.
 _HOPELESS = 1e30
 
 
-class Measured(NamedTuple):
-    """One correction, measured.
-
-    - `changes`: of each start.
-    - `beyond`: what of each is more than the rounding of a few operations.
-    - `defect`: the largest of the defects that were corrected.
-    - `persistent`: whether the change points the same way as the one before it; asked of a
-        quadratic method only.
-    - `pinned`: which starts are exact by induction.
-    """
-
-    changes: Float[Array, " starts"]
-    beyond: Float[Array, " starts"]
-    defect: Float[Array, ""]
-    persistent: Bool[Array, ""] | bool
-    pinned: Bool[Array, " starts"]
-
-
 class Vouched(NamedTuple):
-    """What a method itself says of a correction.
+    """What a method reports about its correction.
 
-    - `accepted`: it starts from the point that was swept last, and not from an earlier one.
-    - `complete`: its size tells the error, as it is not damped.
-    - `descended`: by a measure of the method's own, it came nearer.
+    - `accepted`: the correction starts from the point that was swept last, not an earlier one.
+    - `descended`: a merit function of the method decreased.
     """
 
     accepted: Bool[Array, ""] | bool = True
-    complete: Bool[Array, ""] | bool = True
     descended: Bool[Array, ""] | bool = False
 
 
-class History(NamedTuple):
-    """What is remembered of the corrections so far.
+def displacements(
+    starts: Float[Array, "chunks size"],
+    defects: Float[Array, "chunks size"],
+    grain: Float[Array, "1 size"],
+) -> Float[Array, "chunks size"]:
+    """By how much to displace each start to measure the effect of its chunk's Jacobian.
 
-    - `correction`, `total`: the largest of the last changes, and their sum.
-    - `front`: the first start that the last correction moved.
-    - `level`: the mean logarithm of the changes, the smallest so far.
+    In the direction of the running sum of the defects, because a slow drift that hides behind
+    rounding shows in the sum first.
+
+    **Arguments:**
+
+    - `starts`: the starts of the chunks.
+    - `defects`: of these or of earlier starts; zero if none are known.
+    - `grain`: the relative tolerance of each element.
+    """
+    defects = finite_or(defects, 0.0)
+    rounding = jnp.max(jnp.abs(defects), axis=0, keepdims=True)
+    size = _DISPLACEMENT * jnp.maximum(grain.astype(starts.dtype) * jnp.abs(starts), rounding)
+    return jnp.where(jax.lax.cumsum(defects) < 0, -size, size)
+
+
+def unexplained(
+    displaced: Float[Array, "chunks size"],
+    response: Float[Array, "chunks size"],
+    predicted: Float[Array, "chunks size"],
+    correction: Float[Array, "chunks size"],
+    scan: AbstractScan,
+) -> Float[Array, "chunks size"]:
+    """A bound of $|ε|$, the error that a correction does not account for, at each start.
+
+    **Arguments:**
+
+    - `displaced`: by how much the starts were displaced.
+    - `response`: by how much the ends moved, $J v$.
+    - `predicted`: by how much they should move, $A v$.
+    - `correction`: $δ$.
+    - `scan`: of the linear recurrence over the chunks.
+    """
+    size = jnp.maximum(jnp.abs(displaced), float(jnp.finfo(displaced.dtype).tiny))
+    parts = jnp.abs(jnp.stack([response, response - predicted])) / jnp.expand_dims(size, 0)
+    # Rounding must not make a perfect memory look like a leaky one; and no chunk retains more than
+    # all, or a single one that expands would spoil all that follow.
+    retained, missed = jnp.where(parts < _LEAKY, parts, 1)
+    missed *= (missed > _CONFIRMED).astype(missed.dtype)
+    return scan.arriving(Diagonal(), retained, missed * jnp.abs(correction))
+
+
+class Progress(NamedTuple):
+    """How far an iteration has come.
+
+    - `front`: the first chunk whose start is not accepted.
+    - `level`: the mean logarithm of the errors behind what is exact by induction, the smallest so
+        far.
     - `stalled`: how many iterations made no progress.
-    - `proven`: whether some correction proved the linearization.
-    - `trusted`: whether the corrections themselves prove the convergence.
     """
 
-    correction: Float[Array, ""]
-    total: Float[Array, ""]
-    front: Float[Array, ""]
+    front: Int[Array, ""]
     level: Float[Array, ""]
     stalled: Int[Array, ""]
-    proven: Bool[Array, ""]
-    trusted: Bool[Array, ""]
 
     @classmethod
-    def none(cls) -> "History":
-        infinite, zero = (jnp.asarray(x, jnp.float32) for x in (jnp.inf, 0))
-        no = jnp.asarray(False)
-        return cls(infinite, infinite, zero, infinite, jnp.asarray(0), no, no)
-
-    def restarted(self, restart: Bool[Array, ""]) -> "History":
-        """With patience, and proofs, from the beginning. The corrections before still tell the
-        rate."""
-        none = self.none()
-        return self._replace(
-            front=jnp.where(restart, none.front, self.front),
-            level=jnp.where(restart, none.level, self.level),
-            stalled=jnp.where(restart, none.stalled, self.stalled),
-            proven=self.proven & ~restart,
-        )
+    def none(cls) -> "Progress":
+        return cls(jnp.asarray(0), jnp.asarray(jnp.inf, jnp.float32), jnp.asarray(0))
 
     @property
     def is_patient(self) -> Bool[Array, ""]:
         return self.stalled < _PATIENCE
 
+    def updated(
+        self, front: Int[Array, ""], level: Float[Array, ""], descended: Bool[Array, ""] | bool
+    ) -> "Progress":
+        """After one more iteration. It made progress if the errors shrank, if more chunks became
+        right than the one that is guaranteed to, or if the method's merit `descended`."""
+        nearer = (level < self.level - _LOWER) | (front > self.front + 1) | descended
+        stalled = jnp.where(nearer, 0, self.stalled + 1)
+        return Progress(front, jnp.minimum(level, self.level), stalled)
 
-def judge(
-    measured: Measured,
-    vouched: Vouched,
-    history: History,
-    *,
-    first: Bool[Array, ""],
-    quadratic: bool,
-    scan: AbstractScan,
-) -> tuple[Float[Array, " starts"], History]:
-    """The estimated error of each start after a correction, and the history with it.
 
-    `first` tells whether this is the first correction, and `quadratic` whether the linearization is
-    meant to be exact.
+class Summary(NamedTuple):
+    """The verdict on all chunks, on all devices.
+
+    - `front`: the index of the first chunk that is not accepted.
+    - `level`: the mean logarithm of the errors behind what is exact by induction.
+    - `largest`, `correction`: the largest error and correction.
     """
-    changes, beyond, pinned = measured.changes, measured.beyond, measured.pinned
-    line, scan = scan.line, scan.local
-    # Whatever is to be known of other devices, in one exchange.
-    front, chunks = first_moved(changes, pinned), len(changes)
-    front = jnp.where(front < chunks, line.index, line.count - 1) * chunks + front
-    level_sum, level_count = level_sums(changes, pinned)
-    maxima = [jnp.max(changes), measured.defect, -front.astype(jnp.float32)]
-    sums = [jnp.sum(changes), jnp.sum(beyond), level_sum, level_count]
-    whole, before = line.across(maxima, sums)
-    correction, defect, front = whole.maxima[0], whole.maxima[1], -whole.maxima[2]
-    total, total_beyond, level_sum, level_count = whole.sums
-    # A chunk is as wrong as what arrives from the chunks before it, which adds up where the
-    # linearization does not carry it along.
-    if quadratic:
-        rate = correction / history.correction
-        arriving = jnp.maximum(scan.cumulative_max(changes), before.maxima[0])
-    else:
-        rate = jnp.maximum(correction / history.correction, total / history.total)
-        arriving = scan.cumulative_sum(beyond) + before.sums[1]
-    known = ~first & vouched.complete & tells_a_rate(rate, correction)
-    error = jnp.where(known, remaining_error(arriving, rate), jnp.inf)
-    at_rest = total == 0
-    proven, trusted = history.proven, jnp.zeros_like(history.trusted)
-    if quadratic:
-        proven |= proves_linearization(history.correction, defect)
-        everywhere = measured._replace(changes=correction, defect=defect)
-        noise = vouched.accepted & is_amplified_rounding(everywhere)
-        settled = ~first & ((noise & proven) | is_negligible(total))
-        error = jnp.where(at_rest | settled | pinned, 0.0, error)
-        trusted = ~line.any(~jnp.all(error <= 1))
-        # Whether rounding adds up, the check of the returned states finds.
-        at_rest |= ~first & vouched.accepted & is_rounding(total_beyond)
-    error = jnp.where(at_rest | pinned, 0.0, error)
-    level = level_sum / jnp.maximum(level_count, 1)
-    nearer = vouched.descended | comes_nearer(front, level, history)
-    return error, History(
-        correction=correction,
-        total=total,
-        front=front,
-        level=jnp.minimum(level, history.level),
-        stalled=jnp.where(nearer, 0, history.stalled + 1),
-        proven=proven,
-        trusted=trusted,
-    )
+
+    front: Int[Array, ""]
+    level: Float[Array, ""]
+    largest: Float[Array, ""]
+    correction: Float[Array, ""]
 
 
-# --- is it right? -----------------------------------------------------------------------------
-
-
-def tells_a_rate(rate: Float[Array, ""], correction: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether the ratio of two successive corrections is that of a convergence."""
-    return (rate < 1) & (correction <= _EXTRAPOLATE_BELOW)
-
-
-def remaining_error(arriving: Float[Array, " starts"], rate: Float[Array, ""]) -> Array:
-    """The sum of the corrections to come, a geometric series at the observed rate."""
-    return arriving * rate / (1 - rate)
-
-
-def is_negligible(total: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether even the sum of the changes of all chunks is below the tolerance."""
-    return total <= 1
-
-
-def is_rounding(beyond: Float[Array, "..."]) -> Bool[Array, ""]:
-    """Whether the changes are nothing but the rounding of a few operations."""
-    return jnp.all(beyond == 0)
-
-
-def is_amplified_rounding(measured: Measured) -> Bool[Array, ""]:
-    """Whether the changes can be the rounding of a system near the edge of stability, which
-    amplifies it, so that Newton's corrections never settle: they are small, without direction, and
-    correct defects that are below the tolerance.
-
-    Rounding has no direction, but neither has the drift of a derivative that is not one
-    (`stop_gradient`): so the linearization must have proved itself on a larger correction.
-    """
-    small = jnp.max(measured.changes) <= _AMPLIFIED_ROUNDING
-    return small & (measured.defect <= 1) & jnp.logical_not(measured.persistent)
-
-
-def proves_linearization(
-    last_correction: Float[Array, ""], defect: Float[Array, ""]
-) -> Bool[Array, ""]:
-    """Whether the correction before was no rounding, and left little of the defects."""
-    large = jnp.isfinite(last_correction) & (last_correction >= _AMPLIFIED_ROUNDING)
-    return large & (defect <= (1 - _REMOVED) * last_correction)
-
-
-# --- does it go on? ---------------------------------------------------------------------------
+def summarize(
+    errors: Float[Array, " chunks"],
+    correction: Float[Array, ""],
+    pinned: Bool[Array, " chunks"],
+    line: Line,
+) -> Summary:
+    """Reduces the errors, in units of the tolerance, in one exchange between devices; `pinned` are
+    the starts that are exact by induction."""
+    count = len(errors)
+    positions = line.positions(count)
+    uncertain = (~pinned).astype(jnp.float32)
+    logs = uncertain * jnp.log(jnp.minimum(jnp.maximum(errors, 1), _HOPELESS))
+    # Counted from behind, so that a maximum finds the first.
+    behind = (errors > 1).astype(int) * (line.count * count - positions)
+    maxima = [jnp.max(behind).astype(jnp.float32), jnp.max(errors), correction]
+    whole, _ = line.across(maxima, [jnp.sum(logs), jnp.sum(uncertain)])
+    behind, largest, correction = whole.maxima
+    front = line.count * count - behind.astype(int)
+    return Summary(front, whole.sums[0] / jnp.maximum(whole.sums[1], 1), largest, correction)
 
 
 def first_index(flags: Bool[Array, " n"]) -> Int[Array, ""]:
     """The index of the first true flag; the number of flags if there is none."""
     padded = jnp.concatenate([flags, jnp.ones(1, bool)])
     return jnp.argmax(padded)
-
-
-def first_moved(changes: Float[Array, " starts"], pinned: Bool[Array, " starts"]) -> Array:
-    """The first start that a correction moved, of those that are not exact by induction."""
-    return first_index((changes > 1) & ~pinned)
-
-
-def level_sums(
-    changes: Float[Array, " starts"], pinned: Bool[Array, " starts"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The sum of the logarithms of the changes, of the starts that are not exact by induction; and
-    the number of these."""
-    logs = jnp.where(pinned, 0.0, jnp.log(jnp.clip(changes, 1.0, _HOPELESS)))
-    return jnp.sum(logs), jnp.sum(~pinned, dtype=logs.dtype)
-
-
-def comes_nearer(front: Array, level: Float[Array, ""], history: History) -> Bool[Array, ""]:
-    """Whether the corrections shrink, or more starts came to rest than the one that is guaranteed
-    to."""
-    return (level < history.level - _LOWER) | (front > history.front + 1)
-
-
-# --- is what is returned right? ---------------------------------------------------------------
-
-
-def is_forgotten(norms: Float[Array, "..."], kept: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether defects of these sizes do not add up to more than the tolerance, of which `kept` is
-    left after a chunk: a geometric series. A system that does not forget carries every defect on, a
-    drift of a few units in the last place too."""
-    return (kept < 1) & (jnp.max(norms) / (1 - kept) <= 1)
-
-
-def that_add_up(
-    forgotten: Bool[Array, ""], norms: Float[Array, "..."], beyond: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """What of defects adds up: all of it, or if they are `forgotten` what is more than rounding."""
-    return jnp.where(forgotten, beyond, norms)
-
-
-def contradicted(
-    norms: Float[Array, "..."], added_up: Float[Array, "..."], trusted: Bool[Array, ""]
-) -> Bool[Array, "..."]:
-    """Which starts the sweep that computes the returned states contradicts.
-
-    A slow mode may hide behind a fast one, whose rate is no guide then; but as long as chunks do
-    not expand, a chunk is no further off than the sum of the defects before it.
-
-    **Arguments:**
-
-    - `norms`: of the defects.
-    - `added_up`: the sum up to each start of what of them adds up.
-    - `trusted`: whether the corrections proved the convergence: then defects do not add up.
-    """
-    return (norms > 1) | ((added_up > 1) & ~trusted)

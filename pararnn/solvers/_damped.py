@@ -37,8 +37,6 @@ from ._shooting import AbstractIterativeSolver
 _FIRST_DAMPING = 1e-2
 _DOWN, _UP = 0.1, 4.0
 _LEAST, _MOST = 1e-8, 1e6
-# Below this, a correction is Newton's for the purpose of judging convergence.
-_NEARLY_UNDAMPED = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +94,7 @@ class LevenbergMarquardt(AbstractIterativeSolver):
         factor = jnp.where(accepted, _DOWN, _UP).astype(state.damping.dtype)
         damping = jnp.clip(state.damping * factor, _LEAST, _MOST)
         starts = _damped_starts(chunks, point, damping)
-        undamped = accepted & (damping <= _NEARLY_UNDAMPED)
-        vouched = Vouched(accepted, complete=undamped, descended=accepted)
+        vouched = Vouched(accepted, descended=accepted)
         return Correction(point, starts, _Search(damping, point, merit), vouched)
 
 
@@ -121,7 +118,7 @@ def _damped_starts(chunks: Chunks, point: Point, damping: Float[Array, ""]) -> A
     jacobians, defects = where_finite(point.jacobians, 0), where_finite(point.defects, 0)
     matrices = chunks.line.earlier(jacobians, jnp.zeros_like(jacobians[0]))
     delta = damped_correction(kept, matrices, defects, damping, chunks.scan)
-    return chunks.usable(point, point.starts + delta)[0]
+    return chunks.safeguarded(point, point.starts + delta)
 
 
 class _Filter(NamedTuple):

@@ -35,14 +35,13 @@ from ._base import AbstractSolver, Outcome, Report, Rest, check_tangents, comple
 from ._chunks import Chunks, Point
 from ._finish import finish_sequentially
 from ._iteration import (
-    Checked,
     Correction,
     Method,
+    Trajectory,
     begin,
-    go_on,
-    run_ahead,
-    run_single,
-    unchecked,
+    iterate_ahead,
+    iterate_until_accepted,
+    single_chunk,
 )
 from ._linearization import Linearization
 
@@ -156,7 +155,9 @@ class AbstractIterativeSolver(AbstractSolver):
     def correct(self, chunks: Chunks, point: Point, state: Any) -> Correction:
         """The starts that follow from a sweep. By default, the linear recurrence over the chunks
         with the linearization's matrices."""
-        return Correction(point, chunks.correct(point)[0], state)
+        moved = chunks.moved(point)
+        starts = chunks.safeguarded(point, point.arriving + moved)
+        return Correction(point, starts, state, moved=moved)
 
     def finishing(self) -> "AbstractIterativeSolver":
         return dataclasses.replace(self, fallback=True)
@@ -209,50 +210,48 @@ class AbstractIterativeSolver(AbstractSolver):
         if chunks.linearization.propagated is not None:
             check_tangents(self, recurrence)
         starts, steps = self.refine(chunks, chunks.guess(guess, overlap))
-        method = self._method(chunks, report)
-        progress = begin(method, chunks, starts)
-        outcome = functools.partial(self._outcome, steps=steps + overlap)
+        method, steps = self._method(chunks, report), steps + overlap
+        iterate = begin(method, chunks, starts)
         if chunks.num_chunks == 1 and not chunks.line.is_cut:
-            return outcome(chunks, run_single(chunks, progress), last=True), None
+            return self._outcome(chunks, single_chunk(chunks, iterate), steps, last=True), None
         if not (overlap or ahead):
-            checked = go_on(method, chunks, unchecked(chunks, progress))
-            return outcome(chunks, checked, last=True), None
-        checked = run_ahead(method, chunks, progress, ahead)
+            trajectory = iterate_until_accepted(method, chunks, iterate)
+            return self._outcome(chunks, trajectory, steps, last=True), None
+        first = iterate_ahead(method, chunks, iterate, ahead)
 
-        def rest(states):
+        def rest(_):
             sweep = as_sweep("sweep_method", solver.sweep_method)
             # Many tangents become no kernel, and to write their steps out takes long to compile.
             dense = recurrence.structure.num_seeds(recurrence.size) > _FEW_SEEDS
             sweep = Scanned(in_place=True) if dense else sweep.small()
             chunks = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence)
-            last = go_on(self._method(chunks, report), chunks, checked._replace(states=states))
-            return outcome(chunks, last, last=True)
+            method, made = self._method(chunks, report), steps + chunks.chunk_size
+            trajectory = iterate_until_accepted(method, chunks, first.iterate)
+            return self._outcome(chunks, trajectory, made, last=True)
 
-        return outcome(chunks, checked, last=False), rest
+        return self._outcome(chunks, first, steps, last=False), rest
 
     def _method(self, chunks: Chunks, report: Report | None) -> Method:
         return Method(
             functools.partial(self.init, chunks),
             functools.partial(self.correct, chunks),
-            self._is_quadratic(chunks),
             self.max_iters,
             report,
         )
 
-    def _outcome(self, chunks: Chunks, checked: Checked, *, steps: int, last: bool) -> Outcome:
-        """What a solve returns; of the `last` states, those that are not right are finished
-        sequentially."""
-        progress, states, bad = checked
-        converged, finished = ~progress.pending, jnp.asarray(0)
+    def _outcome(self, chunks: Chunks, trajectory: Trajectory, steps: int, last: bool) -> Outcome:
+        """What a solve returns. If nothing follows, what is not right is finished sequentially."""
+        iterate, states, bad, pending = trajectory
+        converged, finished = ~pending, jnp.asarray(0)
         if last and self.fallback:
             chunk_size = chunks.chunk_size
             states, finished = finish_sequentially(chunks.recurrence, states, bad, chunk_size)
             converged = jnp.ones_like(converged)
         stats = Stats(
-            iterations=progress.iteration,
-            correction=progress.history.correction,
+            iterations=iterate.iteration,
+            correction=iterate.judged.correction,
             chunk_size=chunks.chunk_size,
-            sequential_steps=steps + progress.sweeps * chunks.chunk_size + finished,
+            sequential_steps=steps + (iterate.iteration + 1) * chunks.chunk_size + finished,
             fallback=finished > 0,
         )
         return states, converged, stats
@@ -260,12 +259,9 @@ class AbstractIterativeSolver(AbstractSolver):
     def solve_affine(self, recurrence: Recurrence) -> PyTree[Array]:
         """With the exact Jacobian, one correction from any starts is the solution."""
         chunks = self.resolved(recurrence)._cut(recurrence)
-        if self._is_quadratic(chunks):
+        if chunks.linearization.exact and not self.damped:
             return shoot_once(chunks)
         return self.finishing().solve(recurrence, None)[0]
-
-    def _is_quadratic(self, chunks: Chunks) -> bool:
-        return chunks.linearization.exact and not self.damped
 
     def _cut(self, recurrence: Recurrence, window: int = 0) -> Chunks:
         """The chunks of a recurrence that this solver is resolved for."""

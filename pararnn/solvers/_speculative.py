@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._settings import check_positive_int
@@ -118,18 +119,10 @@ def _canonical(chunks: Chunks, starts: Array) -> Float[Array, "pool size"]:
     """States from the second half of all chunks, run through the inputs of the first chunk."""
     _, states = chunks.trajectory(starts)
     vectors = jax.vmap(chunks.ravel)(states)
-    step_in_chunk = jnp.arange(chunks.length) % chunks.chunk_size
-    settled = jnp.nonzero(
-        step_in_chunk >= chunks.chunk_size // 2, size=_settled_count(chunks), fill_value=0
-    )[0]
+    step_in_chunk = np.arange(chunks.length) % chunks.chunk_size
+    settled = np.flatnonzero(step_in_chunk >= chunks.chunk_size // 2)
     stride = max(1, len(settled) // _POOL_SIZE)
     return chunks.through_first_chunk(vectors[settled[::stride]])
-
-
-def _settled_count(chunks: Chunks) -> int:
-    full, rest = divmod(chunks.length, chunks.chunk_size)
-    half = chunks.chunk_size // 2
-    return full * (chunks.chunk_size - half) + max(0, rest - half)
 
 
 def _farthest_points(points: Float[Array, "n size"], count: int) -> Float[Array, "m size"]:

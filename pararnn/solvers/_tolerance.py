@@ -8,10 +8,6 @@ independently in every element, by the relative amount that a tolerance grants. 
 componentwise backward error of Oettli and Prager (*Compatibility of approximate solution of linear
 equations with given error bounds for coefficients and right-hand sides*, Numerische Mathematik
 1964), by sampling.
-
-The experiment costs a sweep, and its result is trusted near a solution only. Up to there, a coarser
-scale does: the largest magnitude so far in the sequence, of the elements of a leaf that may
-influence each other.
 """
 
 import functools
@@ -23,16 +19,18 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._misc import is_complex, raveler
+from .._line import Line
+from .._misc import finite_or, is_complex, raveler
 from .._norms import default_rtol
-from ..scans import AbstractScan
 from ..structures import AbstractStructure
 
-# How many units in the last place count as rounding.
-_ROUNDING = 4.0
 # Disturbances of several elements may cancel by accident: of so many, with other signs, the largest
 # effect counts.
 SAMPLES = 5
+# A difference is rounding if a disturbance of every state by this many units in the last place
+# makes as much; up to this many times what is granted to the largest element, as chaos may drive a
+# disturbance to any size.
+_ROUNDING, _AMPLIFIED = 8.0, 4.0
 
 
 class Tolerance:
@@ -43,97 +41,90 @@ class Tolerance:
     the widest, and the others follow in proportion.
     """
 
-    def __init__(
-        self,
-        init: PyTree[Any],
-        structure: AbstractStructure,
-        scan: AbstractScan,
-        rtol: float | None,
-        atol: float,
-    ):
-        self._scan, self._line = scan, scan.line
-        _, _, size, self._dtype = raveler(init)
+    def __init__(self, init: PyTree[Any], line: Line, rtol: float | None, atol: float):
+        self._line = line
+        _, _, _, self._dtype = raveler(init)
         leaves = jtu.tree_leaves(init)
         self.wide = self._dtype if jnp.finfo(self._dtype).bits >= 32 else np.dtype(np.float32)
         sizes = [leaf.size * (2 if is_complex(leaf) else 1) for leaf in leaves]
         self._grains = [default_rtol(leaf.dtype) for leaf in leaves]
-        self._coarsest = max(self._grains)
+        self._coarsest = max(self._grains, default=0.0)
         self._grain = np.repeat(self._grains, sizes).astype(self.wide)
         eps = [float(jnp.finfo(leaf.dtype).eps) for leaf in leaves]
         rounding = [_ROUNDING * e / grain for e, grain in zip(eps, self._grains, strict=True)]
         self._rounding = np.repeat(rounding, sizes).astype(self.wide)
         self._factor = 1.0 if rtol is None else rtol / default_rtol(self._dtype)
         self._atol = atol
-        # Elements of one group share their coarse scale: those of a leaf that may meet.
         self._leaves = np.repeat(np.arange(len(leaves)), sizes)
-        pairs = np.stack([self._leaves, structure.labels(size)])
-        _, groups = np.unique(pairs, axis=1, return_inverse=True)
-        self._groups = groups.reshape(-1)
 
-    def _per_element(self, values: np.ndarray) -> Float[Array, "1 size"]:
-        return jnp.expand_dims(jnp.asarray(values), 0)
+    @property
+    def grain(self) -> Float[Array, "1 size"]:
+        """The default relative tolerance of each element."""
+        return jnp.expand_dims(jnp.asarray(self._grain), 0)
 
     def _magnitude(self, x: Array) -> Float[Array, "*rows size"]:
-        x = jnp.abs(x).astype(self.wide)
-        return jnp.where(jnp.isfinite(x), x, 0)
-
-    def coarse(self, values: Float[Array, "n size"]) -> Float[Array, "n size"]:
-        """The scale far from a solution: the largest magnitude so far of any element of the group.
-
-        A state that decays to zero is judged by what it was, one that grows by what it is now.
-        """
-        largest = _largest(self._magnitude(values), self._groups)
-        return self._coarsest * self._scan.cumulative_max(largest)
+        return jnp.abs(x).astype(self.wide)
 
     def most(self, values: Float[Array, "n size"]) -> Float[Array, "1 size"]:
-        """The largest scale that `fine` may give: what is granted to the largest element of a leaf,
-        on any device. Chaos may drive a disturbance to any size."""
-        magnitude = _largest(self._magnitude(values), self._leaves)
-        most = jnp.max(magnitude, axis=0, keepdims=True, initial=0.0)
-        return self._coarsest * self._line.largest(most)
+        """What is granted to the largest element of a leaf, on any device."""
+        magnitude = jnp.max(self._magnitude(values), axis=0, keepdims=True, initial=0.0)
+        return self._coarsest * self._line.largest(_largest(magnitude, self._leaves))
 
-    def fine(
-        self, values: Array, images: Array, disturbed: Float[Array, "samples n size"], most: Array
+    def of_connected(
+        self, values: Float[Array, "n size"], structure: AbstractStructure
     ) -> Float[Array, "n size"]:
-        """The scale close to a solution: of each element on its own.
+        """What is granted to the largest of the elements of a leaf that may influence each other,
+        in each row."""
+        pairs = np.stack([self._leaves, structure.labels(values.shape[1])])
+        _, groups = np.unique(pairs, axis=1, return_inverse=True)
+        return self._coarsest * _largest(self._magnitude(values), groups.reshape(-1))
+
+    def effect(
+        self, images: Float[Array, "n size"], disturbed: Float[Array, "samples n size"]
+    ) -> Float[Array, "n size"]:
+        """By how much disturbances of the states before moved the `images`, at most. With fewer
+        than `SAMPLES` samples, the maximum over neighbouring rows is used."""
+        images = jnp.expand_dims(images.astype(self.wide), 0)
+        moved = jnp.abs(disturbed.astype(self.wide) - images)
+        moved = jnp.max(finite_or(moved, 0.0), axis=0)
+        return _largest_near(moved, -(-SAMPLES // len(disturbed)))
+
+    def scale(
+        self, values: Float[Array, "n size"], effect: Array, most: Array
+    ) -> Float[Array, "n size"]:
+        """The scale of each element on its own.
 
         **Arguments:**
 
-        - `values`: the solution.
-        - `images`, `disturbed`: what the steps before led to, and where they lead when disturbed,
-            by one or several samples. Of fewer than `SAMPLES`, those of the nearest rows count too.
+        - `values`: the states.
+        - `effect`: what `effect` found of disturbances of the states before them.
         - `most`: as `most` gives it.
         """
-        images = jnp.expand_dims(images.astype(self.wide), 0)
-        moved = self._magnitude(disturbed.astype(self.wide) - images)
-        moved = _largest_near(jnp.max(moved, axis=0), -(-SAMPLES // len(disturbed)))
-        local = self._per_element(self._grain) * self._magnitude(values)
-        return jnp.minimum(most, local + moved)
+        local = self.grain * self._magnitude(values)
+        rounding = jnp.minimum(_AMPLIFIED * most, jnp.expand_dims(self._rounding, 0) * effect)
+        return jnp.maximum(jnp.minimum(most, local + effect), rounding)
 
-    def norm(self, difference: Array, scale: Float[Array, "n size"]) -> Float[Array, " n"]:
+    def norm(
+        self, difference: Float[Array, "*several n size"], scale: Float[Array, "*several n size"]
+    ) -> Float[Array, "*several n"]:
         """The largest element of each difference, in units of the tolerance; `inf` if any is not
         finite."""
-        size = jnp.abs(difference).astype(self.wide)
-        unit = self._atol + self._factor * scale + float(jnp.finfo(self.wide).tiny)
-        norm = jnp.where(size == 0, 0, size / unit)
-        norm = jnp.where(jnp.isfinite(size), norm, jnp.inf)
-        return jnp.max(norm, axis=-1, initial=0.0).astype(jnp.float32)
+        unit = self._factor * scale + (self._atol + float(jnp.finfo(self.wide).tiny))
+        norm = jnp.max(jnp.abs(difference).astype(self.wide) / unit, axis=-1, initial=0.0)
+        return finite_or(norm, jnp.inf).astype(jnp.float32)
 
-    def beyond_rounding(self, difference: Array, scale: Array) -> Float[Array, "n size"]:
-        """What is left of a difference without the rounding of a few operations."""
-        difference = difference.astype(self.wide)
-        rounding = self._per_element(self._rounding) * scale
-        return jnp.sign(difference) * jnp.maximum(jnp.abs(difference) - rounding, 0)
-
-    def disturb(self, state: PyTree[Array], place: Int[Array, ""]) -> PyTree[Array]:
-        """The state with each element changed by the default tolerance, up or down. The signs look
-        random, and depend on the `place`."""
+    def disturb(
+        self, state: PyTree[Array], place: Int[Array, ""], strength: Float[Array, ""]
+    ) -> PyTree[Array]:
+        """The state with each element changed by `strength` times the default tolerance, up or
+        down; with strength 0 the state itself. The signs look random, and depend on the `place`."""
 
         def one(leaf, grain, seed):
             real = jnp.finfo(leaf.dtype).dtype
-            changed = grain * _signs(place, leaf.shape, 2 * seed).astype(real)
+            size = (grain * strength).astype(real)
+            changed = size * _signs(place, leaf.shape, 2 * seed).astype(real)
             if is_complex(leaf):
-                other = grain * _signs(place, leaf.shape, 2 * seed + 1).astype(real)
+                other = size * _signs(place, leaf.shape, 2 * seed + 1).astype(real)
                 changed = jax.lax.complex(changed, other)
             return leaf + leaf * changed
 
@@ -154,6 +145,8 @@ def _largest(values: Array, labels: np.ndarray) -> Float[Array, "n size"]:
 
 def _largest_near(rows: Float[Array, "n size"], count: int) -> Float[Array, "n size"]:
     """Of each element, none of which is negative, the largest in `count` rows around its own."""
+    if count == 1:
+        return rows
     before = (count - 1) // 2
     near = jnp.pad(rows, [(before, count - 1 - before), (0, 0)])
     return functools.reduce(jnp.maximum, [near[i : i + len(rows)] for i in range(count)])
@@ -175,4 +168,4 @@ def _signs(place: Int[Array, ""], shape: tuple[int, ...], seed: int) -> Float[Ar
     x = jnp.asarray(index) ^ (place.astype(np.uint32) * np.uint32(0xC2B2AE35))
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    return jnp.where(x >> np.uint32(31) == 0, 1.0, -1.0).astype(np.float32)
+    return 1 - 2 * (x >> np.uint32(31)).astype(np.float32)

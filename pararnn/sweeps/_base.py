@@ -58,6 +58,8 @@ class AbstractSweep(abc.ABC):
     # Whether what is carried is better one vector than the leaves of a state: where taking it apart
     # costs nothing within a step, but a copy outside.
     takes_vectors: ClassVar[bool] = False
+    # Whether it calls the step as it is, so that its states need no check against the step.
+    plain: ClassVar[bool] = False
 
     def prepare(self, xs: PyTree[Array], rows: Rows) -> PyTree[Array]:
         """What `run` reads of the inputs, for any number of runs. By default `xs` as they are."""

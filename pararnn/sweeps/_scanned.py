@@ -1,4 +1,5 @@
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ class Scanned(AbstractSweep):
     - `in_place`: whether each step looks for its inputs where they are. Otherwise a copy of all of
         them is made, in the order of the steps, which serves any number of sweeps.
     """
+
+    plain: ClassVar[bool] = True
 
     in_place: bool = False
 

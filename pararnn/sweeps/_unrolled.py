@@ -1,4 +1,5 @@
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ class Unrolled(AbstractSweep):
     """All steps written out. On an accelerator, elementwise ones become a single kernel that keeps
     what is carried in registers; takes the longer to compile the more steps a chunk has, and should
     not be used with more than 32."""
+
+    plain: ClassVar[bool] = True
 
     def small(self):
         return Scanned(in_place=True)

@@ -10,6 +10,7 @@ from sweeps import agree, both, plain_sweep, starts_like
 from systems import INTERPRET
 
 import pararnn as prnn
+from pararnn._line import Line
 from pararnn.kernels import fused_sweep, unsupported
 from pararnn.solvers._chunks import _with_tangents
 from pararnn.solvers._tolerance import Tolerance
@@ -170,11 +171,11 @@ def test_the_linear_steps_of_derivatives(name, through):
 def test_disturbed_steps():
     step, us, starts = problem("DiagonalLSTM 48")
     init = jtu.tree_map(lambda s: s[0], starts)
-    tolerance = Tolerance(init, prnn.Dense(), prnn.scans.Sequential(), None, 0.0)
+    tolerance = Tolerance(init, Line(), None, 0.0)
 
     def disturbed(state, inputs):
         place, x = inputs
-        return step(tolerance.disturb(state, place), x)
+        return step(tolerance.disturb(state, place, jnp.ones((), jnp.float32)), x)
 
     inputs = (jnp.arange(LENGTH), us)
     agree(*both(disturbed, starts, inputs, num_steps=STEPS, stride=STEPS, keep=False))
