@@ -1,6 +1,7 @@
 """The interface of a cell, and the checks of its sizes and inputs."""
 
 import abc
+import math
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -90,6 +91,15 @@ def check_sizes(**sizes: Any) -> None:
             raise TypeError(f"`{name}` must be a Python int; got {size!r}.")
         if size < 1:
             raise ValueError(f"`{name}` must be at least 1; got {size}.")
+
+
+def check_eps(norm_eps: Any) -> float:
+    """The number itself. Raises unless it is positive and finite."""
+    if isinstance(norm_eps, bool) or not isinstance(norm_eps, (int, float)):
+        raise TypeError(f"`norm_eps` must be a Python number; got {norm_eps!r}.")
+    if not 0 < norm_eps < math.inf:
+        raise ValueError(f"`norm_eps` must be positive and finite; got {norm_eps}.")
+    return float(norm_eps)
 
 
 def head_sizes(num_heads: int, **sizes: int) -> list[int]:

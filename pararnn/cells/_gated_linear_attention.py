@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._algebra import AbstractAlgebra
-from ._base import AbstractCell, check_inputs, check_sizes
+from ._base import AbstractCell, check_eps, check_inputs, check_sizes
 from ._chunk_maps import MatrixAlgebra
 from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_channels
 from ._parts import (
@@ -30,11 +30,11 @@ class GatedLinearAttention(AbstractCell):
     attention transformers with hardware-efficient training*, ICML 2024). Per head, with the state
     $S$ of shape `(key_size, value_size)`,
 
-    $$S' = \mathrm{diag}(α) S + k v^\top, \qquad y = S'^\top q, \qquad
+    $$S' = \mathrm{diag}(α) S + k v^\top, \qquad y = S'^\top q / \sqrt{d}, \qquad
     α = σ(W_α W_R x + b_α)^{1/16},$$
 
-    where $q$, $k$, $v$ are linear maps of $x$, and $W_R x$ are `gate_rank` numbers. The output, of
-    shape `(output_size,)`, is
+    where $q$, $k$, $v$ are linear maps of $x$, $d$ is `key_size`, and $W_R x$ are `gate_rank`
+    numbers. The output, of shape `(output_size,)`, is
 
     $$W_o\, (\mathrm{RMSNorm}(y) ⊙ \mathrm{SiLU}(W_g x)),$$
 
@@ -61,6 +61,7 @@ class GatedLinearAttention(AbstractCell):
     num_heads: int = eqx.field(static=True)
     key_size: int = eqx.field(static=True)
     value_size: int = eqx.field(static=True)
+    norm_eps: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class GatedLinearAttention(AbstractCell):
         output_size: int | None = None,
         *,
         gate_rank: int = 16,
+        norm_eps: float = 1e-5,
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
@@ -81,6 +83,7 @@ class GatedLinearAttention(AbstractCell):
         - `key_size`, `value_size`: the shape of each.
         - `output_size`: the number of features of outputs; `None` is `input_size`.
         - `gate_rank`: the rank of the map to $α$; the default is the paper's.
+        - `norm_eps`: is added to the mean square of $y$ in the norm.
         - `dtype`: of the parameters; the state has at least float32.
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             their inputs; $b_α = 0$, with which $α$ starts near $0.96$; the norm's weights 1.
@@ -100,18 +103,19 @@ class GatedLinearAttention(AbstractCell):
         self.num_heads = num_heads
         self.key_size = key_size
         self.value_size = value_size
+        self.norm_eps = check_eps(norm_eps)
 
     def init_state(self) -> _State:
         return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        r"""$q$, $k$, $v$, $\log α$ and the output gate $W_g x$."""
+        r"""$q/\sqrt{d}$, $k$, $v$, $\log α$ and the output gate $W_g x$."""
         check_inputs(xs, self.input_size)
         maps = (self.weight_q, self.weight_k, self.weight_v)
         q, k, v = (split_heads(xs @ weight.T, self.num_heads) for weight in maps)
         raw = affine(self.weight_alpha, self.bias_alpha, xs @ self.weight_rank.T)
         log_alpha = split_heads(jax.nn.log_sigmoid(wide(raw)) / _ROOT, self.num_heads)
-        return [q, k, v, log_alpha, xs @ self.weight_g.T]
+        return [self.key_size**-0.5 * q, k, v, log_alpha, xs @ self.weight_g.T]
 
     def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
         _, k, v, log_alpha, _ = u
@@ -137,5 +141,5 @@ class GatedLinearAttention(AbstractCell):
         return kept(us[3], reset)
 
     def _outputs(self, y, us):
-        y = norm_heads(y, self.weight_norm, centred=False)
+        y = norm_heads(y, self.weight_norm, centred=False, eps=self.norm_eps)
         return (y * jax.nn.silu(us[-1])) @ self.weight_o.T

@@ -323,13 +323,17 @@ def init_attention(
 
 
 def norm_heads(
-    y: Float[Array, "L heads size"], weight: Float[Array, "heads size"], *, centred: bool
+    y: Float[Array, "L heads size"],
+    weight: Float[Array, "heads size"],
+    *,
+    centred: bool,
+    eps: float = 1e-5,
 ) -> Float[Array, "L heads*size"]:
     """Each head divided by the root of its mean square, after its mean is taken from it if it is to
     be `centred`, and times a weight per feature; then all heads as one vector."""
     if centred:
         y = y - jnp.mean(y, axis=2, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=2, keepdims=True) + 1e-5)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=2, keepdims=True) + eps)
     return merge_heads(y * jnp.expand_dims(weight, 0))
 
 

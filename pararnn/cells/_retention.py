@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._algebra import AbstractAlgebra
-from ._base import AbstractCell, check_inputs, check_sizes
+from ._base import AbstractCell, check_eps, check_inputs, check_sizes
 from ._chunk_maps import MatrixAlgebra
 from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_heads
 from ._parts import init_attention, init_linear, norm_heads, split_heads, zero_state
@@ -20,19 +20,20 @@ class Retention(AbstractCell):
     network: a successor to transformer for large language models*, 2023). Head $n$, from 0, has the
     state $S$ of shape `(key_size, value_size)`, and
 
-    $$S' = γ_n R S + k v^\top, \qquad y = S'^\top q, \qquad γ_n = 1 - 2^{-5-n},$$
+    $$S' = γ_n R^\top S + k v^\top, \qquad y = S'^\top q / \sqrt{d}, \qquad γ_n = 1 - 2^{-5-n},$$
 
-    where $q$, $k$, $v$ are linear maps of $x$, and $R$ turns the pairs of channels $i$ and
-    $i + d/2$ of the $d$ channels of a key, each by its own angle, $10000^{-2i/d}$. So a key of $s$
-    steps ago meets the query turned by $s$ times that: the rotation of queries and keys by their
-    positions, of which only differences count, with no position to be kept. The output, of shape
-    `(output_size,)`, is
+    where $q$, $k$, $v$ are linear maps of $x$, and $R$ turns the pairs $(u_i, u_{i + d/2})$ of the
+    $d$ channels of a key, each by its own angle $θ_i = 10000^{-2i/d}$, to
+    $(u_i \cos θ_i - u_{i + d/2} \sin θ_i, u_i \sin θ_i + u_{i + d/2} \cos θ_i)$. This is the
+    rotation of queries and keys by their positions, $q_t^\top R^{\top (t-s)} k_s =
+    (R^t q_t)^\top R^s k_s$: only differences of positions count, so none is kept. The output, of
+    shape `(output_size,)`, is
 
     $$W_o\, (\mathrm{norm}(y) ⊙ \mathrm{SiLU}(W_g x)),$$
 
-    where the norm takes the mean of each head from it and divides by the standard deviation (with
-    which a factor of $y$, as the paper has for numerical reasons, makes no difference), and $y$
-    then is that of all heads in one vector.
+    where the norm takes the mean of each head from it and divides by the standard deviation, and
+    $y$ then is that of all heads in one vector. The paper divides $y$ by the sum of the weights as
+    well, which the norm undoes.
 
     The step is affine in the state: one pass solves it exactly. The Jacobian consists of blocks of
     2×2. A layer makes outputs chunk by chunk by products of matrices, without the states between.
@@ -51,6 +52,7 @@ class Retention(AbstractCell):
     num_heads: int = eqx.field(static=True)
     key_size: int = eqx.field(static=True)
     value_size: int = eqx.field(static=True)
+    norm_eps: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class Retention(AbstractCell):
         value_size: int,
         output_size: int | None = None,
         *,
+        norm_eps: float = 1e-5,
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
@@ -69,6 +72,7 @@ class Retention(AbstractCell):
         - `num_heads`: how many matrices the state has.
         - `key_size`, `value_size`: the shape of each; `key_size` is even.
         - `output_size`: the number of features of outputs; `None` is `input_size`.
+        - `norm_eps`: is added to the variance of $y$ in the norm.
         - `dtype`: of the parameters; the state has at least float32.
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             their inputs; the norm's weights are 1.
@@ -87,22 +91,23 @@ class Retention(AbstractCell):
         self.num_heads = num_heads
         self.key_size = key_size
         self.value_size = value_size
+        self.norm_eps = check_eps(norm_eps)
 
     def init_state(self) -> _State:
         return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        """$q$, $k$, $v$ and the output gate $W_g x$."""
+        r"""$q/\sqrt{d}$, $k$, $v$ and the output gate $W_g x$."""
         check_inputs(xs, self.input_size)
         maps = (self.weight_q, self.weight_k, self.weight_v)
         q, k, v = (split_heads(xs @ weight.T, self.num_heads) for weight in maps)
-        return [q, k, v, xs @ self.weight_g.T]
+        return [self.key_size**-0.5 * q, k, v, xs @ self.weight_g.T]
 
     def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
         _, k, v, _ = u
         gamma = np.expand_dims(np.exp(self._log_decay()), 1)
-        turned = _turned(jnp.moveaxis(state, 1, 2), self._angles())
-        return decayed_step(jnp.moveaxis(turned, 2, 1), k, v, jnp.asarray(gamma, state.dtype))
+        turned = self._turned_on(state, 1)
+        return decayed_step(turned, k, v, jnp.asarray(gamma, state.dtype))
 
     def readout(
         self,
@@ -117,7 +122,7 @@ class Retention(AbstractCell):
         q, k, v, _ = us
         # What turns is not the state but the queries, which follow it, and the keys: back, to where
         # they would have to be before the chunk.
-        back = -np.expand_dims(np.arange(1, len(q) + 1), (1, 2)) * self._angles()
+        back = np.expand_dims(np.arange(1, len(q) + 1), (1, 2)) * self._angles()
         q, k, log_decay = _turned(q, back), _turned(k, back), self._log_decays(len(q), state)
         state, y = through_heads(state, q, k, v, log_decay, reset)
         return self._turned_on(state, len(q)), self._outputs(y, us)
@@ -131,13 +136,13 @@ class Retention(AbstractCell):
 
     def _turned_on(self, state, length):
         """By as much as that many steps turn a state."""
-        return jnp.moveaxis(_turned(jnp.moveaxis(state, 1, 2), length * self._angles()), 2, 1)
+        return jnp.moveaxis(_turned(jnp.moveaxis(state, 1, 2), -length * self._angles()), 2, 1)
 
     def _log_decays(self, length, state):
         return jnp.asarray(np.tile(self._log_decay(), (length, 1)), state.dtype)
 
     def _outputs(self, y, us):
-        y = norm_heads(y, self.weight_norm, centred=True)
+        y = norm_heads(y, self.weight_norm, centred=True, eps=self.norm_eps)
         return (y * jax.nn.silu(us[-1])) @ self.weight_o.T
 
     def _log_decay(self) -> np.ndarray:

@@ -10,10 +10,10 @@ def _maps(p, x):
     return ((w @ x).reshape(N, -1) for w in (p.weight_q, p.weight_k, p.weight_v))
 
 
-def _layer_norm(y):
+def _layer_norm(y, eps=1e-5):
     """Of each head."""
     y = y - y.mean(1, keepdims=True)
-    return y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-5)
+    return y / np.sqrt((y**2).mean(1, keepdims=True) + eps)
 
 
 def numpy_gla(p, xs):
@@ -24,13 +24,13 @@ def numpy_gla(p, xs):
         alpha = sigmoid(p.weight_alpha @ p.weight_rank @ x + p.bias_alpha) ** (1 / 16)
         alpha = alpha.reshape(N, K)
         S = np.stack([np.diag(alpha[n]) @ S[n] + np.outer(k[n], v[n]) for n in range(N)])
-        y = np.stack([q[n] @ S[n] for n in range(N)])
-        y = y / np.sqrt(np.mean(y**2, axis=1, keepdims=True) + 1e-5) * p.weight_norm
+        y = np.stack([q[n] / np.sqrt(K) @ S[n] for n in range(N)])
+        y = y / np.sqrt(np.mean(y**2, axis=1, keepdims=True) + p.norm_eps) * p.weight_norm
         yield S, p.weight_o @ (y.ravel() * silu(p.weight_g @ x))
 
 
 def numpy_retention(p, xs):
-    """With complex keys and queries, turned by their positions."""
+    """As attention over all steps so far, complex keys and queries turned by their positions."""
     N, d = p.num_heads, p.key_size // 2
     angles = 1 / 10000 ** (np.arange(d) / d)
     gamma = 1 - 2.0 ** (-5 - np.arange(N))
@@ -38,12 +38,15 @@ def numpy_retention(p, xs):
     for t, x in enumerate(xs):
         q, k, v = _maps(p, x)
         q, k = (a[:, :d] + 1j * a[:, d:] for a in (q, k))
-        written.append((k * np.exp(-1j * angles * t), v))
-        turn, S = np.exp(1j * angles * t), 0
+        written.append((k * np.exp(1j * angles * t), v))
+        turn = np.exp(1j * angles * t)
+        turned, y, S = q * turn, 0, 0
         for s, (k_s, v_s) in enumerate(written):
-            S = S + gamma[:, None, None] ** (t - s) * (turn * k_s)[:, :, None] * v_s[:, None, :]
-        y = np.einsum("nk,nkv->nv", q.conj(), S).real
-        y = _layer_norm(y) * p.weight_norm
+            kept = gamma ** (t - s)
+            weights = kept * (turned * k_s.conj()).sum(1).real / np.sqrt(2 * d)
+            y = y + weights[:, None] * v_s
+            S = S + kept[:, None, None] * (k_s / turn)[:, :, None] * v_s[:, None, :]
+        y = _layer_norm(y, p.norm_eps) * p.weight_norm
         yield np.concatenate([S.real, S.imag], 1), p.weight_o @ (y.ravel() * silu(p.weight_g @ x))
 
 

@@ -320,6 +320,7 @@ def test_initial_gates():
         (lambda: prnn.GatedLinearAttention(4, 0, 3, 5, key=KEY), "`num_heads` must be at least 1"),
         (lambda: prnn.GatedLinearAttention(4, 2, 3, 5, gate_rank=0, key=KEY), "`gate_rank`"),
         (lambda: prnn.Retention(4, 2, 3, 5, key=KEY), "`key_size` must be even, .*; got 3"),
+        (lambda: prnn.Retention(4, 2, 4, 5, norm_eps=0.0, key=KEY), "`norm_eps` must be positive"),
         (lambda: prnn.Mamba2(4, 2, 3, -1, key=KEY), "`state_size` must be at least 1; got -1"),
         (lambda: prnn.Mamba2(4, 2, conv_width=-1, key=KEY), "`conv_width` must be at least 1"),
         (lambda: prnn.Based(4, 2, value_size=0, key=KEY), "`value_size` must be at least 1"),
