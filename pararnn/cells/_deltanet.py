@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import check_inputs, check_sizes
+from ._base import check_eps, check_inputs, check_sizes
 from ._delta_rule import ROWS, AbstractDeltaCell, DeltaInputs
 from ._parts import (
     convolved,
@@ -29,7 +29,8 @@ class DeltaNet(AbstractDeltaCell):
 
     $$S' = α (I - β k k^\top) S + β k v^\top, \qquad y = S'^\top q.$$
 
-    $q$, $k$, $v$ are linear maps of $x$, $q$ and $k$ divided by their norms; $β = σ(w_β x)$, and
+    $q$, $k$, $v$ are linear maps of $x$, $q$ and $k$ divided by their norms, and $q$ also by the
+    root of `key_size`, as in the authors' code, fla-org/flash-linear-attention; $β = σ(w_β x)$, and
     $α = \exp(-A\,\mathrm{softplus}(w_α x + b_α))$. The output, of shape `(output_size,)`, is
     $W_o\, y$ with the $y$ of all heads in one vector. What Yang et al. put around it, a short
     convolution and an output gate, is there if asked for.
@@ -59,6 +60,7 @@ class DeltaNet(AbstractDeltaCell):
     value_size: int = eqx.field(static=True)
     negative_eigenvalues: bool = eqx.field(static=True)
     conv_width: int = eqx.field(static=True)
+    norm_eps: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class DeltaNet(AbstractDeltaCell):
         negative_eigenvalues: bool = False,
         conv_width: int = 0,
         output_gate: bool = False,
+        norm_eps: float = 1e-5,
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
@@ -90,6 +93,8 @@ class DeltaNet(AbstractDeltaCell):
             per channel of the linear maps.
         - `output_gate`: whether the output is $W_o\, (\mathrm{RMSNorm}(y) ⊙ \mathrm{SiLU}(W_g x))$,
             with a norm of each head.
+        - `norm_eps`: is added to the mean square of $y$ in this norm. The default is that of
+            flash-linear-attention; Qwen3-Next has $10^{-6}$.
         - `dtype`: of the parameters; the state has at least float32.
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             their inputs, the convolution with $n$ its width, $A$ and $b_α$ as in Mamba-2; the
@@ -125,6 +130,7 @@ class DeltaNet(AbstractDeltaCell):
         self.value_size = value_size
         self.negative_eigenvalues = negative_eigenvalues
         self.conv_width = conv_width
+        self.norm_eps = check_eps(norm_eps)
 
     @property
     def context(self) -> int:
@@ -137,7 +143,7 @@ class DeltaNet(AbstractDeltaCell):
         beta = _rate(xs @ self.weight_beta.T, self.negative_eigenvalues)
         alpha = _alpha(xs, self.weight_alpha, self.a_log, self.bias_alpha)
         gate = None if self.weight_g is None else xs @ self.weight_g.T
-        return DeltaInputs(unit(q), [unit(k)], [v], [beta], alpha, gate)
+        return DeltaInputs(_query(q), [unit(k)], [v], [beta], alpha, gate)
 
     def _channels(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L features"]]:
         """What becomes $q$, $k$ and $v$."""
@@ -153,8 +159,8 @@ class DeltaNet(AbstractDeltaCell):
     ) -> Float[Array, "L output_size"]:
         if us.gate is None or self.weight_norm is None:
             return merge_heads(y) @ self.weight_o.T
-        y = norm_heads(y, self.weight_norm, centred=False) * jax.nn.silu(us.gate)
-        return y @ self.weight_o.T
+        y = norm_heads(y, self.weight_norm, centred=False, eps=self.norm_eps)
+        return (y * jax.nn.silu(us.gate)) @ self.weight_o.T
 
 
 class DeltaProduct(AbstractDeltaCell):
@@ -168,7 +174,7 @@ class DeltaProduct(AbstractDeltaCell):
     Each correction has a $k_j$, $v_j$ and $β_j$ of its own. With $β$ up to 2, each is a generalised
     Householder reflection, and a step may permute up to $n + 1$ elements; $n = 1$ is
     [`pararnn.DeltaNet`][], whose maps these are: $q$, $k_j$, $v_j$ are linear maps of $x$, $q$ and
-    $k_j$ divided by their norms, $β_j = 2σ(w_{βj} x)$,
+    $k_j$ divided by their norms, and $q$ by the root of `key_size` too, $β_j = 2σ(w_{βj} x)$,
     $α = \exp(-A\,\mathrm{softplus}(w_α x + b_α))$, and the output, of shape `(output_size,)`, is
     $W_o\, y$ with the $y$ of all heads in one vector.
 
@@ -254,12 +260,17 @@ class DeltaProduct(AbstractDeltaCell):
     def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
         """$q$, all $k_j$, $v_j$ and $β_j$, and $α$."""
         check_inputs(xs, self.input_size)
-        q = unit(split_heads(xs @ self.weight_q.T, self.num_heads))
+        q = _query(split_heads(xs @ self.weight_q.T, self.num_heads))
         ks = [unit(split_heads(xs @ weight.T, self.num_heads)) for weight in self.weight_k]
         vs = [split_heads(xs @ weight.T, self.num_heads) for weight in self.weight_v]
         betas = [_rate(xs @ weight.T, self.negative_eigenvalues) for weight in self.weight_beta]
         alpha = _alpha(xs, self.weight_alpha, self.a_log, self.bias_alpha)
         return DeltaInputs(q, ks, vs, betas, alpha)
+
+
+def _query(q: Float[Array, "L heads key_size"]) -> Float[Array, "L heads key_size"]:
+    """Queries of unit length, divided by the root of their size as in softmax attention."""
+    return q.shape[-1] ** -0.5 * unit(q)
 
 
 def _rate(raw: Float[Array, "L heads"], negative_eigenvalues: bool) -> Float[Array, "L heads"]:

@@ -229,6 +229,7 @@ class ResidualBlock(AbstractBlock):
         value_size: int | None = None,
         conv_width: int = 4,
         negative_eigenvalues: bool = False,
+        norm_eps: float = 1e-5,
         mlp_size: int | None = None,
         dropout: float = 0.0,
         dtype: Any = None,
@@ -242,7 +243,7 @@ class ResidualBlock(AbstractBlock):
         **Arguments:**
 
         - `width`, `solver`, `mlp_size`, `dropout`, `dtype`, `key`: as for the block.
-        - `num_heads`, `negative_eigenvalues`: as for [`pararnn.DeltaNet`][].
+        - `num_heads`, `negative_eigenvalues`, `norm_eps`: as for [`pararnn.DeltaNet`][].
         - `key_size`, `value_size`: of each head; `None` is as in the authors' code, where keys have
             3/4 of the `width` in all, and values are twice as long as keys.
         - `conv_width`: how many inputs the convolution spans; with 0, there is none.
@@ -257,6 +258,7 @@ class ResidualBlock(AbstractBlock):
             negative_eigenvalues=negative_eigenvalues,
             conv_width=conv_width,
             output_gate=True,
+            norm_eps=norm_eps,
             dtype=dtype,
             key=key_cell,
         )

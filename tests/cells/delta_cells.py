@@ -32,7 +32,7 @@ def numpy_delta_net(p, xs):
         for j in range(count):
             beta = (2 if p.negative_eigenvalues else 1) * sigmoid(maps_beta[j] @ x)
             S = corrected(S, units(maps_k[j], x), maps_v[j] @ x, beta)
-        q = units(p.weight_q.reshape(N, K, -1), x)
+        q = units(p.weight_q.reshape(N, K, -1), x) / np.sqrt(K)
         yield np.stack(S), p.weight_o @ np.concatenate([S[n].T @ q[n] for n in range(N)])
 
 

@@ -258,7 +258,9 @@ def test_gradient_descent_from_zero_is_delta_net():
     net = prnn.DeltaNet(4, 2, 3, 5, gated=False, key=KEY)
     ttt = prnn.TTTLinear(4, 2, 3, 5, key=jax.random.key(1, impl="unsafe_rbg"))
     where = lambda c: (c.weight_q, c.weight_k, c.weight_v, c.weight_rate, c.weight_o)  # noqa: E731
-    weights = (net.weight_q, net.weight_k, net.weight_v, net.weight_beta, net.weight_o)
+    # A delta network divides its queries by the root of the size of keys, 3.
+    weight_o = 3**-0.5 * net.weight_o
+    weights = (net.weight_q, net.weight_k, net.weight_v, net.weight_beta, weight_o)
     ttt = eqx.tree_at(where, ttt, weights)
     ttt = eqx.tree_at(lambda c: c.weight_start, ttt, jnp.zeros((2, 3, 5)))
     xs = normal(0, (9, 4))
@@ -363,6 +365,8 @@ def test_arguments(make, message):
 
 
 @pytest.mark.usefixtures("as_users_run_it")
-def test_max_rate_is_a_number():
+def test_numbers():
     with pytest.raises(TypeError, match="`max_rate` must be a Python number; got '1'"):
         prnn.TTTLinear(4, 2, 3, 5, max_rate="1", key=KEY)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="`norm_eps` must be a Python number; got None"):
+        prnn.DeltaNet(4, 2, 3, 5, norm_eps=None, key=KEY)  # pyright: ignore[reportArgumentType]

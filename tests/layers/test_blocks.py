@@ -43,11 +43,11 @@ def rms_norm(norm, x):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + norm.eps) * norm.weight
 
 
-def head_norm(y, weight, centred):
+def head_norm(y, weight, centred, eps=1e-5):
     """`y` has an axis of steps, one of heads, and one of features."""
     if centred:
         y = y - y.mean(2, keepdims=True)
-    y = y / np.sqrt((y**2).mean(2, keepdims=True) + 1e-5) * weight
+    y = y / np.sqrt((y**2).mean(2, keepdims=True) + eps) * weight
     return y.reshape(len(y), -1)
 
 
@@ -131,7 +131,7 @@ def numpy_slstm(block, xs):
 def numpy_gated_deltanet(block, xs):
     cell, n = block.rnn.cell, rms_norm(block.norm, xs)
     K, V = cell.key_size, cell.value_size
-    assert (K, V) == (3, 6)
+    assert (K, V, cell.norm_eps) == (3, 6, 1e-5)
     weights = np.split(cell.weight_conv, [HEADS * K, 2 * HEADS * K], axis=1)
     maps = (cell.weight_q, cell.weight_k, cell.weight_v)
     q, k, v = (
@@ -147,7 +147,7 @@ def numpy_gated_deltanet(block, xs):
         for h in range(HEADS):
             turn = alpha[t, h] * (np.eye(K) - beta[t, h] * np.outer(k[t, h], k[t, h]))
             S[h] = S[h] @ turn + beta[t, h] * np.outer(v[t, h], k[t, h])
-            y[t, h] = S[h] @ q[t, h]
+            y[t, h] = S[h] @ q[t, h] / np.sqrt(K)
     y = head_norm(y, cell.weight_norm, centred=False) * silu(n @ cell.weight_g.T)
     a = xs + y @ cell.weight_o.T
     return a + mlp(block, a, silu)
