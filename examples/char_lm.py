@@ -220,7 +220,7 @@ def describe_choice(model: LanguageModel, length: int) -> str:
     rnn, width = model.residual_blocks()[0].rnn, model.embedding.embedding_size
     us = rnn.cell.project(jnp.zeros((length, width), jnp.float32))
     solver, reason = prnn.select_solver(
-        rnn.cell.step, us, rnn.init_state(), structure=rnn.cell.structure
+        rnn.cell.step, us, rnn.cell.init_state(), structure=rnn.cell.structure
     )
     return textwrap.fill(f"auto is {type(solver).__name__} here. {reason}", 100)
 

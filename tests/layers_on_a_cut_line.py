@@ -61,6 +61,8 @@ def layers(solver):
     return {
         "gru": prnn.RNN(prnn.GRU(SIZE, SIZE, key=key), solver),
         "convolution": prnn.RNN(prnn.M2RNN(SIZE, 2, 3, 2, key=key), solver),
+        # Its first step is unlike the others.
+        "starts": prnn.RNN(prnn.RGLRU(SIZE, key=key), solver),
         "affine": prnn.RNN(prnn.LRU(SIZE, SIZE, key=key), solver),
         "algebra": prnn.RNN(prnn.MinMax(SIZE, SIZE, key=key), solver, learn_init=True),
         "stack": prnn.Stack([mlp, prnn.MinMaxBlock(SIZE, SIZE, solver, key=key)]),
@@ -74,7 +76,7 @@ def layers(solver):
 def layer_agrees(name, kind="Auto", flags=True):
     mask, reset = MASK[:LENGTH], RESET[:LENGTH]
     padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
-    solver = prnn.AssociativeScan() if name in ("affine", "algebra") else None
+    solver = prnn.AssociativeScan() if name in ("affine", "algebra", "starts") else None
     xs, options = (padded, {"mask": mask, "reset": reset}) if flags else (XS, {})
 
     @eqx.filter_jit
@@ -96,6 +98,7 @@ def layer_agrees(name, kind="Auto", flags=True):
 for _name in layers(None):
     CHECKS[f"layer {_name}"] = functools.partial(layer_agrees, _name)
 CHECKS["layer gru, no flags"] = functools.partial(layer_agrees, "gru", flags=False)
+CHECKS["layer starts, no flags"] = functools.partial(layer_agrees, "starts", "Explicit", False)
 CHECKS["layer convolution, explicit"] = functools.partial(layer_agrees, "convolution", "Explicit")
 
 

@@ -140,12 +140,41 @@ def test_structure_and_algebra_survive():
 # --- layers -----------------------------------------------------------------------------------
 
 
+class Both(prnn.AbstractCell):
+    """A cell that looks at past inputs, and to which the first step is unlike the others."""
+
+    weight: jax.Array
+
+    @property
+    def context(self):
+        return 2
+
+    @property
+    def sees_starts(self):
+        return True
+
+    def init_state(self):
+        return jnp.zeros(SIZE)
+
+    def project(self, xs):
+        return self.project_with_starts(xs, jnp.arange(len(xs)) == 0)
+
+    def project_with_starts(self, xs, starts):
+        seen = prnn.cells.causal_convolution(self.weight, xs)
+        return jnp.where(jnp.expand_dims(starts, 1), 3 * seen, seen)
+
+    def step(self, state, u):
+        return jnp.tanh(0.7 * state + u)
+
+
 @functools.cache
 def layer(name):
     key = jax.random.key(0)
     cell = {
         "DiagonalGRU": lambda: prnn.DiagonalGRU(SIZE, SIZE, key=key),
         "M2RNN": lambda: prnn.M2RNN(SIZE, 2, 2, 2, SIZE, conv_width=3, key=key),
+        "RGLRU": lambda: prnn.RGLRU(SIZE, key=key),
+        "Both": lambda: Both(normal(0, (3, SIZE))),
     }[name]()
     rnn = prnn.RNN(cell, learn_init=True)
     return jtu.tree_map(lambda x: x + 0.1 if eqx.is_inexact_array(x) else x, rnn)
@@ -163,11 +192,13 @@ def run_pieces(rnn, xs, state, resets, mask):
     return ys, state
 
 
-def carried(rnn):
+def carried(rnn, seen=True):
     """Any state to continue from."""
-    state = normal(7, rnn.init_state().shape, scale=0.3)
-    context = rnn.cell.context
-    return (state, normal(8, (context, SIZE))) if context else state
+    state, rows = normal(7, rnn.cell.init_state().shape, scale=0.3), rnn.cell.context
+    rows, seen = normal(8, (rows, SIZE)), jnp.asarray(seen)
+    if not rnn.cell.sees_starts:
+        return (state, rows) if len(rows) else state
+    return (state, (rows, seen)) if len(rows) else (state, seen)
 
 
 SEGMENTS = {"one": "00000000000000", "three": "00001000010000"}
@@ -176,6 +207,8 @@ CASES = [
     ("M2RNN", "three", "all"),
     ("M2RNN", "one", "behind"),
     ("M2RNN", "three", "between"),
+    ("RGLRU", "three", "between"),
+    ("Both", "three", "between"),
 ]
 
 
@@ -188,7 +221,8 @@ def test_layer(name, resets, mask):
 
     def total(run, rnn, xs):
         ys, final = run(rnn, xs, carried(rnn))
-        return loss(ys, jnp.concatenate([jnp.ravel(x) for x in jtu.tree_leaves(final)])), final
+        numbers = jtu.tree_leaves(eqx.filter(final, eqx.is_inexact_array))
+        return loss(ys, jnp.concatenate([jnp.ravel(x) for x in numbers])), final
 
     def packed(rnn, xs, state):
         return rnn(xs, state, reset=flags(resets), mask=None if all(flags(mask)) else flags(mask))
@@ -207,6 +241,38 @@ def test_layer(name, resets, mask):
     assert np.all(got[2][1][~flags(mask)] == 0)
     for a, b in zip(*map(jtu.tree_leaves, (got[2], expected[2])), strict=True):
         assert error(a, b) <= 1e-8
+
+
+@pytest.mark.parametrize("name", ["RGLRU", "Both"])
+def test_starts_are_known(name):
+    """Whatever comes before the first input, be it padding, a reset, or a state that starts anew,
+    and however a sequence is cut: that input alone counts as the first."""
+    rnn = prnn.RNN(layer(name).cell)
+    xs = normal(1, (6, SIZE))
+    run, step = eqx.filter_jit(rnn), eqx.filter_jit(rnn.step)
+    ys, final = run(xs)
+    goes_on = run(xs, (rnn.cell.init_state(), carried(rnn)[1]))[0]
+    assert error(goes_on[0], ys[0]) > 0.1
+
+    # Padding before all, in a call of its own and in the same one.
+    nothing, state = run(xs, mask=np.zeros(6, bool))
+    assert not nothing.any() and error(state, rnn.init_state(xs[0])) == 0
+    assert error(run(xs, state), (ys, final)) <= 1e-12
+    padded = jnp.concatenate([jnp.full((2, SIZE), jnp.nan), xs])
+    got, last = run(padded, mask=np.arange(8) >= 2)
+    assert error((got[2:], last), (ys, final)) <= 1e-12
+
+    # Step by step; in calls that follow each other; anew, after other inputs.
+    streamed, state = [], None
+    for x in xs:
+        y, state = step(x, state)
+        streamed.append(y)
+    assert error((jnp.stack(streamed), state), (ys, final)) <= 1e-12
+    first, state = run(xs[:1])
+    second, state = run(xs[1:], state)
+    assert error((jnp.concatenate([first, second]), state), (ys, final)) <= 1e-12
+    got, last = run(xs, carried(rnn), reset=np.arange(6) == 0)
+    assert error((got, last), (ys, final)) <= 1e-12
 
 
 def test_nothing_but_padding():
@@ -245,7 +311,7 @@ def test_lengths_and_segments_in_a_batch():
 
 
 def test_empty_sequences():
-    for name in ("DiagonalGRU", "M2RNN"):
+    for name in ("DiagonalGRU", "M2RNN", "RGLRU", "Both"):
         rnn, none = layer(name), np.zeros(0, bool)
         state = carried(rnn)
         ys, final = rnn(jnp.zeros((0, SIZE)), state, reset=none, mask=none)

@@ -17,7 +17,7 @@ TESTS = pathlib.Path(__file__).parent
 
 @pytest.mark.parametrize(
     ("script", "least"),
-    [("on_a_cut_line", 42), ("layers_on_a_cut_line", 10), ("tools_on_a_cut_line", 7)],
+    [("on_a_cut_line", 42), ("layers_on_a_cut_line", 12), ("tools_on_a_cut_line", 7)],
 )
 def test_time_on_several_devices(script, least):
     """One test for all checks of a file, as several processes that run tests would each make

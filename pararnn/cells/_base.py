@@ -5,6 +5,7 @@ import math
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
@@ -43,6 +44,20 @@ class AbstractCell(eqx.Module):
         step."""
         return 0
 
+    @property
+    def input_struct(self) -> PyTree[jax.ShapeDtypeStruct] | None:
+        """The shape and dtype of one input, for a cell with a `context`: with it, a layer can make
+        past inputs of zeros before it sees any input ([`pararnn.RNN.init_state`][]). `None`, the
+        default, leaves that to the inputs."""
+        return None
+
+    @property
+    def sees_starts(self) -> bool:
+        """Whether the first step of a sequence is unlike the others. A layer then calls
+        `project_with_starts` in place of `project`, and keeps beside the state whether there has
+        been an input."""
+        return False
+
     @abc.abstractmethod
     def init_state(self) -> PyTree[Array]:
         """The state before the first step: a pytree of floating-point or complex arrays."""
@@ -54,6 +69,12 @@ class AbstractCell(eqx.Module):
     def project(self, xs: PyTree[Array]) -> PyTree[Array]:
         """From all inputs to the `us` that the steps consume. The identity by default."""
         return xs
+
+    def project_with_starts(self, xs: PyTree[Array], starts: Bool[Array, " L"]) -> PyTree[Array]:
+        """As `project`, for a cell that `sees_starts`: `starts` tells of each input whether a
+        sequence begins with it, by a reset or because there was no input before. `project(xs)` is
+        this with the first input alone."""
+        raise NotImplementedError
 
     def readout(self, states: PyTree[Array], us: PyTree[Array]) -> PyTree[Array]:
         """From all states to all outputs, step by step. The identity by default."""

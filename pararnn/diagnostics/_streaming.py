@@ -117,19 +117,18 @@ def _changed_rows(got: PyTree[Array], expected: PyTree[Array]) -> np.ndarray:
 def _streaming(problem: Problem, states: PyTree[Array], ys: PyTree[Array]) -> str:
     layer, whole_xs = problem.layer, problem.xs
     assert layer is not None
-    context, steps = layer.cell.context, _places(num_steps(whole_xs))
+    steps = _places(num_steps(whole_xs))
+    prepared = layer._prepare(whole_xs, problem.state)
     state = jtu.tree_map(lambda h: h[steps], previous_states(problem.init, states))
     xs = jtu.tree_map(lambda x: x[steps], whole_xs)
-    if context:
-        past = _past(problem)
-        extended = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), past, whole_xs)
-        windows = np.expand_dims(steps, 1) + np.arange(context)
-        state = state, jtu.tree_map(lambda x: x[windows], extended)
+    past = prepared.past_of(layer.cell, steps)
+    if past is not None:
+        state = state, past
     try:
         y, new = eqx.filter_jit(lambda x, s: jax.vmap(layer.step)(x, s))(xs, state)
     except (TypeError, ValueError) as error:
         return f"streaming fails: `step` of an RNN raises {type(error).__name__}: {error}"
-    new = new[0] if context else new
+    new = new if past is None else new[0]
     for name, got, whole in (("output", y, ys), ("state", new, states)):
         for a, b in zip(jtu.tree_leaves(got), jtu.tree_leaves(whole), strict=True):
             if not _inexact(b):
@@ -144,15 +143,6 @@ def _streaming(problem: Problem, states: PyTree[Array], ys: PyTree[Array]) -> st
                     "`readout` look at other steps, at their number, or at the length?"
                 )
     return ""
-
-
-def _past(problem: Problem) -> PyTree[Array]:
-    """The inputs before the first: given beside the state, or zeros."""
-    layer, given = problem.layer, problem.state
-    assert layer is not None
-    past = jtu.tree_map(jnp.zeros_like, layer._prepare(problem.xs, given).past)
-    pair = jtu.tree_structure((problem.init, past))
-    return given[1] if jtu.tree_structure(given) == pair else past
 
 
 def _inexact(x: Any) -> bool:

@@ -37,7 +37,7 @@ from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, from_equinox
 from ..solvers import AbstractSolver, TimeSharded
 from ._chunks import steps_at_once, through_chunks
-from ._prepared import Prepared, no_inputs, prepare
+from ._prepared import Prepared, no_past, prepare
 from ._segments import default_size, in_segments
 
 # Covariant, as a module does not change: an `RNN[GRU]` is an `RNN[AbstractCell]`.
@@ -102,13 +102,22 @@ class RNN(eqx.Module, Generic[Cell]):
         **Arguments:**
 
         - `x`: one input, or its `jax.ShapeDtypeStruct`. Only of use for a cell with a `context`,
-            whose calls return a pair: with `x` this is such a pair, past inputs of zeros included,
-            as a loop needs whose carry may not change its structure (`jax.lax.scan` over `step`).
+            whose calls return a pair of a state and past inputs: it tells the dtype of these, and
+            their shape where the cell does not (`input_struct`). `None` is an input in the dtype
+            of the parameters.
+
+        **Returns:**
+
+        What calls return as well, of the same structure, as a loop needs whose carry may not change
+        (`jax.lax.scan` over `step`): past inputs of zeros included. Only where nothing tells their
+        shape, it is the state of the recurrence alone.
         """
         state = self._initial()
-        if x is None or self.cell.context == 0:
+        x = self.cell.input_struct if x is None else x
+        if x is None and self.cell.context > 0:
             return state
-        return state, no_inputs(self.cell, _stack_one(jtu.tree_map(_zeros_like, x)))
+        past = no_past(self.cell, _stack_one(jtu.tree_map(_zeros_like, x)))
+        return state if past is None else (state, past)
 
     def _initial(self) -> PyTree[Array]:
         state = self.cell.init_state() if self.learned_state is None else self.learned_state
@@ -255,7 +264,7 @@ class RNN(eqx.Module, Generic[Cell]):
 
         `(ys, final)`: the outputs of all steps, and what the next call needs to continue: the state
         after the last step; for a cell with a `context`, a pair of it and the last `context`
-        inputs.
+        inputs; for one that `sees_starts`, of it and whether there has been an input.
         """
         time = self._time(xs)
         if time is not None:
@@ -269,7 +278,7 @@ class RNN(eqx.Module, Generic[Cell]):
             ys = packing.expand(ys, nothing)
         if mask is not None:
             ys = zero_unless(jnp.asarray(mask), ys)
-        return ys, final if self.cell.context == 0 else (final, prepared.past)
+        return ys, final if prepared.past is None else (final, prepared.past)
 
     def _outputs(self, prepared: Prepared, mask, throw: bool) -> tuple[Any, Any]:
         """The outputs of what is left without padding, and the last state."""
@@ -369,7 +378,7 @@ class RNN(eqx.Module, Generic[Cell]):
             blame_inputs(error, self.cell, prepared.xs)
             raise
         y = _unstack_one(self.cell.readout(_stack_one(new), us))
-        return y, new if self.cell.context == 0 else (new, prepared.past)
+        return y, new if prepared.past is None else (new, prepared.past)
 
 
 def _stack_one(tree: PyTree[Any]) -> PyTree[Array]:

@@ -48,10 +48,11 @@ def numpy_rglru(p, xs):
         block = slice(n * size, (n + 1) * size)
         W_r[block, block], W_i[block, block] = p.weight_x[:, n]
     h = np.zeros(p.input_size)
-    for x in xs:
+    for t, x in enumerate(xs):
         r, i = sigmoid(W_r @ x + p.bias[0]), sigmoid(W_i @ x + p.bias[1])
         a = np.exp(-8 * softplus(p.decay) * r)
-        h = a * h + np.sqrt(1 - a**2) * (i * x)
+        gain = np.sqrt(1 - a**2) if t > 0 or p.normalise_first else 1
+        h = a * h + gain * (i * x)
         yield h, h
 
 

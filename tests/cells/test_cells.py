@@ -265,6 +265,7 @@ CASES = {
     "S5-outputs": (make(cells.S5, 4, 6, 5), numpy_s5, heads(2, 6, 6)),
     "S4D": (make(cells.S4D, 4, 3), numpy_s4d, heads(2, 12, 12)),
     "RGLRU": (make(cells.RGLRU, 4, num_heads=2), numpy_rglru, prnn.Diagonal),
+    "RGLRU-bare": (make(cells.RGLRU, 4, normalise_first=True), numpy_rglru, prnn.Diagonal),
     "MinGRU": (make(cells.MinGRU, 4, 6), numpy_min_gru, prnn.Diagonal),
     "MinLSTM": (make(cells.MinLSTM, 4, 6), numpy_min_lstm, prnn.Diagonal),
     "SelectiveSSM": (make(cells.SelectiveSSM, 4, 3, dt_rank=2), numpy_selective_ssm, prnn.Diagonal),
@@ -414,13 +415,20 @@ def test_every_cell_is_here():
 @each_cell
 def test_projection_and_readout_are_local(name):
     """Projecting a window of inputs, or reading out one step, gives the numbers of the whole: so
-    streaming agrees with the parallel call. Inputs before the first count as zeros."""
+    streaming agrees with the parallel call. Inputs before the first count as zeros; a cell to which
+    the first step is unlike the others is told which one it is."""
     cell, xs = CELLS[name], inputs(8, cell=CELLS[name])
     contexts = {"M2RNN": 3, "SelectiveSSM": 3, "Mamba2": 3, "PLSTM": 1}
     assert cell.context == contexts.get(name, 0)
     project, readout = eqx.filter_jit(cell.project), eqx.filter_jit(cell.readout)
     us, (states, ys) = project(xs), run(cell, xs)
     padded = jnp.concatenate([jnp.zeros((cell.context, *xs.shape[1:])), xs])
+    assert cell.sees_starts == (name == "RGLRU")
+    if cell.sees_starts:
+        with_starts = eqx.filter_jit(cell.project_with_starts)
+        starts = jnp.arange(8) == 0
+        close(us, with_starts(xs, starts), 0)
+        project = lambda window: with_starts(window, starts[t : t + 1])  # noqa: E731
     for t in (0, 2, 6):
         now = lambda tree, t=t: jtu.tree_map(lambda x: x[t : t + 1], tree)  # noqa: E731
         u = jtu.tree_map(lambda u: u[-1:], project(padded[t : t + cell.context + 1]))
