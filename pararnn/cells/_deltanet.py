@@ -136,6 +136,10 @@ class DeltaNet(AbstractDeltaCell):
     def context(self) -> int:
         return max(self.conv_width - 1, 0)
 
+    @property
+    def input_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.input_size,), self.weight_q.dtype)
+
     def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
         """$q$, $k$, $v$, $β$, $α$ and the output gate $W_g x$."""
         check_inputs(xs, self.input_size)

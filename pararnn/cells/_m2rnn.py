@@ -121,6 +121,10 @@ class M2RNN(AbstractCell):
     def context(self) -> int:
         return max(self.conv_width - 1, 0)
 
+    @property
+    def input_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.input_size,), self.weight_q.dtype)
+
     def init_state(self) -> _State:
         return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_h)
 

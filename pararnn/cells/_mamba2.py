@@ -130,6 +130,10 @@ class Mamba2(AbstractCell):
     def context(self) -> int:
         return max(self.conv_width - 1, 0)
 
+    @property
+    def input_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.input_size,), self.weight_c.dtype)
+
     def init_state(self) -> _State:
         return zero_state((self.num_heads, self.state_size, self.head_size), self.weight_b)
 

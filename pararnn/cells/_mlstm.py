@@ -197,6 +197,10 @@ class MLSTM(AbstractCell):
     def context(self) -> int:
         return max(self.conv_width - 1, 0)
 
+    @property
+    def input_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.input_size,), self.weight_q.dtype)
+
     def init_state(self) -> _State:
         shape = self.num_heads, self.key_size, self.value_size + 1
         logs = jnp.full_like(zero_state(self.num_heads, self.weight_k), LOG_ZERO)

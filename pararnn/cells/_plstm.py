@@ -99,6 +99,10 @@ class PLSTM(AbstractCell):
     def context(self) -> int:
         return 1
 
+    @property
+    def input_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.input_size,), self.weight_q.dtype)
+
     def init_state(self) -> _State:
         return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
 

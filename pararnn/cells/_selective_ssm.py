@@ -103,6 +103,10 @@ class SelectiveSSM(AbstractCell):
     def context(self) -> int:
         return max(self.conv_width - 1, 0)
 
+    @property
+    def input_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.input_size,), self.weight_b.dtype)
+
     def init_state(self) -> _State:
         return zero_state((self.input_size, self.state_size), self.a_log)
 

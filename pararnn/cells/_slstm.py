@@ -108,6 +108,10 @@ class SLSTM(AbstractCell):
     def context(self) -> int:
         return max(self.conv_width - 1, 0)
 
+    @property
+    def input_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.input_size,), self.weight_x.dtype)
+
     def init_state(self) -> _State:
         zero = zero_state(self.hidden_size, self.weight_h)
         return jnp.full_like(zero, _LOG_ZERO), zero, zero

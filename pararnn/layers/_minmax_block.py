@@ -52,6 +52,10 @@ class _Cascade(AbstractCell):
     def context(self) -> int:
         return 1
 
+    @property
+    def input_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.neuron.input_size,), self.neuron.weight_s.dtype)
+
     def init_state(self) -> Float[Array, " hidden_size"]:
         return self.neuron.init_state()
 

@@ -438,6 +438,28 @@ def test_projection_and_readout_are_local(name):
     assert all(u.shape[0] == 0 for u in jtu.tree_leaves(empty))
 
 
+# Those of `test_linear_cells.py` and, with convolutions, `test_blocks.py` are rolled out there.
+ROLLED_OUT_ELSEWHERE = {
+    *("DeltaNet", "DeltaProduct", "TTTLinear", "Aaren", "S5-outputs", "S4D", "RGLRU", "MinGRU"),
+    *("MinLSTM", "SelectiveSSM", "LinearLMU", "LMU", "PLSTM", "GatedLinearAttention", "Retention"),
+    *("Mamba2", "Based", "MLSTM"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ONE_PER_CLASS.values() if name not in ROLLED_OUT_ELSEWHERE]
+)
+def test_rollout(name):
+    """A scan over steps, from the state that a layer says to begin with, is the call."""
+
+    @eqx.filter_jit
+    def both(rnn, xs):
+        step = lambda state, x: rnn.step(x, state)[::-1]  # noqa: E731
+        return rnn(xs, throw=False), jax.lax.scan(step, rnn.init_state(), xs)[::-1]
+
+    close(*both(prnn.RNN(CELLS[name], prnn.Sequential()), inputs(6, cell=CELLS[name])), 1e-12)
+
+
 def cast(cell, dtype):
     return jtu.tree_map(lambda x: x.astype(dtype) if eqx.is_array(x) else x, cell)
 

@@ -174,7 +174,7 @@ def test_values_and_gradients(method, transcribed):
             y, state = block.step(x, state)
             return state, y
 
-        final, ys = jax.lax.scan(body, block.init_state(xs[0]), xs)
+        final, ys = jax.lax.scan(body, block.init_state(), xs)
         return ys, final
 
     def gradients(call):
