@@ -173,7 +173,7 @@ class Aaren(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         # Before the first step there is nothing to attend to.
         some = jnp.where(u > 0, u, jnp.ones_like(u))
-        return merge_heads(w / jnp.expand_dims(some, 2)) @ self.weight_o.T
+        return merge_heads(w / jnp.expand_dims(some, 2)) @ wide(self.weight_o).T
 
 
 def _where(seen: Bool[Array, "*axes"], scores: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._base import AbstractCell, check_inputs
-from ._parts import project_gates, zero_state
+from ._parts import project_gates, wide, zero_state
 
 _HiddenCell = tuple[Float[Array, " hidden_size"], Float[Array, " hidden_size"]]
 
@@ -36,10 +36,10 @@ class EquinoxGRU(AbstractCell):
     def step(
         self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
     ) -> Float[Array, " hidden_size"]:
-        u_r, u_z, u_n = u
-        h_r, h_z, h_n = jnp.split(self.cell.weight_hh @ state, 3)
+        u_r, u_z, u_n = map(wide, u)
+        h_r, h_z, h_n = jnp.split(wide(self.cell.weight_hh) @ state, 3)
         if self.cell.bias_n is not None:
-            h_n = h_n + self.cell.bias_n
+            h_n = h_n + wide(self.cell.bias_n)
         r = jax.nn.sigmoid(u_r + h_r)
         z = jax.nn.sigmoid(u_z + h_z)
         n = jnp.tanh(u_n + r * h_n)
@@ -70,8 +70,8 @@ class EquinoxLSTM(AbstractCell):
 
     def step(self, state: _HiddenCell, u: list[Float[Array, " hidden_size"]]) -> _HiddenCell:
         h, c = state
-        u_i, u_f, u_g, u_o = u
-        h_i, h_f, h_g, h_o = jnp.split(self.cell.weight_hh @ h, 4)
+        u_i, u_f, u_g, u_o = map(wide, u)
+        h_i, h_f, h_g, h_o = jnp.split(wide(self.cell.weight_hh) @ h, 4)
         i = jax.nn.sigmoid(u_i + h_i)
         f = jax.nn.sigmoid(u_f + h_f)
         g = jnp.tanh(u_g + h_g)

@@ -120,7 +120,7 @@ class Based(AbstractCell):
         return kept(jnp.zeros((len(us[0]), 1)), reset)
 
     def _outputs(self, y):
-        return merge_heads(y[..., :-1] / y[..., -1:]) @ self.weight_o.T
+        return merge_heads(y[..., :-1] / y[..., -1:]) @ wide(self.weight_o).T
 
 
 def _features(x: Float[Array, "*axes size"]) -> Float[Array, "*axes features"]:

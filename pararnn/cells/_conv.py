@@ -91,8 +91,8 @@ class ConvLSTM(AbstractCell):
         self, state: _LSTMState, u: list[Float[Array, "hidden_channels height width"]]
     ) -> _LSTMState:
         c, h = state
-        u_i, u_f, u_g, u_o = u
-        h_i, h_f, h_g, h_o = jnp.split(convolve(self.weight_h, h), 4)
+        u_i, u_f, u_g, u_o = map(wide, u)
+        h_i, h_f, h_g, h_o = jnp.split(convolve(wide(self.weight_h), h), 4)
         i = jax.nn.sigmoid(u_i + h_i)
         f = jax.nn.sigmoid(u_f + h_f)
         g = jnp.tanh(u_g + h_g)
@@ -199,8 +199,8 @@ class ConvS5(AbstractCell):
     def readout(
         self, states: Complex[Array, "L hidden_channels height width"], us: list[Array]
     ) -> _Outputs:
-        real, imag = self.weight_o
-        return 2 * (convolve(real, states.real) - convolve(imag, states.imag)) + us[1]
+        real, imag = wide(self.weight_o)
+        return 2 * (convolve(real, states.real) - convolve(imag, states.imag)) + wide(us[1])
 
 
 # --- images -----------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def delta_step(
         state = jnp.expand_dims(u.alpha, (1, 2)) * state
     for k, v, beta in zip(u.keys, u.values, u.betas, strict=True):
         held = jnp.einsum("nk,nkv->nv", k, state)
-        change = jnp.expand_dims(beta, 1) * (v - held)
+        change = jnp.expand_dims(wide(beta), 1) * (wide(v) - held)
         state = state + jnp.expand_dims(k, 2) * jnp.expand_dims(change, 1)
     return state
 
@@ -159,7 +159,7 @@ class AbstractDeltaCell(AbstractCell):
         self, y: Float[Array, "L num_heads value_size"], us: DeltaInputs
     ) -> Float[Array, "L output_size"]:
         """From what the queries find to outputs."""
-        return merge_heads(y) @ self.weight_o.T
+        return merge_heads(y) @ wide(self.weight_o).T
 
 
 # --- decays -----------------------------------------------------------------------------------

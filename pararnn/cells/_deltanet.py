@@ -18,6 +18,7 @@ from ._parts import (
     split_heads,
     uniform,
     unit,
+    wide,
 )
 
 
@@ -162,9 +163,9 @@ class DeltaNet(AbstractDeltaCell):
         self, y: Float[Array, "L num_heads value_size"], us: DeltaInputs
     ) -> Float[Array, "L output_size"]:
         if us.gate is None or self.weight_norm is None:
-            return merge_heads(y) @ self.weight_o.T
+            return merge_heads(y) @ wide(self.weight_o).T
         y = norm_heads(y, self.weight_norm, centred=False, eps=self.norm_eps)
-        return (y * jax.nn.silu(us.gate)) @ self.weight_o.T
+        return (y * jax.nn.silu(wide(us.gate))) @ wide(self.weight_o).T
 
 
 class DeltaProduct(AbstractDeltaCell):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._base import AbstractCell, check_inputs
-from ._parts import affine, init_gates, recur_heads, zero_state
+from ._parts import affine, init_gates, recur_heads, wide, zero_state
 
 
 class Elman(AbstractCell):
@@ -70,5 +70,5 @@ class Elman(AbstractCell):
         self, state: Float[Array, " hidden_size"], u: Float[Array, " hidden_size"]
     ) -> Float[Array, " hidden_size"]:
         (product,) = recur_heads(self.weight_h, state)
-        new = self.activation(product + u)
+        new = self.activation(product + wide(u))
         return new if self.leak == 1 else state + self.leak * (new - state)

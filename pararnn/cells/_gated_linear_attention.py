@@ -142,4 +142,4 @@ class GatedLinearAttention(AbstractCell):
 
     def _outputs(self, y, us):
         y = norm_heads(y, self.weight_norm, centred=False, eps=self.norm_eps)
-        return (y * jax.nn.silu(us[-1])) @ self.weight_o.T
+        return (y * jax.nn.silu(wide(us[-1]))) @ wide(self.weight_o).T

@@ -13,6 +13,7 @@ from ._parts import (
     project_heads,
     recur_heads,
     uniform,
+    wide,
     zero_state,
 )
 
@@ -76,11 +77,11 @@ class GRU(AbstractCell):
     def step(
         self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
     ) -> Float[Array, " hidden_size"]:
-        u_r, u_z, u_n = u
+        u_r, u_z, u_n = map(wide, u)
         h_r, h_z, h_n = recur_heads(self.weight_h, state)
         r = jax.nn.sigmoid(u_r + h_r)
         z = jax.nn.sigmoid(u_z + h_z)
-        n = jnp.tanh(u_n + r * (h_n + self.bias_n))
+        n = jnp.tanh(u_n + r * (h_n + wide(self.bias_n)))
         return n + z * (state - n)
 
 
@@ -136,8 +137,8 @@ class DiagonalGRU(AbstractCell):
     def step(
         self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
     ) -> Float[Array, " hidden_size"]:
-        u_z, u_r, u_c = u
-        a_z, a_r, a_c = self.weight_h
+        u_z, u_r, u_c = map(wide, u)
+        a_z, a_r, a_c = wide(self.weight_h)
         z = jax.nn.sigmoid(a_z * state + u_z)
         r = jax.nn.sigmoid(a_r * state + u_r)
         c = jnp.tanh(a_c * state * r + u_c)

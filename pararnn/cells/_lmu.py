@@ -97,7 +97,7 @@ class LinearLMU(AbstractCell):
         us: list[Float[Array, "L ..."]],
     ) -> Float[Array, "L hidden_size"]:
         memory = states.reshape(len(states), self.memory_size * self.order)
-        return jnp.tanh(memory @ self.weight_m.T + us[1])
+        return jnp.tanh(memory @ wide(self.weight_m).T + wide(us[1]))
 
 
 class LMU(AbstractCell):
@@ -171,9 +171,9 @@ class LMU(AbstractCell):
         u: list[Float[Array, "..."]],
     ) -> tuple[Float[Array, " hidden_size"], Float[Array, " order"]]:
         h, m = state
-        channel = u[0] + self.encoder_h @ h + self.encoder_m @ m
+        channel = u[0] + wide(self.encoder_h) @ h + wide(self.encoder_m) @ m
         (m,) = _remember(jnp.expand_dims(m, 0), jnp.expand_dims(channel, 0), self.theta)
-        return jnp.tanh(u[1] + self.weight_h @ h + self.weight_m @ m), m
+        return jnp.tanh(u[1] + wide(self.weight_h) @ h + wide(self.weight_m) @ m), m
 
     def readout(
         self,

@@ -106,5 +106,5 @@ class LRU(AbstractCell):
     def readout(
         self, states: Complex[Array, "L hidden_size"], us: list[Array]
     ) -> Float[Array, "L output_size"]:
-        real, imag = self.weight_o
-        return states.real @ real.T - states.imag @ imag.T + us[1]
+        real, imag = wide(self.weight_o)
+        return states.real @ real.T - states.imag @ imag.T + wide(us[1])

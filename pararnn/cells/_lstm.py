@@ -13,6 +13,7 @@ from ._parts import (
     project_gates,
     project_heads,
     recur_heads,
+    wide,
     zero_state,
 )
 
@@ -74,7 +75,7 @@ class LSTM(AbstractCell):
 
     def step(self, state: _State, u: list[Float[Array, " hidden_size"]]) -> _State:
         c, h = state
-        u_i, u_f, u_g, u_o = u
+        u_i, u_f, u_g, u_o = map(wide, u)
         h_i, h_f, h_g, h_o = recur_heads(self.weight_h, h)
         i = jax.nn.sigmoid(u_i + h_i)
         f = jax.nn.sigmoid(u_f + h_f)
@@ -147,9 +148,9 @@ class DiagonalLSTM(AbstractCell):
 
     def step(self, state: _State, u: list[Float[Array, " hidden_size"]]) -> _State:
         c, h = state
-        u_f, u_g, u_o = u
-        a_f, a_g, a_o = self.weight_h
-        p_f, p_o = self.peephole
+        u_f, u_g, u_o = map(wide, u)
+        a_f, a_g, a_o = wide(self.weight_h)
+        p_f, p_o = wide(self.peephole)
         f = jax.nn.sigmoid(a_f * h + p_f * c + u_f)
         g = jnp.tanh(a_g * h + u_g)
         c = f * c + (1 - f) * g

@@ -143,7 +143,7 @@ class M2RNN(AbstractCell):
     def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
         _, k, v, f, _ = u
         outer = jnp.expand_dims(wide(k), (0, 2)) * jnp.expand_dims(wide(v), 1)
-        z = jnp.tanh(jnp.einsum("nkv,nvw->nkw", state, self.weight_h) + outer)
+        z = jnp.tanh(jnp.einsum("nkv,nvw->nkw", state, wide(self.weight_h)) + outer)
         return z + jnp.expand_dims(f, (1, 2)) * (state - z)
 
     def readout(
@@ -153,6 +153,6 @@ class M2RNN(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         q, _, v, _, g = us
         y = jnp.einsum("lk,lnkv->lnv", wide(q), states)
-        y = y + jnp.expand_dims(self.skip, 0) * v
-        y = merge_heads(y) * jax.nn.silu(g)
-        return jax.vmap(self.norm)(y) @ self.weight_o.T
+        y = y + jnp.expand_dims(wide(self.skip), 0) * wide(v)
+        y = merge_heads(y) * jax.nn.silu(wide(g))
+        return jax.vmap(self.norm)(y) @ wide(self.weight_o).T

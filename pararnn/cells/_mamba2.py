@@ -182,5 +182,5 @@ class Mamba2(AbstractCell):
 
     def _outputs(self, y, us):
         _, _, s, _, g = us
-        y = merge_heads(y + jnp.expand_dims(self.skip, (0, 2)) * s)
-        return jax.vmap(self.norm)(y * jax.nn.silu(g)) @ self.weight_o.T
+        y = merge_heads(y + jnp.expand_dims(wide(self.skip), (0, 2)) * wide(s))
+        return jax.vmap(self.norm)(y * jax.nn.silu(wide(g))) @ wide(self.weight_o).T

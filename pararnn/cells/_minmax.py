@@ -138,4 +138,4 @@ class MinMax(AbstractCell):
         self, states: Float[Array, "L hidden_size"], us: list[Float[Array, "L hidden_size"]]
     ) -> Float[Array, "L output_size"]:
         _, _, gate = us
-        return (states * gate) @ self.weight_o.T
+        return (states * wide(gate)) @ wide(self.weight_o).T

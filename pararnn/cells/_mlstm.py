@@ -259,5 +259,5 @@ class MLSTM(AbstractCell):
         y = norm_heads(y, self.weight_norm, centred=True)
         if self.weight_o is None:
             assert self.skip is not None
-            return y + jnp.expand_dims(self.skip, 0) * us[-1]
-        return (jax.nn.sigmoid(us[-1]) * y) @ self.weight_o.T
+            return y + jnp.expand_dims(wide(self.skip), 0) * wide(us[-1])
+        return (jax.nn.sigmoid(wide(us[-1])) * y) @ wide(self.weight_o).T

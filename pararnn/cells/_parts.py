@@ -251,6 +251,7 @@ def recur_heads(
     head that is the layout of Equinox. The heads are a batch axis of the product, in which
     structure detection sees the blocks.
     """
+    weight = wide(weight)
     rows, head_size = weight.shape
     gates = rows // len(state)
     if head_size == len(state):
@@ -334,7 +335,7 @@ def norm_heads(
     if centred:
         y = y - jnp.mean(y, axis=2, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=2, keepdims=True) + eps)
-    return merge_heads(y * jnp.expand_dims(weight, 0))
+    return merge_heads(y * jnp.expand_dims(wide(weight), 0))
 
 
 def with_ones(v: Float[Array, "L heads size"]) -> Float[Array, "L heads columns"]:

@@ -62,5 +62,5 @@ class PiecewiseLinearRNN(AbstractCell):
     def step(
         self, state: Float[Array, " hidden_size"], u: Float[Array, " hidden_size"]
     ) -> Float[Array, " hidden_size"]:
-        weight = jnp.where(jnp.eye(self.hidden_size, dtype=bool), 0, self.weight_h)
-        return self.decay * state + weight @ jax.nn.relu(state) + u
+        weight = jnp.where(jnp.eye(self.hidden_size, dtype=bool), 0, wide(self.weight_h))
+        return wide(self.decay) * state + weight @ jax.nn.relu(state) + wide(u)

@@ -151,4 +151,4 @@ class PLSTM(AbstractCell):
 
     def _output(self, y: Float[Array, "L num_heads value_size"]) -> Float[Array, "L output_size"]:
         """From what is read to outputs."""
-        return merge_heads(y) @ self.weight_o.T
+        return merge_heads(y) @ wide(self.weight_o).T

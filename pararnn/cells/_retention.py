@@ -10,7 +10,7 @@ from .._algebra import AbstractAlgebra
 from ._base import AbstractCell, check_eps, check_inputs, check_sizes
 from ._chunk_maps import MatrixAlgebra
 from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_heads
-from ._parts import init_attention, init_linear, norm_heads, split_heads, zero_state
+from ._parts import init_attention, init_linear, norm_heads, split_heads, wide, zero_state
 
 _State = Float[Array, "num_heads key_size value_size"]
 
@@ -143,7 +143,7 @@ class Retention(AbstractCell):
 
     def _outputs(self, y, us):
         y = norm_heads(y, self.weight_norm, centred=True, eps=self.norm_eps)
-        return (y * jax.nn.silu(us[-1])) @ self.weight_o.T
+        return (y * jax.nn.silu(wide(us[-1]))) @ wide(self.weight_o).T
 
     def _log_decay(self) -> np.ndarray:
         return np.log1p(-(2.0 ** (-5 - np.arange(self.num_heads))))

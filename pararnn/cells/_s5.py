@@ -99,8 +99,8 @@ class S5(AbstractCell):
     def readout(
         self, states: Complex[Array, "L hidden_size"], us: list[Array]
     ) -> Float[Array, "L output_size"]:
-        real, imag = self.weight_o
-        return 2 * (states.real @ real.T - states.imag @ imag.T) + us[1]
+        real, imag = wide(self.weight_o)
+        return 2 * (states.real @ real.T - states.imag @ imag.T) + wide(us[1])
 
 
 class S4D(AbstractCell):

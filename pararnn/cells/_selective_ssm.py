@@ -133,4 +133,4 @@ class SelectiveSSM(AbstractCell):
     ) -> Float[Array, "L input_size"]:
         _, _, c, x = us
         y = jnp.einsum("lcn,ln->lc", states, wide(c))
-        return y + jnp.expand_dims(self.skip, 0) * x
+        return y + jnp.expand_dims(wide(self.skip), 0) * wide(x)

@@ -15,6 +15,7 @@ from ._parts import (
     project_gates,
     recur_heads,
     split_heads,
+    wide,
     zero_state,
 )
 
@@ -126,7 +127,8 @@ class SLSTM(AbstractCell):
 
     def step(self, state: _State, u: list[Float[Array, " hidden_size"]]) -> _State:
         ell, v, h = state
-        i, f, z, o = (a + b for a, b in zip(u, recur_heads(self.weight_h, h), strict=True))
+        raw = zip(u, recur_heads(self.weight_h, h), strict=True)
+        i, f, z, o = (wide(a) + b for a, b in raw)
         kept = ell + jax.nn.log_sigmoid(f)
         ell = jnp.logaddexp(kept, i)
         w = jax.nn.sigmoid(i - kept)  # exp(i - ell), without the rounding of a large ell

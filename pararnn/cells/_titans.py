@@ -128,7 +128,7 @@ class Titans(AbstractCell):
 
     def output(self, y: Float[Array, "L value_size"]) -> Float[Array, "L output_size"]:
         """From what the memory answers to outputs."""
-        return y @ self.weight_o.T
+        return y @ wide(self.weight_o).T
 
 
 class TitansChunked(AbstractCell):

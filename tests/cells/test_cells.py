@@ -482,11 +482,31 @@ def test_dtypes(name):
     kind = "complex64" if complex_state else "float32"
     for dtype in (jnp.float32, jnp.bfloat16):
         cell = cast(CELLS[name], dtype)
-        if dtype == jnp.float32:  # all dtypes agree: holds under strict promotion too
-            assert dtypes(cell, dtype) == ({kind}, "float32")
-        else:
-            with jax.numpy_dtype_promotion("standard"):
-                assert dtypes(cell, jnp.float32) == dtypes(cell, dtype) == ({kind}, "float32")
+        assert dtypes(cell, dtype) == ({kind}, "float32")
+    with jax.numpy_dtype_promotion("standard"):
+        assert dtypes(cell, jnp.float32) == ({kind}, "float32")
+
+
+@pytest.mark.parametrize("name", ONE_PER_CLASS.values())
+def test_half_precision(name):
+    """Nothing is promoted silently where parameters and inputs are bfloat16 and states float32: in
+    a layer, its derivative and its steps, whose state keeps its structure, shapes and dtypes."""
+    rnn = prnn.RNN(cast(CELLS[name], jnp.bfloat16))
+    xs = jnp.zeros((5, *input_shape(rnn.cell)), jnp.bfloat16)
+
+    def loss(arguments):
+        rnn, xs = arguments
+        ys, final = rnn(xs, throw=False)
+        return jnp.sum(ys), final
+
+    gradient = eqx.filter_value_and_grad(loss, has_aux=True)
+    (total, final), grads = eqx.filter_eval_shape(gradient, (rnn, xs))
+    assert total.dtype == jnp.float32
+    assert {g.dtype for g in jtu.tree_leaves(grads) if hasattr(g, "dtype")} == {xs.dtype}
+    state = rnn.init_state()
+    _, after = eqx.filter_eval_shape(lambda rnn, x, state: rnn.step(x, state), rnn, xs[0], state)
+    structs = lambda tree: jax.eval_shape(lambda: tree)  # noqa: E731
+    assert after == structs(state) == final
 
 
 @eqx.filter_jit
@@ -597,6 +617,9 @@ def test_from_equinox(kind, use_bias):
     states, ys = run(ours, xs)
     close(states, run_equinox(theirs, xs), 1e-15)
     assert ys is states or jnp.array_equal(ys, states[0] if kind is eqx.nn.LSTMCell else states)
+    half = cast(ours, jnp.bfloat16)
+    half_ys = eqx.filter_eval_shape(lambda: prnn.RNN(half)(inputs(dtype=jnp.bfloat16), throw=False))
+    assert half_ys[0].dtype == jnp.float32
     if use_bias:
         solution = prnn.RNN(ours, NEWTON).solve(xs)
         close(solution.states, states, 1e-11)

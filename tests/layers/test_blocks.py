@@ -224,3 +224,26 @@ def test_parameters_of_the_mlstm_block():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make(jax.random.key(0))
+
+
+HALF = [
+    *(method for method, _ in BLOCKS.values()),
+    *(prnn.GatedBlock.mamba, prnn.MinMaxBlock),
+]
+
+
+@pytest.mark.parametrize("method", HALF, ids=lambda method: method.__qualname__)
+def test_half_precision(method):
+    """Nothing is promoted silently; outputs have the dtype of the inputs."""
+    block = eqx.filter_eval_shape(method, WIDTH, dtype=jnp.bfloat16, key=jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((LENGTH, WIDTH), jnp.bfloat16)
+
+    def loss(arguments):
+        block, xs = arguments
+        ys, final = block(xs, throw=False)
+        return jnp.sum(ys), (ys, final, block.step(xs[0], block.init_state()))
+
+    gradient = eqx.filter_value_and_grad(loss, has_aux=True)
+    (_, (ys, final, (y, after))), grads = eqx.filter_eval_shape(gradient, (block, xs))
+    assert ys == xs and y.dtype == xs.dtype and after == final
+    assert {g.dtype for g in jtu.tree_leaves(grads) if hasattr(g, "dtype")} == {xs.dtype}
