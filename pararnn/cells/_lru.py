@@ -17,11 +17,12 @@ class LRU(AbstractCell):
     $$h_t = λ ⊙ h_{t-1} + γ ⊙ (B x_t), \quad y_t = \mathrm{Re}(C h_t) + D x_t, \qquad
     λ = \exp(-e^ν + i e^θ).$$
 
-    This parametrisation keeps $|λ| < 1$ whatever the parameters. The step is affine in the state,
-    so one pass solves it exactly. The Jacobian consists of 2×2 blocks, the real and the imaginary
-    part of each unit. The state has shape `(hidden_size,)` and is complex, complex64 unless the
-    parameters are float64; the output is real, shape `(output_size,)`. Complex matrices are stored
-    as real and imaginary part along a leading axis.
+    $D$ is a full matrix, as outputs may be more than inputs; in NicolasZucchet/minimal-LRU it is
+    diagonal. This parametrisation keeps $|λ| < 1$ whatever the parameters. The step is affine in
+    the state, so one pass solves it exactly. The Jacobian consists of 2×2 blocks, the real and the
+    imaginary part of each unit. The state has shape `(hidden_size,)` and is complex, complex64
+    unless the parameters are float64; the output is real, shape `(output_size,)`. Complex matrices
+    are stored as real and imaginary part along a leading axis.
     """
 
     weight_x: Float[Array, "2 hidden_size input_size"]

@@ -91,7 +91,8 @@ class MLSTM(AbstractCell):
     $$W_o\, (σ(W_g x + b_g) ⊙ \mathrm{norm}(y)),$$
 
     where the norm takes the mean of each head from it and divides by the standard deviation, and
-    $y$ then is that of all heads in one vector.
+    $y$ then is that of all heads in one vector. The gates $\tilde\imath$ and $\tilde f$ are affine
+    maps of $x$, as in the paper; in the authors' code (the package xlstm) they see $q$, $k$, $v$.
 
     The paper's state $(C, n, m)$, in which $m$ is a running maximum that keeps exponentials in
     range, gives the same $y$: its $C$ and $n$ are these times $e^{\ell - m}$. Here nothing needs a

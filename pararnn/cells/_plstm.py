@@ -30,6 +30,10 @@ class PLSTM(AbstractCell):
     $W_o\, y$ with the $y$ of all heads in one vector. The block around it (a short convolution, a
     norm of each head's $y$, a path past the memory) is not part of the cell.
 
+    The authors' code (ml-jku/plstm) gives the same numbers for the same gates, if its transitions
+    are numbers. By default they are matrices, from eigenvalues $\tanh$ of affine maps; and the
+    other gates do not see the input until asked to, and start nearly closed, at $σ(-5)$.
+
     As an output reads the memory before its step, that is the state: $C_{t-1}$ at step $t$, made
     of the one before by the gates of step $t-1$. So `project` looks at one past input. The step is
     affine in the state, so one pass solves it exactly; the Jacobian is diagonal. Without a solver

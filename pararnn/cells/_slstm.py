@@ -69,6 +69,7 @@ class SLSTM(AbstractCell):
         num_blocks: int = 1,
         conv_width: int = 0,
         normed: bool = False,
+        depth: int | float = 0.0,
         dtype: Any = None,
         key: PRNGKeyArray,
     ):
@@ -83,19 +84,28 @@ class SLSTM(AbstractCell):
             0, there is none; else SiLU of it is what the gates $i$ and $f$ see in place of $x$.
         - `normed`: whether the output is $h$ of each head, its mean taken from it, divided by the
             standard deviation, and times a weight per feature, at first 1.
+        - `depth`: where in a network the cell stands, $i / (n - 1)$ for block $i$ of $n$, counted
+            from 0: deeper ones start with longer memories.
         - `dtype`: of the parameters; the state has at least float32.
         - `key`: for $W_x$ and the convolution, uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             columns of a block, and the width. As in the paper's code, $R = 0$, and $b = 0$ but for
             the forget gate, where unit $j$ of the $d$ units of a head has
-            $5 - 12\,(j/(d-1))^{0.3}$.
+            $5 - 12\,(j/(d-1))^{0.3 + 1.3\,\text{depth}}$.
         """
+        if isinstance(depth, bool) or not isinstance(depth, (int, float)):
+            raise TypeError(f"`depth` must be a Python number; got {depth!r}.")
+        if not 0 <= depth <= 1:
+            raise ValueError(
+                f"`depth` must be in [0, 1], of the first and last block; got {depth}."
+            )
         block, _ = block_sizes(num_blocks, input_size=input_size, hidden_size=hidden_size)
         (head_size,) = head_sizes(num_heads, hidden_size=hidden_size)
         self.weight_x = init_linear(key, 4 * hidden_size, block, dtype)
         key = jax.random.fold_in(key, 1)
         self.weight_conv = init_convolution(key, conv_width, input_size, dtype)
         self.weight_h = jnp.zeros((4 * hidden_size, head_size), self.weight_x.dtype)
-        bias_f = 5 - 12 * jnp.linspace(0, 1, head_size, dtype=self.weight_x.dtype) ** 0.3
+        place = jnp.linspace(0, 1, head_size, dtype=self.weight_x.dtype)
+        bias_f = 5 - 12 * place ** (0.3 + 1.3 * depth)
         bias_f = jnp.tile(bias_f, num_heads)
         zero = jnp.zeros_like(bias_f)
         self.bias = jnp.concatenate([zero, bias_f, zero, zero])

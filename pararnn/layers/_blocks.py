@@ -177,6 +177,7 @@ class ResidualBlock(AbstractBlock):
         *,
         num_heads: int = 4,
         conv_width: int = 4,
+        depth: int | float = 0.0,
         dropout: float = 0.0,
         dtype: Any = None,
         key: PRNGKeyArray,
@@ -187,14 +188,20 @@ class ResidualBlock(AbstractBlock):
         The maps of inputs fall into heads as those of the state do, the outputs are normed head by
         head, and the MLP, whose gate has the activation GELU (here in the form with tanh), has
         4/3 of the `width`, rounded up. The convolution, which the paper leaves open, is seen by the
-        input and the forget gate, as in the paper's figure, and has no bias. Norms before branches
-        are RMS norms as in all blocks here, where the paper takes the mean out as well.
+        input and the forget gate, as in the paper's figure.
+
+        Where this departs from the authors' code (the package xlstm, 2.0.6): the convolution has no
+        bias; norms before branches are RMS norms, as in all blocks here, where it takes the mean
+        out as well; linear maps start as all others here, where it scales them by width and depth;
+        and its MLP is rounded up to a multiple of 64.
 
         **Arguments:**
 
         - `width`, `solver`, `dropout`, `dtype`, `key`: as for the block.
         - `num_heads`: divides the `width`.
         - `conv_width`: how many inputs the convolution spans; with 0, there is none.
+        - `depth`: where in a network the block stands, from 0 for the first to 1 for the last one,
+            as for [`pararnn.SLSTM`][].
         """
         key_cell, key_block = jax.random.split(key)
         cell = SLSTM(
@@ -204,6 +211,7 @@ class ResidualBlock(AbstractBlock):
             num_blocks=num_heads,
             conv_width=conv_width,
             normed=True,
+            depth=depth,
             dtype=dtype,
             key=key_cell,
         )

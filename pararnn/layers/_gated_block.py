@@ -119,9 +119,12 @@ class GatedBlock(AbstractBlock):
 
         $q$ and $k$ are block-diagonal maps of $c$, $v$ is one of $u$, the norm is of each head, and
         $D$, the learnable skip, starts at 1. The gate from outside takes the place of the cell's.
-        Input and forget gates are affine maps of $u$, as in the paper's formulas; the convolution
-        and the projections have no bias. The norm before is an RMS norm as in all blocks here,
-        where the paper takes the mean out as well.
+        Input and forget gates are affine maps of $u$, as in the paper's formulas.
+
+        Where this departs from the authors' code (the package xlstm, 2.0.6): there the gates see
+        $q$, $k$ and $v$ of all heads, and the convolution has a bias; the norm before is an RMS
+        norm, as in all blocks here, where it takes the mean out as well; and linear maps start as
+        all others here, where it scales them by width and depth.
 
         **Arguments:**
 

@@ -87,6 +87,12 @@ class MinMaxBlock(AbstractBlock):
 
     The input before the first counts as 0. The MLP, and with it $b$, is taken to see what the
     convolution gives, behind a norm of its own. Dropout is applied to what the neuron adds.
+
+    Where this departs from the authors' code (the package minmaxrnc, 0.3.0): norms are RMS norms,
+    where it has layer norms unless told otherwise; only the bounds $r$ and $s$ have biases, where
+    all linear maps have them; the MLP has 2 times the `width` by default, not 1.3 times; and
+    parameters start as in [`pararnn.MinMax`][], so that every unit writes, where it has normal
+    weights, scaled by width and depth, and biases of 0 (but for its option `'asymmetric'`).
     """
 
     rnn: RNN[_Cascade]

@@ -535,6 +535,8 @@ def test_initialisation():
     assert not made["SLSTM"].weight_h.any()
     forget = 5 - 12 * (np.arange(6) / 5) ** 0.3
     close(made["SLSTM"].bias, np.concatenate([np.zeros(6), forget, np.zeros(12)]), 1e-14)
+    last = cells.SLSTM(4, 6, num_heads=2, depth=1, key=KEY).bias[6:12]
+    close(last, np.tile(5 - 12 * np.array([0, 0.5, 1]) ** 1.6, 2), 1e-14)
     r, s = made["MinMax"].bias_r, made["MinMax"].bias_s
     assert jnp.all((0 < s) & (s < r)) and jnp.all(jnp.abs(made["MinMax"].weight_r) < 0.05)
     assert jnp.array_equal(made["M2RNN"].weight_h, np.tile(np.eye(5), (3, 1, 1)))

@@ -216,6 +216,7 @@ def test_parameters_of_the_mlstm_block():
         (lambda key: prnn.GatedBlock.mlstm(8, num_heads=3, key=key), "`num_heads` must divide.*16"),
         (lambda key: prnn.GatedBlock.mlstm(6, num_heads=2, block_size=5, key=key), "`block_size`"),
         (lambda key: prnn.ResidualBlock.slstm(6, key=key), "must divide `input_size`; got 4 for 6"),
+        (lambda key: prnn.ResidualBlock.slstm(4, depth=2, key=key), r"`depth` must be in \[0, 1\]"),
         (lambda key: prnn.MLSTM(6, 2, 3, 4, bare=True, key=key), "With `bare`.* 6; got 8 and 6"),
         (lambda key: prnn.MLSTM(6, 2, 3, 4, conv_width=-1, key=key), "`conv_width` must be at"),
         (lambda key: prnn.DeltaNet(6, 2, 3, 4, conv_width=-1, key=key), "`conv_width` must be at"),
