@@ -26,7 +26,7 @@ class Resonator(prnn.AbstractCell):
         self.weight = jax.random.normal(key, (inputs, 2, pairs)) / inputs**0.5
 
     def init_state(self):
-        return jnp.zeros((2, self.angle.shape[0]))
+        return jnp.zeros((2, self.angle.shape[0]), self.angle.dtype)
 
     def project(self, xs):
         return jnp.einsum("li,ipq->lpq", xs, self.weight)

@@ -73,7 +73,7 @@ class Tiring(prnn.AbstractCell):
         self.gain = jnp.full(units, 0.1)
 
     def init_state(self):
-        return jnp.zeros(self.leak.shape), jnp.zeros(self.leak.shape)
+        return jnp.zeros_like(self.leak), jnp.zeros_like(self.leak)
 
     def project(self, xs):
         return xs @ self.weight.T
