@@ -53,7 +53,7 @@ class AbstractCell(eqx.Module):
 
     @property
     def sees_starts(self) -> bool:
-        """Whether the first step of a sequence is unlike the others. A layer then calls
+        """True if the first step of a sequence is unlike the others. A layer then calls
         `project_with_starts` in place of `project`, and keeps beside the state whether there has
         been an input."""
         return False
@@ -115,7 +115,7 @@ def check_sizes(**sizes: Any) -> None:
 
 
 def check_eps(norm_eps: Any) -> float:
-    """The number itself. Raises unless it is positive and finite."""
+    """Returns `norm_eps` as a float; raises unless it is a positive and finite number."""
     if isinstance(norm_eps, bool) or not isinstance(norm_eps, (int, float)):
         raise TypeError(f"`norm_eps` must be a Python number; got {norm_eps!r}.")
     if not 0 < norm_eps < math.inf:

@@ -47,7 +47,8 @@ class Prepared(NamedTuple):
         return us if places is None else jtu.tree_map(lambda u: u[places], us)
 
     def past_of(self, cell: AbstractCell, steps: Int[np.ndarray, " N"]) -> PyTree[Array] | None:
-        """What streaming has beside the state before some steps, of a sequence in one piece."""
+        """The past before some steps, as streaming keeps it beside the state; for a sequence in one
+        piece."""
         inputs, starts = self.given.inputs
         windows = np.expand_dims(steps, 1) + np.arange(cell.context)
         rows = jtu.tree_map(lambda x: x[windows], inputs) if cell.context else None
@@ -194,8 +195,8 @@ def _is_flag(x: Any) -> bool:
 
 
 def no_past(cell: AbstractCell, xs: PyTree[Array] | None) -> PyTree[Array] | None:
-    """What stands for the past of a sequence that begins: past inputs of zeros, or that there has
-    been no input, or both; `None` if the cell needs neither.
+    """The past of a sequence that begins: past inputs of zeros, or that there has been no input, or
+    both; `None` if the cell needs neither.
 
     **Arguments:**
 

@@ -74,7 +74,7 @@ def normed(y, eps, centred):
 
 
 def read_states(cell, xs):
-    """What queries find in the states, step by step, before any norm."""
+    """The states, read by the queries step by step, before any norm."""
     us = cell.project(xs)
     _, states = jax.lax.scan(lambda h, u: (cell.step(h, u),) * 2, cell.init_state(), us)
     return reads(us[0], states)

@@ -283,6 +283,27 @@ def test_initial_states_are_accepted(make, learn_init):
     assert error(streamed, ys) <= 1e-10 and error(last, final) <= 1e-10
 
 
+def test_past_inputs_take_the_dtype_of_inputs():
+    """Those of `init_state()` have that of the parameters."""
+    rnn = prnn.RNN(prnn.SelectiveSSM(INPUTS, 2, dtype=jnp.float32, key=jax.random.key(0)))
+    xs = inputs(length=5).astype(jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        expected = rnn(xs, throw=False)
+        assert error(rnn(xs, rnn.init_state(), throw=False), expected) == 0
+    assert expected[1][1].dtype == jnp.bfloat16
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_states_of_other_layers_are_refused():
+    key, xs = jax.random.key(0), jnp.ones((3, 4))
+    rnn = prnn.RNN(prnn.RGLRU(4, key=key))
+    message = "recurrence's state and whether there has been an input, or `init_state.*got.*, 1"
+    with pytest.raises(ValueError, match=message):
+        rnn(xs, (jnp.zeros(4), 1))
+    with pytest.raises(ValueError, match="recurrence's state and the last 3 inputs, or `init"):
+        prnn.RNN(prnn.SelectiveSSM(4, 2, key=key))(xs, rnn.init_state())
+
+
 # --- cells ----------------------------------------------------------------------------------------
 
 
