@@ -18,6 +18,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -106,3 +108,26 @@ def _solve_states_jvp(primals, tangents, *, forward, adjoint):
     if not jtu.tree_leaves(eqx.filter(tangents, eqx.is_array)):
         return (states, *others), (jtu.tree_map(lambda _: None, states), *silent)
     return (states, *others), (adjoint.tangents(recurrence, states, tangents), *silent)
+
+
+def with_opaque_constants(recurrence: Recurrence, tangents: PyTree[Any]) -> Recurrence:
+    """The same recurrence; but the compiler does not know to be constants what its step closes over
+    and what has no tangent: `tangents` are those of the step, `None` for zero.
+
+    Where it learns of a constant only late, which a `jax.checkpoint` has hidden from it, it makes
+    a kernel that breaks down of a sum over many steps: XLA's CPU library YNNPACK crashes on a
+    reduction over `y[:, None, None] + constant`, as on others (jax-ml/jax, issues 39257 and 40412).
+    It takes no `reduce_precision`, which changes nothing here. Hence to be called within any
+    `jax.checkpoint`.
+    """
+
+    def one(tangent, x):
+        if tangent is not None or not eqx.is_inexact_array(x) or jnp.iscomplexobj(x):
+            return x
+        info = jnp.finfo(x.dtype)
+        if x.ndim == 0 or info.bits > 32:
+            return x
+        return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+    step = jtu.tree_map(one, tangents, recurrence.step, is_leaf=lambda t: t is None)
+    return eqx.tree_at(lambda r: r.step, recurrence, step)

@@ -13,7 +13,7 @@ from .._misc import flip_time, is_complex, or_zeros
 from .._outcome import Solve
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver, Sequential
-from ._base import AbstractAdjoint, Forward
+from ._base import AbstractAdjoint, Forward, with_opaque_constants
 from ._wrapped import default_adjoint
 
 
@@ -122,5 +122,10 @@ def _solve_clipped_bwd(states, cotangents, perturbed, recurrence, guess, forward
     pulled, _, _ = default_adjoint().solve(forward, backward, None)
     pulled = recurrence.parts.later(flip_time(pulled), nothing)
     clipped = step.clipped(jtu.tree_map(jnp.add, pulled, cotangents))
-    _, pull = eqx.filter_vjp(lambda recurrence: recurrence.images(states), recurrence)
+    flags = jtu.tree_map(lambda flag: flag or None, perturbed.step)
+
+    def images(recurrence):
+        return with_opaque_constants(recurrence, flags).images(states)
+
+    _, pull = eqx.filter_vjp(images, recurrence)
     return pull(clipped)[0]

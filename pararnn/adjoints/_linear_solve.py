@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from .._misc import flip_time, or_zeros
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver, Newton
-from ._base import AbstractLinearAdjoint
+from ._base import AbstractLinearAdjoint, with_opaque_constants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,10 @@ class LinearSolveAdjoint(AbstractLinearAdjoint):
         return self.solver
 
     def tangents(self, recurrence, states, tangents):
-        images = eqx.filter_checkpoint(lambda recurrence: recurrence.images(states))
+        def images(recurrence):
+            return with_opaque_constants(recurrence, tangents.step).images(states)
+
+        images = eqx.filter_checkpoint(images)
         _, offsets = eqx.filter_jvp(images, (recurrence,), (tangents,))
         offsets = or_zeros(offsets, states)
         if len(jtu.tree_leaves(offsets)) > 1:

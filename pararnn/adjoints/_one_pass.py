@@ -29,7 +29,7 @@ from .._platform import chosen_platform
 from .._recurrence import Recurrence
 from .._settings import check_positive_int
 from ..jaxprs._dependence import reaches
-from ._base import AbstractLinearAdjoint
+from ._base import AbstractLinearAdjoint, with_opaque_constants
 from ._passed_on import Tangents, across_devices
 
 # Bounds on the steps of a block, and the bytes of its states: with more, what is computed from them
@@ -89,6 +89,7 @@ def _one_pass(
     added: PyTree[Array] | None = None,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
     """The tangents of the last state and of all states; `added` is added to those of each step."""
+    recurrence = with_opaque_constants(recurrence, tangents.step)
     added = jtu.tree_map(lambda _: None, states) if added is None else added
     if block_size == 1:
         return _step_by_step(recurrence, states, tangents, added)
