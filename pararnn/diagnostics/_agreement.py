@@ -54,7 +54,8 @@ class Agreement:
     - `tolerance`: for values, at the precision of the widest leaf of the state; leaves of lower
         precision, and gradients, get more in proportion. `None` is `agreement_tolerance`.
 
-    `where` tells the worst place of the last `value_error` that was beyond the tolerance.
+    `where` tells the worst place of the last `value_error` that was beyond the tolerance;
+    `value_difference` and `gradient_difference` are the last errors without regard to rounding.
     """
 
     def __init__(self, step, xs: PyTree, init: PyTree, expected: PyTree, tolerance=None):
@@ -67,11 +68,12 @@ class Agreement:
         self._noise: list[np.ndarray] | None = None
         self._worst: Any = None
         self.where = ""
+        self.value_difference = self.gradient_difference = 0.0
 
     def value_error(self, states: PyTree) -> float:
         """The largest difference of any element of the states at any time: 1 is 100 % of the
         element's own scale. What rounding explains counts as the tolerance at most."""
-        error = self._error(states, self._leaves)
+        error = self.value_difference = self._error(states, self._leaves)
         self.where = self._describe_worst() if error > self.tolerance else ""
         if not error > self.tolerance or not _all_finite(states):
             return error
@@ -88,6 +90,7 @@ class Agreement:
         """The same for the derivatives with respect to `(xs, init)`, of the sum of the `states`
         with the cotangents `weights`. Time runs backwards for them."""
         error = self._error(gradient, self._of_gradients(expected), factor=GRADIENT_FACTOR)
+        self.gradient_difference = error
         if not error > GRADIENT_FACTOR * self.tolerance or not _all_finite((states, gradient)):
             return error
         before = previous_states(self._init, states)

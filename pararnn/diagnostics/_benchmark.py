@@ -41,8 +41,9 @@ _LEGEND = """
     Times are medians with their quartiles (lower–upper), of runs in turns; "/ lax.scan" is the
     time over that of the scan, pair by pair: below 1 is faster. "iterations" are sweeps with a
     correction each, "steps" those made one after another. "error" is that of the states: 1 would
-    be 100 % of an element's own scale. What disagrees is "discarded"; "finished" had to make some
-    steps sequentially in the end. "default" is what `solve` chooses.
+    be 100 % of an element's own scale, "rounding" what rounding explains. What disagrees is
+    "discarded"; "finished" had to make some steps sequentially in the end. "default" is what
+    `solve` chooses.
 """
 _COSTS_LEGEND = """
     "temporary" is the memory beside arguments and results; "Gflop" counts operations; "unfused" is
@@ -71,7 +72,8 @@ class Benchmark:
         - `iterations`, `sequential_steps` (the critical path), `chunk_size`, `fallback`, as in
             [`pararnn.Stats`][];
         - `error` and `gradient_error`, to the baseline: of the states as [`pararnn.verify`][]
-            judges them, each element by its own scale; of the gradient relative to the largest
+            judges them, each element by its own scale (with `rounding` true, what rounding explains
+            has been left out of it); of the gradient relative to the largest
             magnitude in each array. `agrees`, whether `error` is at most 1e-5 in float32 and 1e-10
             in float64, and `gradient_error`, if measured, at most a hundred times that.
     """
@@ -102,7 +104,7 @@ class Benchmark:
             [header, *(str(row.get(key, "")) for row in rows)]
             for header, key in (("iterations", "iterations"), ("steps", "sequential_steps"))
         ]
-        times.append([*counts, ["error", *(f"{row['error']:.1e}" for row in rows)]])
+        times.append([*counts, ["error", *map(_error, rows)]])
         if any(map(_remark, rows)):
             times[-1].append(["remark", *map(_remark, rows)])
         names = ["solver", *(row["name"] for row in rows)]
@@ -174,6 +176,10 @@ def _rank(row: dict[str, Any]) -> float:
 
 def _milliseconds(seconds: Spread) -> str:
     return spread_text(Spread(*(1e3 * s for s in seconds)))
+
+
+def _error(row: dict[str, Any]) -> str:
+    return "rounding" if row.get("rounding") else f"{row['error']:.1e}"
 
 
 def _remark(row: dict[str, Any]) -> str:
@@ -319,11 +325,14 @@ def _measured(
         if axis is not None:
             elsewhere[name] = places.along(axis, args)
     known: list[Agreement] = []
+    differences: list[float] = []  # of each run, in their order
 
     def judge(states, expected):
         if not known:
             known.append(Agreement(problem.step, problem.us, problem.init, expected))
-        return known[0].value_error(states)
+        error = known[0].value_error(states)
+        differences.append(known[0].value_difference)
+        return error
 
     baseline, *rows = compare(
         runs,
@@ -337,7 +346,8 @@ def _measured(
     )
     tolerance = agreement_tolerance(raveler(problem.init)[3])
     named = {_describe(solver): solver for solver in solvers}
-    for row in (baseline, *rows):
+    for row, difference in zip((baseline, *rows), differences, strict=True):
+        row["rounding"] = difference > row["error"]
         right = row.get("gradient_error", 0.0) <= _GRADIENT_FACTOR * tolerance
         row["agrees"] = right and row["error"] <= tolerance
     rows = [{"solver": named[row["name"]], **row} for row in rows]

@@ -20,7 +20,13 @@ from ..solvers import AbstractSolver
 from ..structures import AbstractStructure
 from ._agreement import GRADIENT_FACTOR, Agreement
 from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
+from ._purity import is_pure
 from ._streaming import broken_promises
+
+_IMPURE = (
+    "the step gives other numbers when it is traced again. It must be a pure function of "
+    "`(state, x)`: take random numbers, counters and whatever else changes in by `xs` or the state"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,10 @@ class Verification:
     - `broken_promises`: what is wrong with `project`, `readout` or streaming of a cell, a sentence
         each.
     - `where`: the state that is furthest off, if the values disagree; empty otherwise.
+    - `value_difference`, `gradient_difference`: the errors without regard to rounding: larger than
+        `value_error` and `gradient_error` where rounding explains them, as in a chaotic system.
+    - `pure`: whether the step gives the same numbers when it is traced again. Of one that does not,
+        nothing else is measured: the errors are NaN.
     """
 
     ok: bool
@@ -49,6 +59,9 @@ class Verification:
     tolerance: float
     broken_promises: tuple[str, ...] = ()
     where: str = ""
+    value_difference: float = 0.0
+    gradient_difference: float = 0.0
+    pure: bool = True
 
     def __bool__(self) -> bool:
         return self.ok
@@ -58,18 +71,23 @@ class Verification:
         agrees = agrees and self.gradient_error <= GRADIENT_FACTOR * self.tolerance
         if self.ok:
             first = "agrees with the sequential run"
+        elif not self.pure:
+            first = f"FAILED: {_IMPURE}"
         elif agrees and self.broken_promises and self.structure_ok and not self.result:
             first = "FAILED: agrees with the sequential run, but the cell breaks its promises"
         else:
             first = "DISAGREES with the sequential run"
         lines = [
             first,
-            f"  values:    {self.value_error:.1e} (tolerance {self.tolerance:.1e})"
+            "  values:    "
+            + _figure(self.value_error, self.value_difference, self.tolerance)
             + (f": {self.where}" if self.where else ""),
-            f"  gradients: {self.gradient_error:.1e} "
-            f"(tolerance {GRADIENT_FACTOR * self.tolerance:.1e})",
+            "  gradients: "
+            + _figure(
+                self.gradient_error, self.gradient_difference, GRADIENT_FACTOR * self.tolerance
+            ),
         ]
-        if not self.structure_ok:
+        if not self.structure_ok and self.pure:
             lines.append("  the declared structure leaves out entries of the Jacobian")
         lines += [f"  {sentence}" for sentence in self.broken_promises]
         if self.fallback:
@@ -77,6 +95,19 @@ class Verification:
         if self.result:
             lines.append(f"  result: {self.result}")
         return "\n".join(lines)
+
+
+def _figure(error: float, difference: float, tolerance: float) -> str:
+    """What was measured; and where that is nothing but a bound, what it is."""
+    if np.isnan(error):
+        return "not measured: there is no one sequence of numbers to compare with"
+    if error <= tolerance < difference:
+        return (
+            f"off by {difference:.1e}, which rounding explains: as far apart are sequential runs "
+            f"with other roundings (tolerance {tolerance:.1e})"
+        )
+    shown = f"{error:.1e}" if np.isfinite(error) else "not finite"
+    return f"{shown} (tolerance {tolerance:.1e})"
 
 
 def verify(
@@ -96,6 +127,9 @@ def verify(
 
     Runs outside of `jit`, on concrete arrays. The reference is differentiated by JAX through
     `jax.lax.scan`, not by this package.
+
+    The step is traced twice first: one that gives other numbers the second time is no function of
+    its arguments, and is told so.
 
     Each element of the state is judged on its own: a difference counts by the largest magnitude
     that the same element had within the last sixteenth of the sequence. What rounding explains, as
@@ -141,9 +175,11 @@ def verify(
     expected, expected_gradient, _ = _pulled(
         lambda us, init: (scan_states(problem.step, us, init), None), problem, weights
     )
-    states, gradient, (result, stats) = _pulled(states_of, problem, weights)
     agreement = Agreement(problem.step, problem.us, problem.init, expected, tolerance)
     tolerance = agreement.tolerance
+    if not is_pure(problem.step, problem.us, problem.init, expected):
+        return _unmeasured(tolerance)
+    states, gradient, (result, stats) = _pulled(states_of, problem, weights)
     value_error = agreement.value_error(states)
     gradient_error = agreement.gradient_error(gradient, expected_gradient, states, weights)
     structure_ok = _contains(one, problem, expected, axis_name)
@@ -161,6 +197,25 @@ def verify(
         tolerance=tolerance,
         broken_promises=broken,
         where=agreement.where,
+        value_difference=agreement.value_difference,
+        gradient_difference=agreement.gradient_difference,
+    )
+
+
+def _unmeasured(tolerance: float) -> Verification:
+    """Of a step that is no function."""
+    nothing = float("nan")
+    return Verification(
+        ok=False,
+        value_error=nothing,
+        gradient_error=nothing,
+        structure_ok=False,
+        result="",
+        fallback=False,
+        tolerance=tolerance,
+        value_difference=nothing,
+        gradient_difference=nothing,
+        pure=False,
     )
 
 
