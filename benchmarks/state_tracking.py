@@ -50,7 +50,7 @@ def compare(
                 "group": group,
                 "L": length,
                 "solver": name,
-                "chunk": solution.stats.chunk_size,
+                "chunk": int(solution.stats.chunk_size),
                 "iterations": int(solution.stats.iterations),
                 "steps": int(solution.stats.sequential_steps),
                 "finished sequentially": bool(solution.stats.fallback),

@@ -81,11 +81,12 @@ def once_where(pending: Bool[Array, ""], value: _T, turn: Callable[[_T], _T], sc
     named `scope`: under `vmap`, a `cond` would run both branches, and copy for each sequence what
     they close over."""
 
+    carry = place_like((pending, value), (pending, value))
+
     def body(carry):
-        return jnp.zeros_like(carry[0]), turn(carry[1])
+        return place_like((jnp.zeros_like(carry[0]), turn(carry[1])), carry)
 
     with jax.named_scope(scope):
-        carry = place_like((pending, value), (pending, value))
         return jax.lax.while_loop(lambda carry: carry[0], body, carry)[1]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.core
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -30,13 +31,18 @@ class RESULTS(eqx.Enumeration):  # pyright: ignore[reportGeneralTypeIssues]
     )
 
 
+def _as_count(number: Any) -> Int[Array, ""]:
+    return jnp.asarray(number, jnp.int32)
+
+
 class Stats(eqx.Module):
     """What happened during a solve.
 
     - `iterations`: how many sweep-and-correct iterations were made; 0 for `Sequential`.
     - `correction`: the largest change that the last iteration made to any chunk's start, in
         units of the tolerance (`atol + rtol * scale`); 0 for `Sequential`.
-    - `chunk_size`: how many steps a chunk has.
+    - `chunk_size`: how many steps a chunk has. A number, which an int becomes, as the others are:
+        solutions of different solvers may be the branches of a `jax.lax.cond`.
     - `sequential_steps`: how many steps were made one after another (the critical path): the
         chunk's length for each sweep, the final sweep included, and the sequential finish. A
         sequential solve has `L`.
@@ -45,7 +51,7 @@ class Stats(eqx.Module):
 
     iterations: Int[Array, ""]
     correction: Float[Array, ""]
-    chunk_size: int = eqx.field(static=True)
+    chunk_size: Int[Array, ""] = eqx.field(converter=_as_count)
     sequential_steps: Int[Array, ""]
     fallback: Bool[Array, ""]
 

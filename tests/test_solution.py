@@ -104,3 +104,31 @@ def test_results_still_compute(solution, batch):
     assert worse(solution.result) == prnn.RESULTS.not_converged
     assert isinstance(solution.result, prnn.RESULTS)
     assert eqx.tree_equal(solution.result, prnn.RESULTS.successful, typematch=False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_solutions_of_different_solvers_are_branches_of_one_cond(dtype):
+    """And those of an empty sequence; the chunk size is a number as any other."""
+    xs, init = jnp.ones((6, 2), dtype), jnp.ones(2, dtype)
+    newton, jacobi = prnn.Newton(chunk_size=2), prnn.Jacobi(chunk_size=3)
+    solvers = [prnn.Sequential(), newton, jacobi, prnn.Speculative(chunk_size=2)]
+
+    def of(solver, length=6):
+        return lambda: prnn.solve(
+            lambda h, x: jnp.tanh(h) / 2 + x, xs[:length], init, solver=solver, throw=False
+        )
+
+    chosen = jax.jit(lambda i: jax.lax.switch(i, [of(solver) for solver in solvers]))
+    for i, solver in enumerate(solvers):
+        assert repr(chosen(i)) == repr(of(solver)())
+        assert chosen(i).stats.chunk_size == (6, 2, 3, 2)[i]
+        assert chosen(i).stats.chunk_size.dtype == np.int32
+    both = jax.jit(lambda i: jax.lax.cond(i > 0, lambda: of(newton)().stats, lambda: none.stats))
+    none = of(newton, 0)()
+    assert int(both(0).chunk_size) == 0 and int(both(1).chunk_size) == 2
+    sizes = jax.vmap(lambda x: prnn.solve(run_step, x, init, solver=jacobi).stats.chunk_size)
+    assert sizes(jnp.ones((4, 6, 2), dtype)).tolist() == [3] * 4
+
+
+def run_step(h, x):
+    return h / 2 + x

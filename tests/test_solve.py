@@ -51,7 +51,7 @@ def assert_stats_add_up(stats, solver, length):
         assert (stats.chunk_size, bool(stats.fallback)) == (length, False)
         assert float(stats.correction) == 0
         return
-    size = stats.chunk_size
+    size = int(stats.chunk_size)
     chunks = -(-length // size)
     assert 1 <= size <= length
     if solver.chunk_size is not None:

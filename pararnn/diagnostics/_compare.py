@@ -203,6 +203,6 @@ def _statistics(stats) -> dict[str, Any]:
     return {
         "iterations": int(np.max(stats.iterations)),
         "sequential_steps": int(np.max(stats.sequential_steps)),
-        "chunk_size": stats.chunk_size,
+        "chunk_size": int(np.max(stats.chunk_size)),
         "fallback": bool(np.any(stats.fallback)),
     }
