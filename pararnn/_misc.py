@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -69,6 +70,11 @@ def raveler(
 def num_steps(xs: PyTree[Any]) -> int:
     """The length of the leading axis that the leaves of `xs` share."""
     return jtu.tree_leaves(xs)[0].shape[0]
+
+
+def is_symbolic(length: Any) -> bool:
+    """Whether it is no number yet, as the sizes of an export with `jax.export.symbolic_shape`."""
+    return jax.export.is_symbolic_dim(length)
 
 
 def time_slice(xs: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:

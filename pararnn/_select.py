@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import PyTree
 
 from ._mesh import TimeAxis, find_time_axis, time_axis_of
+from ._misc import is_symbolic
 from ._platform import chosen_platform, kernels_enabled
 from ._recurrence import Recurrence
 from ._traits import listed
@@ -94,6 +95,8 @@ def choose(
     for name, policy in (("solver", solver), ("adjoint", adjoint)):
         if policy is not None and recurrence.line.is_cut:
             check_across(name, policy)
+    if is_symbolic(recurrence.length):
+        return _choose_for_any_length(recurrence, solver, adjoint)
     reason = "It was asked for."
     if solver is None:
         solver, reason = _select_solver(recurrence, platform)
@@ -104,6 +107,28 @@ def choose(
         reason,
         adjoint_reason,
     )
+
+
+def _choose_for_any_length(
+    recurrence: Recurrence,
+    solver: AbstractSolver | None,
+    adjoint: AbstractSolver | AbstractAdjoint | None,
+) -> Choice:
+    """Of a program that is exported for sequences of all lengths: one step after another."""
+    if recurrence.line.is_cut or not (solver is None or solver.stepwise):
+        name = "TimeSharded" if solver is None else type(solver).__name__
+        raise ValueError(
+            f"`xs` has the symbolic length {recurrence.length}, but `solver={name}(…)` cuts a "
+            "sequence into parts, whose number must be known when the program is traced. Export "
+            "with `solver=None` or `solver=pararnn.Sequential()`, or a program for each length."
+        )
+    reason = "The length is symbolic, and only steps can be made without knowing it."
+    # An adjoint that was asked for counts if there is a derivative; most exports have none.
+    chosen = OnePassAdjoint(1) if adjoint is None else as_adjoint(adjoint)
+    if chosen.stepwise:
+        chosen = OnePassAdjoint(1)
+    solver = Sequential() if solver is None else solver
+    return Choice(solver, chosen, reason, reason)
 
 
 def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | AbstractAdjoint | None):

@@ -24,6 +24,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._line import AxisName
+from .._misc import is_symbolic
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver
 
@@ -108,6 +109,17 @@ def _solve_states_jvp(primals, tangents, *, forward, adjoint):
     if not jtu.tree_leaves(eqx.filter(tangents, eqx.is_array)):
         return (states, *others), (jtu.tree_map(lambda _: None, states), *silent)
     return (states, *others), (adjoint.tangents(recurrence, states, tangents), *silent)
+
+
+def check_length(solver: AbstractSolver, recurrence: Recurrence) -> None:
+    """Raises a `ValueError` if the `solver` of a derivative needs a length that is not known."""
+    if is_symbolic(recurrence.length) and not solver.stepwise:
+        raise ValueError(
+            f"`xs` has the symbolic length {recurrence.length}, but `{type(solver).__name__}(…)`, "
+            "the solver of `adjoint`, cuts a sequence into parts, whose number must be known when "
+            "the program is traced. To export a derivative, use `adjoint=None` or "
+            "`adjoint=pararnn.Sequential()`, or export a program for each length."
+        )
 
 
 def with_opaque_constants(recurrence: Recurrence, tangents: PyTree[Any]) -> Recurrence:

@@ -13,7 +13,7 @@ from .._misc import flip_time, is_complex, or_zeros
 from .._outcome import Solve
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver, Sequential
-from ._base import AbstractAdjoint, Forward, with_opaque_constants
+from ._base import AbstractAdjoint, Forward, check_length, with_opaque_constants
 from ._wrapped import default_adjoint
 
 
@@ -106,6 +106,7 @@ def _solve_clipped_fwd(perturbed, recurrence, guess, forward, adjoint):
 
 @_solve_clipped.def_bwd
 def _solve_clipped_bwd(states, cotangents, perturbed, recurrence, guess, forward, adjoint):
+    check_length(adjoint.solver, recurrence)
     # Those of states that the loss does not read are left out.
     cotangents = or_zeros(cotangents[0], states)
     step = _ClippedPull(recurrence.step, adjoint.limit)

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from .._misc import flip_time, or_zeros
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver, Newton
-from ._base import AbstractLinearAdjoint, with_opaque_constants
+from ._base import AbstractLinearAdjoint, check_length, with_opaque_constants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,8 @@ class LinearSolveAdjoint(AbstractLinearAdjoint):
         return self.solver
 
     def tangents(self, recurrence, states, tangents):
+        check_length(self.solver, recurrence)
+
         def images(recurrence):
             return with_opaque_constants(recurrence, tangents.step).images(states)
 

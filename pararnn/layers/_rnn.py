@@ -22,7 +22,7 @@ from .._checks import (
 from .._devices import mesh_context, typed_slice
 from .._line import AxisName, Line
 from .._mesh import TimeAxis, both, is_manual, over_devices
-from .._misc import num_steps, struct
+from .._misc import is_symbolic, num_steps, struct
 from .._norms import all_finite
 from .._outcome import checked
 from .._packing import zero_unless
@@ -76,7 +76,8 @@ class RNN(eqx.Module, Generic[Cell]):
             another, and computes them again for the derivative: memory of
             `L / segment_size + segment_size` states in place of `L`, for a second forward pass.
             `None` chooses: all steps, unless states are matrices or otherwise much larger than
-            what a step consumes. A size of `L` or more solves all steps at once.
+            what a step consumes. A size of `L` or more solves all steps at once, and so does any
+            size where `L` is symbolic (`jax.export`).
         """
         if isinstance(cell, (eqx.nn.GRUCell, eqx.nn.LSTMCell)):
             cell = cast(Cell, from_equinox(cell))
@@ -315,7 +316,7 @@ class RNN(eqx.Module, Generic[Cell]):
 
     def _segment_size(self, prepared: Prepared) -> int:
         length = num_steps(prepared.xs)
-        if self._line.is_cut or length == 0:
+        if self._line.is_cut or is_symbolic(length) or length == 0:
             return length
         if self.segment_size is not None:
             return self.segment_size
@@ -324,7 +325,8 @@ class RNN(eqx.Module, Generic[Cell]):
 
     def _is_chunked(self, prepared: Prepared) -> bool:
         """Whether chunks of steps are made at once. They start anew from the cell's own state."""
-        if self._line.is_cut or num_steps(prepared.xs) == 0 or not self.goes_through_chunks:
+        length = num_steps(prepared.xs)
+        if self._line.is_cut or is_symbolic(length) or length == 0 or not self.goes_through_chunks:
             return False
         return self.learned_state is None or prepared.reset is None
 
