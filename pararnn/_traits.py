@@ -61,6 +61,11 @@ def lacks_derivative(
 def lacks_transpose(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> bool:
     """Whether cotangents of the state cannot be pulled back through `step`, for example because of
     a `while_loop`. Arguments as for `lacks_derivative`."""
+    return why_no_transpose(step, state, x) is not None
+
+
+def why_no_transpose(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> str | None:
+    """What JAX says where `lacks_transpose` holds."""
 
     def pull(state, x):
         new, pull = jax.vjp(lambda s: step(s, x), state)
@@ -68,9 +73,9 @@ def lacks_transpose(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> bool:
 
     try:
         jax.eval_shape(pull, state, x)
-    except REFUSALS:
-        return True
-    return False
+    except REFUSALS as error:
+        return str(error)
+    return None
 
 
 def shared_axes(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> tuple[str, ...]:

@@ -160,8 +160,29 @@ def test_errors_of_jax():
         gradient(states(called_back, solver=prnn.Jacobi()))
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         gradient(states(looped))
-    with pytest.raises(TypeError, match="transpose_solve required for backwards mode"):
-        gradient(states(looped, adjoint=prnn.Newton()))
+    message = "`step` cannot be differentiated in reverse mode.*Reverse-mode.*while_loop.*jax.jvp"
+    for adjoint in (prnn.Newton(), prnn.Jacobi()):
+        with pytest.raises(RuntimeError, match=message):
+            gradient(states(looped, adjoint=adjoint))
+    batched = jax.vmap(states(looped, adjoint=prnn.Newton()), in_axes=(None, 0, None))
+    with pytest.raises(RuntimeError, match=message):
+        jax.grad(lambda xs: jnp.sum(batched(ARGS[0], xs, ARGS[2])))(jnp.stack([ARGS[1]] * 2))
+
+
+def test_a_state_that_cannot_be_pulled_back_beside_inputs_that_can():
+    """What flows back to the inputs would be wrong, not an error."""
+
+    def step(h, x):
+        return jax.lax.while_loop(lambda h: jnp.max(h) > 1, lambda h: h / 2, h) + x
+
+    def loss(xs):
+        return jnp.sum(prnn.solve(step, xs, jnp.ones(2), adjoint=prnn.Newton()).states)
+
+    with pytest.raises(RuntimeError, match="`step` cannot be differentiated in reverse mode"):
+        jax.grad(loss)(ARGS[1])
+    by_columns = jax.jacfwd(loss)(ARGS[1])  # tangents can be pushed, a batch of them too
+    expected = jax.jacfwd(lambda xs: jnp.sum(scan(step, xs, jnp.ones(2))))(ARGS[1])
+    np.testing.assert_allclose(by_columns, expected, rtol=1e-12)
 
 
 @functools.cache

@@ -3,13 +3,16 @@ import functools
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._devices import typed_slice
 from .._misc import flip_time, or_zeros
 from .._recurrence import Recurrence
+from .._traits import why_no_transpose
 from ..solvers import AbstractSolver, Newton
 from ._base import AbstractLinearAdjoint, check_length, with_opaque_constants
 
@@ -123,5 +126,13 @@ def _linear_solve(
         return jtu.tree_map(jnp.add, g, line.later(pulled, zero))
 
     # JAX traces the transposed solve at once, also where it only pushes tangents.
-    transposed = transpose_solve if recurrence.has_cotangents else None
-    return jax.lax.custom_linear_solve(residual, offsets, solve, transposed)
+    if recurrence.has_cotangents:
+        return jax.lax.custom_linear_solve(residual, offsets, solve, transpose_solve)
+    pushed = jax.lax.custom_linear_solve(residual, offsets, solve)
+    reason = why_no_transpose(step, recurrence.init, typed_slice(xs))
+    message = (
+        f"`step` cannot be differentiated in reverse mode. JAX says of it: {reason} Rewrite it, "
+        "put a `jax.custom_vjp` around that part, or push tangents forward (`jax.jvp`, "
+        "`jax.jacfwd`)."
+    )
+    return eqxi.nondifferentiable_backward(pushed, msg=message)
