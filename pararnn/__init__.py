@@ -11,6 +11,7 @@ from . import scans as scans
 from . import solvers as solvers
 from . import sweeps as sweeps
 from ._algebra import AbstractAlgebra as AbstractAlgebra
+from ._packing import mask_of as mask_of
 from ._packing import segment_starts as segment_starts
 from ._recurrence import Recurrence as Recurrence
 from ._solution import RESULTS as RESULTS

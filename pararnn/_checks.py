@@ -91,7 +91,10 @@ def check_flags(name: str, flags: Any, length: int) -> Bool[Array, " L"]:
     if flags.ndim == 2:
         hint = _BATCH
     elif flags.dtype != jnp.bool_:
-        hint = f" Pass `{name}.astype(bool)` for zeros and ones."
+        if flags.shape == (length,):
+            hint = f" Pass `{name}.astype(bool)` for zeros and ones."
+        if name == "mask" and jnp.issubdtype(flags.dtype, jnp.integer):
+            hint += f" For the length of a sequence pass `pararnn.mask_of(length, {length})`."
         if name == "reset":
             hint += " For the ids of packed sequences pass `pararnn.segment_starts(segment_ids)`."
     raise ValueError(

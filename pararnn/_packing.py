@@ -4,14 +4,15 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Int, Integer, PyTree
 
 from ._devices import place_like, spread
 from ._line import Line
-from ._misc import bool_where, over_rows
+from ._misc import bool_where, is_symbolic, over_rows
 from .scans import Sequential
 from .scans._named import across
 
@@ -41,6 +42,50 @@ def segment_starts(segment_ids: Int[Array | np.ndarray, " L"]) -> Bool[Array, " 
             f"{segment_ids.dtype} of shape {segment_ids.shape}."
         )
     return jnp.diff(segment_ids, prepend=segment_ids[:1]) != 0
+
+
+def mask_of(
+    lengths: Integer[Array | np.ndarray, "..."] | int, total: int
+) -> Bool[Array, "... total"]:
+    """Which steps count in sequences that are padded behind: the first `length` of each.
+
+    For `mask` of [`pararnn.solve`][] and of the layers: of one sequence, or of a batch to be mapped
+    over, as in `jax.vmap(lambda xs, mask: rnn(xs, mask=mask))(xs, mask_of(lengths, L))`.
+
+    **Arguments:**
+
+    - `lengths`: how many steps of each sequence are no padding: an integer, or an array of any
+        shape, which may be traced.
+    - `total`: the number of steps with the padding, `L`.
+
+    **Returns:**
+
+    A boolean per step, behind the axes of `lengths`.
+
+    **Raises:**
+
+    `TypeError` unless `total` is an integer; `ValueError` unless `lengths` are integers, none of
+    which, if they are known, is negative or larger than `total`.
+    """
+    if isinstance(total, bool) or not (isinstance(total, int | np.integer) or is_symbolic(total)):
+        raise TypeError(
+            f"`total` must be an integer, the number of steps with the padding; got {total!r}."
+        )
+    lengths = jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            "`lengths` must be integers, the number of steps of each sequence that are no padding; "
+            f"got {lengths.dtype} of shape {lengths.shape}."
+        )
+    lengths = lengths.astype(int)
+    if not (isinstance(lengths, jax.core.Tracer) or is_symbolic(total)):
+        wrong = lengths[(lengths < 0) | (lengths > total)]
+        if wrong.size:
+            raise ValueError(
+                f"`lengths` must be between 0 and the {total} steps of `total`; got {wrong[0]}."
+            )
+    steps = jnp.arange(total).reshape(*(1,) * lengths.ndim, total)
+    return steps < jnp.expand_dims(lengths, -1)
 
 
 class Packing(eqx.Module):

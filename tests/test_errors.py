@@ -50,6 +50,8 @@ ELMAN = prnn.Elman(2, 3, key=jax.random.key(0))
             {"reset": np.ones(5, np.int64)},
         ),
         (ValueError, r"`mask`.*got float64.*`mask.astype\(bool\)`", {"mask": np.ones(5)}),
+        (ValueError, r"`mask`.*got int64 of.*`pararnn.mask_of\(length, 5\)`", {"mask": 3}),
+        (ValueError, r"`mask`.*\(2,\). For the length.*mask_of", {"mask": np.array([3, 4])}),
         (ValueError, r"`mask`.*got bool of shape \(3, 5\).*vmap", {"mask": np.ones((3, 5), bool)}),
         (ValueError, r"`reset`.*got bool of shape \(\)", {"reset": True}),
         (ValueError, r"`reset`.*got bool of shape \(5, 1\)", {"reset": np.ones((5, 1), bool)}),

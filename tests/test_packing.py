@@ -349,3 +349,28 @@ def test_segment_starts():
     got = prnn.segment_starts(np.asarray([3, 3, 1, 1, 1, 0, 3]))
     assert got.tolist() == [False, False, True, False, False, True, True]
     assert prnn.segment_starts(np.zeros(0, int)).shape == (0,)
+
+
+def test_masks_of_lengths():
+    of_batches = np.array([0, 3, 5]), np.array([[1, 2], [4, 5]], np.uint8)
+    for lengths in (3, np.array(3, np.int8), *of_batches):
+        expected = np.arange(5) < np.asarray(lengths)[..., None]
+        for mask in (prnn.mask_of(lengths, 5), jax.jit(lambda n: prnn.mask_of(n, 5))(lengths)):
+            assert mask.dtype == bool
+            np.testing.assert_array_equal(mask, expected)
+    # Integers that do not reach as far as the sequence.
+    assert int(jnp.sum(prnn.mask_of(np.array(200, np.uint8), 300))) == 200
+    assert prnn.mask_of(0, 0).shape == (0,)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_lengths_that_are_none():
+    for total in (5.0, True, None):
+        with pytest.raises(TypeError, match="`total` must be an integer.*got (5.0|True|None)"):
+            prnn.mask_of(3, total)
+    for lengths in (3.0, np.ones(5, bool)):
+        with pytest.raises(ValueError, match="`lengths` must be integers.*got (float64|bool)"):
+            prnn.mask_of(lengths, 5)
+    for lengths, wrong in ((6, 6), ([1, -2], -2)):
+        with pytest.raises(ValueError, match=f"between 0 and the 5 steps of `total`; got {wrong}"):
+            prnn.mask_of(np.array(lengths), 5)

@@ -255,7 +255,7 @@ class RNN(eqx.Module, Generic[Cell]):
             input before its own. For packed sequences: `segment_starts(segment_ids)`.
         - `mask`: a boolean per step; where false, the step is padding, and all goes on as if it
             were not there; its output is zero. For a sequence of some `length`:
-            `jnp.arange(L) < length`. A `reset` within padding holds for the next real step.
+            `mask_of(length, L)`. A `reset` within padding holds for the next real step.
         - `throw`: raise an error at run time if the solve is not `successful`. What raises is a
             call back to Python, with which a program can be neither exported (`jax.export`) nor
             kept in JAX's persistent cache: pass `throw=False` for these. Nothing then tells a
