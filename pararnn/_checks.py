@@ -1,5 +1,6 @@
 """What `solve` and the layers refuse, and the remedy."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from ._algebra import AbstractAlgebra
-from ._misc import struct
+from ._misc import num_steps, struct
 from .adjoints import AbstractAdjoint
 from .cells import AbstractCell
 from .solvers import AbstractSolver
@@ -47,6 +49,15 @@ def check_algebra(algebra: Any) -> None:
         )
 
 
+def brief(value: Any) -> str:
+    """A value as a message shows it: a module, which may hold all weights, by its name."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, eqx.Module):
+        return f"{type(value).__name__}(…)"
+    return repr(value)
+
+
 def instance_hint(value: Any) -> str:
     """The remedy where a class was passed in place of an instance."""
     if not isinstance(value, type):
@@ -76,10 +87,43 @@ def to_arrays(name: str, tree: PyTree[Any]) -> PyTree[Array]:
             array = jnp.asarray(leaf)
         except TypeError as e:
             where = jtu.keystr(path)
-            raise TypeError(f"`{name}{where}` must be an array; got {leaf!r}.") from e
+            hint = pytree_hint(leaf)
+            raise TypeError(f"`{name}{where}` must be an array; got {leaf!r}.{hint}") from e
         return jax.lax.convert_element_type(array, array.dtype)  # strips weak types
 
     return jtu.tree_map_with_path(one, tree)
+
+
+def step_hint(value: Any) -> str:
+    """The remedy where a step function was passed in place of a cell."""
+    if isinstance(value, (type, eqx.Module)) or not callable(value):
+        return ""
+    return (
+        " A step function is solved by `pararnn.solve(step, xs, init)`. A layer needs a cell, "
+        "which knows its initial state: a subclass of AbstractCell with `init_state` and `step`."
+    )
+
+
+def pytree_hint(leaf: Any) -> str:
+    """The remedy where a dataclass is one leaf, because JAX does not know its fields."""
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+        return ""
+    return (
+        f" JAX does not look into the dataclass {type(leaf).__name__}: decorate it with "
+        "`jax.tree_util.register_dataclass`, or derive it from `equinox.Module`."
+    )
+
+
+def _list_hint(xs: Any) -> str:
+    """The remedy where the inputs of the steps may have come one by one."""
+    if not isinstance(xs, (list, tuple)) or len(xs) < 2:
+        return ""
+    if len({jnp.shape(x) if jtu.all_leaves([x]) else None for x in xs}) > 1:
+        return ""
+    return (
+        f" `xs` is a {type(xs).__name__} of {len(xs)}, that is, so many inputs, each with time as "
+        "its leading axis. If each is the input of one step, stack them: `jnp.stack(xs)`."
+    )
 
 
 def check_flags(name: str, flags: Any, length: int) -> Bool[Array, " L"]:
@@ -112,7 +156,10 @@ def check_xs(xs: PyTree[Array]) -> None:
         )
     for path, x in leaves:
         if x.ndim == 0:
-            raise ValueError(f"`xs{jtu.keystr(path)}` must have a leading time axis; got a scalar.")
+            hint = " For a list of numbers pass `jnp.asarray(xs)`." if isinstance(xs, list) else ""
+            raise ValueError(
+                f"`xs{jtu.keystr(path)}` must have a leading time axis; got a scalar.{hint}"
+            )
     lengths = {x.shape[0] for _, x in leaves}
     if len(lengths) > 1:
         got = ", ".join(f"xs{jtu.keystr(path)}: {x.shape}" for path, x in leaves)
@@ -172,14 +219,22 @@ class ExplainedStep(eqx.Module):
         if isinstance(cell, AbstractCell):
             _check_is_projected(cell, x)
         try:
-            return self.step(state, x)
+            new = self.step(state, x)
         except Exception as error:
             error.add_note(
                 f"`step` failed when it was traced with a state {_describe(state)} and an input "
                 f"{_describe(x)}, which is one time slice of `xs`. If it is the step of a cell, "
-                "its inputs are `cell.project(xs)`, not `xs`."
+                f"its inputs are `cell.project(xs)`, not `xs`.{_list_hint(x)}"
             )
             raise
+        for leaf in jtu.tree_leaves(new):
+            hint = pytree_hint(leaf)
+            if hint:  # JAX would compare such objects, and say that it cannot
+                name = type(leaf).__name__
+                raise TypeError(
+                    f"`step` must return arrays only; got {name}(…) in its result.{hint}"
+                )
+        return new
 
 
 def _check_is_projected(cell: AbstractCell, x: PyTree[Array]) -> None:
@@ -226,7 +281,7 @@ def check_new_state(new: PyTree[Any], old: PyTree[Any]) -> None:
         if a.shape != jnp.shape(b):
             raise ValueError(
                 f"`step` must keep the shape of the state: `init{where}` has {jnp.shape(b)}, "
-                f"but the new state has {a.shape}."
+                f"but the new state has {a.shape}.{_batch_hint(jnp.shape(b), a.shape)}"
             )
         if a.dtype != jnp.result_type(b):
             raise StateDtypeError(
@@ -234,6 +289,35 @@ def check_new_state(new: PyTree[Any], old: PyTree[Any]) -> None:
                 f"but the new state is {a.dtype}. Cast inside `step`, pass `init` as {a.dtype}, or "
                 f"cast what in `xs` is {a.dtype}."
             )
+
+
+def _batch_hint(old: tuple[int, ...], new: tuple[int, ...]) -> str:
+    """The remedy where the state may have been broadcast against a batch."""
+    try:
+        if np.broadcast_shapes(old, new) != new:
+            return ""
+    except ValueError:
+        return ""
+    return (
+        " If `xs` or `init` holds a batch: one sequence is solved at a time, with time as the "
+        "leading axis of `xs`. For a batch use `jax.vmap`, as in "
+        "`jax.vmap(lambda xs: solve(step, xs, init))(xs)`."
+    )
+
+
+def blame_slice(error: Exception, cell: AbstractCell, x: PyTree[Array]) -> None:
+    """Raises in place of `error` if what was to be one time slice is a sequence."""
+    try:
+        check_xs(x)
+        length = num_steps(x)
+        us = eqx.filter_eval_shape(cell.project, x)
+        check_projected(us, length)
+    except Exception:
+        return
+    raise ValueError(
+        f"`x` must be one time slice of the inputs; got {_describe(x)}, which is a sequence of "
+        f"{length}. Call the layer for a sequence, `rnn(xs)`, or pass one step of it, `xs[t]`."
+    ) from error
 
 
 def blame_inputs(error: StateDtypeError, cell: AbstractCell, xs: PyTree[Array]) -> None:

@@ -132,7 +132,8 @@ def checked(tree: PyTree[Array], result: RESULTS, throw: bool) -> PyTree[Array]:
 def _raiser(tree, result, where):
     failed = result != RESULTS.successful
     messages = [
-        f"{RESULTS[item]} (The solve is that at {where}.)"
+        f"{RESULTS[item]} (The solve is that at {where}. Of a batch, the `result` of "
+        "`solve(…, throw=False)` tells which sequences.)"
         for item in (RESULTS.not_converged, RESULTS.nonfinite)
     ]
     index = (result == RESULTS.nonfinite).astype(int)

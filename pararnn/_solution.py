@@ -27,7 +27,9 @@ class RESULTS(eqx.Enumeration):  # pyright: ignore[reportGeneralTypeIssues]
     nonfinite = (
         "A state is not finite. With `fallback=True` (the default) the states were computed "
         "sequentially from the first chunk that did not converge, so the recurrence itself "
-        "overflows or returns NaN: check the scale of the parameters, of `init` and of `xs`."
+        "overflows or returns NaN: check the scale of the parameters, of `init` and of `xs`. "
+        "States that are infinite by design (a maximum that starts from -inf) need `throw=False`, "
+        "or a finite number in place of infinity, such as `jnp.finfo(dtype).min`."
     )
 
 

@@ -1,5 +1,6 @@
 """Wrong arguments are refused by name, and the message shows what came."""
 
+import dataclasses
 import sys
 import traceback
 
@@ -23,6 +24,13 @@ def as_users_run_it():
 
 def step(h, x):
     return 0.5 * h + x
+
+
+@dataclasses.dataclass
+class Plain:
+    """Of which JAX does not know that it holds an array."""
+
+    h: object
 
 
 XS, INIT = jnp.ones((5, 2)), jnp.ones(2)
@@ -81,6 +89,7 @@ def test_options_of_solve(error, message, options):
         (ValueError, r"share their leading.*got xs\[0\]: \(5, 2\), xs\[1\]: \(4,\)", (XS, XS[:4, 0])),  # noqa: E501
         (TypeError, "`xs` must be an array; got 'text'", "text"),
         (TypeError, r"`xs\[0\]` must be an array; got <object", [object()]),
+        (ValueError, r"`xs\[0\]` must have.*scalar.*pass `jnp.asarray\(xs\)`", [1.0, 2.0]),
     ],
 )  # fmt: skip
 def test_inputs(error, message, xs):
@@ -96,6 +105,11 @@ def test_inputs(error, message, xs):
         (TypeError, "`init` must be floating.*got int64. Cast it to a float.*move.*to `xs`", 0),
         (TypeError, r"`init\['n'\]`.*got bool", {"h": INIT, "n": np.ones(2, bool)}),
         (TypeError, "`init` must be an array; got <object", object()),
+        (
+            TypeError,
+            "`init` must be an array; got .*dataclass Plain: .*register_dataclass`.*equinox.Module",
+            Plain(INIT),
+        ),
     ],
 )
 def test_initial_states(error, message, init):
@@ -124,6 +138,7 @@ def test_initial_states(error, message, init):
         (ValueError, "keep the dtype.*complex128", lambda h, x: jax.lax.complex(h, x)),
         (TypeError, "`step` must return arrays only; got 'text'", lambda h, x: "text"),
         (TypeError, "`step` must return arrays only; got 1.5", lambda h, x: 1.5),
+        (TypeError, "arrays only; got Plain.*register_dataclass`", lambda h, x: Plain(h)),
     ],
 )
 def test_steps(error, message, bad):
@@ -135,6 +150,29 @@ def test_steps(error, message, bad):
             if callable(bad):  # no step is ever taken, but it is checked all the same
                 with pytest.raises(error, match=message):
                     prnn.solve(bad, XS[:0], INIT, solver=solver)
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def test_inputs_of_the_steps_one_by_one():
+    message = r"input \[f64\[\].*`xs` is a list of 5.*each with time.*stack.*`jnp.stack\(xs\)`"
+    with pytest.raises(TypeError, match=message):
+        prnn.solve(step, [INIT] * 5, INIT)
+    with pytest.raises(TypeError) as caught:  # several inputs, which are something else
+        prnn.solve(step, [XS, XS[:, 0]], INIT)
+    assert "jnp.stack" not in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("init", [jnp.ones((1, 2)), INIT])
+def test_a_batch_where_one_sequence_belongs(init):
+    message = r"keep the shape.*`init` has .*, but the new state has .*For a batch use `jax.vmap`"
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    try:
+        with pytest.raises(ValueError, match=message):
+            prnn.solve(lambda h, x: h + x, jnp.ones((64, 5, 2)), init)
+        with pytest.raises(ValueError) as caught:  # no batch explains it
+            prnn.solve(lambda h, x: h[:1], XS, INIT)
+        assert "vmap" not in str(caught.value)
     finally:
         jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -274,6 +312,35 @@ def test_a_failure_is_reported_where_it_happened():
         prnn.solve(own_error, XS, INIT, solver=prnn.Sequential())
 
 
+def test_states_that_are_infinite_by_design():
+    """A running maximum: the message says what to do, and it does it."""
+
+    def maximum(h, x):
+        return jnp.maximum(h, x)
+
+    xs, start = jnp.full((5, 2), -jnp.inf), jnp.full(2, -jnp.inf)
+    message = r"not finite.*infinite by design.*`throw=False`.*`jnp.finfo\(dtype\).min`"
+    with pytest.raises(eqx.EquinoxRuntimeError, match=message):
+        prnn.solve(maximum, xs, start)
+    solution = prnn.solve(maximum, xs, start, throw=False)
+    assert solution.result == prnn.RESULTS.nonfinite
+    np.testing.assert_array_equal(solution.states, xs)
+    assert jnp.all(prnn.solve(maximum, XS, jnp.full(2, jnp.finfo(XS.dtype).min)).states == XS)
+
+
+def test_the_sequences_of_a_batch_that_failed_can_be_found():
+    batch = jnp.stack([XS, XS * 1e200, XS]) / 9
+
+    def run(xs, throw):
+        return prnn.solve(step_of_the_failure, xs, INIT / 2, throw=throw)
+
+    message = r"A state is not finite.*Of a batch, the `result` of `solve\(…, throw=False\)` tells"
+    with pytest.raises(Exception, match=message):
+        jax.vmap(lambda xs: run(xs, True))(batch)
+    result = jax.vmap(lambda xs: run(xs, False))(batch).result
+    np.testing.assert_array_equal(result == prnn.RESULTS.nonfinite, [False, True, False])
+
+
 # --- layers ---------------------------------------------------------------------------------------
 
 CELL = ELMAN
@@ -290,6 +357,18 @@ GRU = prnn.GRU(3, 4, key=jax.random.key(0))
         (r"`solver`.*Newton.*parentheses.*`Newton\(", lambda: prnn.RNN(CELL, prnn.Newton)),
         ("`adjoint`.*got 'x'", lambda: prnn.RNN(CELL, adjoint="x")),
         ("`adjoint`.*parentheses", lambda: prnn.RNN(CELL, adjoint=prnn.Newton)),
+        (
+            "`cell`.*got <function step.*`pararnn.solve.*A layer.*`init_state`",
+            lambda: prnn.RNN(step),
+        ),
+        (r"`cell`.*got RNN\(…\)\.$", lambda: prnn.RNN(prnn.RNN(CELL))),
+        (
+            r"`blocks\[0\]` must be a pararnn.AbstractBlock; got RNN\(…\).*ResidualBlock\(width",
+            lambda: prnn.Stack([prnn.RNN(CELL)]),
+        ),
+        (r"`blocks\[0\]`.*got Elman\(…\).*ResidualBlock", lambda: prnn.Stack([CELL])),
+        (r"`blocks\[0\]`.*the class MinMaxBlock.*parenth", lambda: prnn.Stack([prnn.MinMaxBlock])),
+        (r"`blocks` must be a list or tuple.*got RNN\(…\)", lambda: prnn.Stack(prnn.RNN(CELL))),
     ],
 )
 def test_making_a_layer(message, make):
@@ -307,6 +386,14 @@ def test_inputs_of_a_layer(cell):
         rnn(jnp.ones((7, 5, 2)))  # a batch, without vmap
     with pytest.raises(ValueError, match=r"`reset`.*\(5,\).*got bool of shape \(3,\)"):
         rnn(XS, reset=np.ones(3, bool))
+    for xs, kind in (([INIT] * 5, "list"), ((XS, XS), "tuple"), ({"a": XS}, "dict")):
+        with pytest.raises(TypeError, match=rf"`xs` must be one array.*got a {kind} .*`jnp.stack"):
+            rnn(xs)
+    message = r"`x` must be one time slice.*f64\[5,2\], which is a sequence of 5.*`rnn\(xs\)`"
+    with pytest.raises(ValueError, match=message):
+        rnn.step(XS)
+    with pytest.raises(ValueError, match=r"`xs` must have shape.*\(1, 3\)"):
+        rnn.step(jnp.ones(3))
 
 
 @pytest.mark.parametrize("state", [jnp.ones(5), jnp.ones(3, jnp.float32), (jnp.ones(3),)], ids=str)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
 from .._algebra import AbstractAlgebra
@@ -144,6 +145,14 @@ def _shares(whose: str, count: int, sizes: dict[str, int]) -> list[int]:
 
 def check_inputs(xs: Any, input_size: int) -> None:
     """Raises unless `xs` is a sequence of feature vectors of the right size."""
+    if not jtu.all_leaves([xs]):
+        shapes = [str(jnp.shape(x)) for x in jtu.tree_leaves(xs)]
+        shapes[3:] = ["…"] * (len(shapes) > 3)
+        raise TypeError(
+            f"`xs` must be one array of shape (L, input_size) = (L, {input_size}); got a "
+            f"{type(xs).__name__} of arrays of shape {', '.join(shapes)}. Stack the inputs of the "
+            "steps, `jnp.stack(xs)`, or join features, `jnp.concatenate(xs, -1)`."
+        )
     if jnp.ndim(xs) != 2 or jnp.shape(xs)[1] != input_size:
         hint = ""
         if jnp.ndim(xs) == 3:

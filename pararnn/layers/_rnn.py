@@ -12,11 +12,14 @@ from jaxtyping import Array, Bool, PyTree
 from .._checks import (
     StateDtypeError,
     blame_inputs,
+    blame_slice,
+    brief,
     check_adjoint,
     check_new_state,
     check_solver,
     check_xs,
     instance_hint,
+    step_hint,
     to_arrays,
 )
 from .._devices import mesh_context, typed_slice
@@ -84,7 +87,7 @@ class RNN(eqx.Module, Generic[Cell]):
         if not isinstance(cell, AbstractCell):
             raise TypeError(
                 f"`cell` must be a pararnn.AbstractCell, or a GRUCell or LSTMCell of equinox.nn; "
-                f"got {cell!r}.{instance_hint(cell)}"
+                f"got {brief(cell)}.{instance_hint(cell) or step_hint(cell)}"
             )
         check_solver("solver", solver)
         check_adjoint(adjoint)
@@ -372,7 +375,11 @@ class RNN(eqx.Module, Generic[Cell]):
         `(y, state)`.
         """
         prepared = self._prepare(_stack_one(x), state)
-        us = prepared.us(self.cell)
+        try:
+            us = prepared.us(self.cell)
+        except Exception as error:
+            blame_slice(error, self.cell, jtu.tree_map(jnp.asarray, x))
+            raise
         new = self.cell.step(prepared.start, _unstack_one(us))
         try:
             check_new_state(new, prepared.start)

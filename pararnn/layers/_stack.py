@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._checks import check_sequence
+from .._checks import brief, check_sequence, instance_hint
 from .._misc import flip_time
 from .._packing import segment_starts
 from ..adjoints import AbstractAdjoint
@@ -29,9 +29,14 @@ class Stack(AbstractBlock):
 
         - `blocks`: such as [`pararnn.ResidualBlock`][] and [`pararnn.MinMaxBlock`][].
         """
+        if not isinstance(blocks, Sequence):
+            raise TypeError(f"`blocks` must be a list or tuple of blocks; got {brief(blocks)}.")
         for i, block in enumerate(blocks):
             if not isinstance(block, AbstractBlock):
-                raise TypeError(f"`blocks[{i}]` must be a pararnn.AbstractBlock; got {block!r}.")
+                raise TypeError(
+                    f"`blocks[{i}]` must be a pararnn.AbstractBlock; got {brief(block)}."
+                    f"{instance_hint(block) or _block_hint(block)}"
+                )
         self.blocks = tuple(blocks)
 
     def _parts(self, state, key):
@@ -79,6 +84,15 @@ class Stack(AbstractBlock):
             x, final = block.step(x, old, key=block_key)
             new.append(final)
         return x, tuple(new)
+
+
+def _block_hint(value: object) -> str:
+    if not isinstance(value, (RNN, AbstractCell, Bidirectional)):
+        return ""
+    return (
+        " A block keeps the width: `pararnn.ResidualBlock(width, cell, key=key)` puts one around a "
+        "cell. Layers without residuals are called one after another: `ys, final = rnn(xs)`."
+    )
 
 
 class Bidirectional(eqx.Module):

@@ -257,9 +257,15 @@ def _sizes(entries: Mapping[str, Array]) -> tuple[int, int]:
         gates, hidden_size = shape[0] // shape[1], shape[1]
         if gates in _KINDS:
             return gates, hidden_size
+    hint = ""
+    if len(shape) == 2 and shape[0] % 4 == 0 and 0 < shape[1] < shape[0] // 4:
+        hint = (
+            " That of an LSTM with projections (`proj_size`) is as narrow; such a network, whose "
+            "'weight_hr_l0' this lacks, is not supported."
+        )
     raise ValueError(
         "`state_dict['weight_hh_l0']` must have the shape (gates * hidden_size, hidden_size), with "
-        f"4 gates for an LSTM, 3 for a GRU, 1 for an RNN; got {shape}."
+        f"4 gates for an LSTM, 3 for a GRU, 1 for an RNN; got {shape}.{hint}"
     )
 
 

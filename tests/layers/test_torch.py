@@ -247,6 +247,10 @@ def without(name):
             r"'weight_hr_l0': an LSTM with projections \(`proj_size`\) is not supported",
         ),
         (
+            random_weights("LSTM") | {"weight_hh_l0": np.ones((4 * UNITS, 2))},
+            r"'weight_hh_l0.*got \(16, 2\). That of.*projections \(`proj_size`\).*'weight_hr_l0'",
+        ),
+        (
             random_weights("RNN") | {"weight_hh_l0": np.ones((2 * UNITS, UNITS))},
             r"\['weight_hh_l0'\]` must have the shape .*; got \(8, 4\)",
         ),
