@@ -202,6 +202,7 @@ def test_entry_points_are_exported():
         "diagnostics/_choose",
         "diagnostics/_verify",
         "diagnostics/_benchmark",
+        "diagnostics/_measurements",
     ):
         file = PACKAGE / f"{name}.py"
         missing = public_names(file) - set(outer)

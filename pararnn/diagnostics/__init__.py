@@ -4,7 +4,6 @@ from .._misc import previous_states as previous_states
 from .._norms import relative_error as relative_error
 from .._recurrence import scan_states as scan_states
 from ._agreement import Agreement as Agreement
-from ._benchmark import Benchmark as Benchmark
 from ._benchmark import benchmark as benchmark
 from ._benchmark import tune as tune
 from ._choose import select_adjoint as select_adjoint
@@ -17,5 +16,6 @@ from ._compare import spread as spread
 from ._compare import temporary_bytes as temporary_bytes
 from ._lyapunov import Lyapunov as Lyapunov
 from ._lyapunov import lyapunov as lyapunov
+from ._measurements import Benchmark as Benchmark
 from ._verify import Verification as Verification
 from ._verify import verify as verify

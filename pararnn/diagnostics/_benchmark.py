@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from .._line import AxisName
 from .._misc import num_steps, raveler, time_slice
 from .._norms import agreement_tolerance
 from .._recurrence import scan_states
+from .._settings import check_tolerance
 from ..solvers import (
     AbstractSolver,
     AssociativeScan,
@@ -23,168 +23,13 @@ from ..solvers import (
 )
 from ..structures import detect_structure, is_affine
 from ._agreement import Agreement
-from ._compare import Spread, compare
+from ._compare import Patience, compare, rank
+from ._measurements import Benchmark
 from ._places import Places, axis_of, find_places
 from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
-from ._table import fill, fit, number, spread_text
 
 # Gradients of weights are sums over all steps, of which the scan's own rounding leaves less.
 _GRADIENT_FACTOR = 100
-_KINDS = {"forward": "forward", "gradient": "forward + gradient"}
-_COSTS = (
-    ("compile / s", "compile_seconds", 1),
-    ("temporary / MB", "temporary_bytes", 1e6),
-    ("Gflop", "flops", 1e9),
-    ("unfused / GB", "bytes", 1e9),
-)
-_LEGEND = """
-    Times are medians with their quartiles (lower–upper), of runs in turns; "/ lax.scan" is the
-    time over that of the scan, pair by pair: below 1 is faster. "iterations" are sweeps with a
-    correction each, "steps" those made one after another. "error" is that of the states: 1 would
-    be 100 % of an element's own scale, "rounding" what rounding explains. What disagrees is
-    "discarded"; "finished" had to make some steps sequentially in the end. "default" is what
-    `solve` chooses.
-"""
-_COSTS_LEGEND = """
-    "temporary" is the memory beside arguments and results; "Gflop" counts operations; "unfused" is
-    what would be moved if each operation read and wrote its arrays.
-"""
-_COLOURS = {"forward": "#0072B2", "gradient": "#D55E00"}
-_MARKERS = {"forward": "o", "gradient": "s"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """What [`pararnn.benchmark`][] or [`pararnn.tune`][] measured. Printing it gives a table;
-    `plot()` draws it.
-
-    - `solver`: the fastest of the solvers that agree with the sequential run, by the time of
-        forward and gradient if that was measured; [`pararnn.Sequential`][] if none agrees.
-    - `baseline`: the row of the jitted `jax.lax.scan` of the step, differentiated by JAX.
-    - `rows`: one dictionary per solver:
-        - `solver`; `name`, its constructor call;
-        - `forward`, and `gradient` if measured (forward and gradient together), each with `seconds`
-            and `ratio` (time over that of the baseline, pair by pair), both with `median`, `lower`
-            and `upper` quartile; `compile_seconds`, once; `temporary_bytes`, the memory that the
-            compiled function takes beside its arguments and results, per device as the compiler
-            says; and with `costs=True` also `flops` and `bytes`, the latter as if nothing were
-            fused: an upper bound; both only of what runs on one device;
-        - `iterations`, `sequential_steps` (the critical path), `chunk_size`, `fallback`, as in
-            [`pararnn.Stats`][];
-        - `error` and `gradient_error`, to the baseline: of the states as [`pararnn.verify`][]
-            judges them, each element by its own scale (with `rounding` true, what rounding explains
-            has been left out of it); of the gradient relative to the largest
-            magnitude in each array. `agrees`, whether `error` is at most 1e-5 in float32 and 1e-10
-            in float64, and `gradient_error`, if measured, at most a hundred times that.
-    """
-
-    solver: AbstractSolver | None
-    baseline: dict[str, Any]
-    rows: tuple[dict[str, Any], ...]
-
-    def __str__(self) -> str:
-        rows = sorted((self.baseline, *self.rows), key=_rank)
-        kinds = {kind: title for kind, title in _KINDS.items() if kind in self.baseline}
-        times: list[list[list[str]]] = []
-        costs: list[list[list[str]]] = []
-        for kind, title in kinds.items():
-            cells = [row[kind] for row in rows]
-            milliseconds = [f"{title} / ms", *(_milliseconds(c["seconds"]) for c in cells)]
-            ratios = ["/ lax.scan", *(spread_text(c["ratio"]) for c in cells)]
-            times.append([milliseconds, ratios])
-            known = [cost for cost in _COSTS if cells[0].get(cost[1]) is not None]
-            columns = [
-                [name, *(number(c[key] / unit) if key in c else "" for c in cells)]
-                for name, key, unit in known
-            ]
-            if columns:
-                columns[0][0] = f"{kind}: {columns[0][0]}"
-                costs.append(columns)
-        counts = [
-            [header, *(str(row.get(key, "")) for row in rows)]
-            for header, key in (("iterations", "iterations"), ("steps", "sequential_steps"))
-        ]
-        times.append([*counts, ["error", *map(_error, rows)]])
-        if any(map(_remark, rows)):
-            times[-1].append(["remark", *map(_remark, rows)])
-        names = ["solver", *(row["name"] for row in rows)]
-        legend = fill(_LEGEND + (_COSTS_LEGEND if costs else ""))
-        tables = [fit(names, groups) for groups in (times, costs) if groups]
-        return "\n\n".join([*tables, legend, self._verdict()])
-
-    def _verdict(self) -> str:
-        best = min((row for row in self.rows if row["agrees"]), key=_rank, default=None)
-        if best is None:
-            return fill("No solver that was measured agrees with lax.scan: use Sequential().")
-        kind = "gradient" if "gradient" in best else "forward"
-        ratio = best[kind]["ratio"].median
-        return fill(
-            f"Fastest that agrees: {best['name']}, {_KINDS[kind]} in {number(ratio)} of the scan's "
-            f"time{'' if ratio < 1 else ': no faster than lax.scan'}."
-        )
-
-    def plot(self, path: str | None = None) -> Any:
-        """Draws the times with their quartiles: dotted lines for `lax.scan`, crosses for what
-        disagrees with it. Saves to `path` if given; needs and returns a figure of matplotlib."""
-        try:
-            import matplotlib.figure
-            import matplotlib.ticker
-        except ImportError as error:
-            raise ImportError(
-                "`plot` needs matplotlib: pip install 'pararnn[examples]' (or matplotlib alone)."
-            ) from error
-
-        rows = sorted((self.baseline, *self.rows), key=_rank, reverse=True)
-        kinds = [kind for kind in _KINDS if kind in self.baseline]
-        figure = matplotlib.figure.Figure(
-            figsize=(8, 1.2 + 0.25 * len(kinds) * len(rows)), layout="constrained"
-        )
-        axes = figure.subplots()
-        heights = np.arange(len(rows))
-        for i, kind in enumerate(kinds):
-            milliseconds = 1e3 * np.array([row[kind]["seconds"] for row in rows])
-            for height, row, (median, lower, upper) in zip(
-                heights - 0.3 * i, rows, milliseconds, strict=True
-            ):
-                axes.errorbar(
-                    median,
-                    height,
-                    xerr=[[median - lower], [upper - median]],
-                    color=_COLOURS[kind],
-                    fmt=_MARKERS[kind] if row["agrees"] else "x",
-                    capsize=3,
-                    label=_KINDS[kind] if row is self.baseline else None,
-                )
-            baseline = 1e3 * self.baseline[kind]["seconds"].median
-            axes.axvline(baseline, color=_COLOURS[kind], ls=":", lw=1)
-        axes.set_yticks(heights - 0.15 * (len(kinds) - 1), [row["name"] for row in rows])
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axes.set_xlabel("milliseconds: median and quartiles")
-        axes.grid(axis="x", lw=0.3)
-        figure.legend(loc="outside upper center", ncols=2, frameon=False)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
-
-
-def _rank(row: dict[str, Any]) -> float:
-    return row.get("gradient", row["forward"])["seconds"].median
-
-
-def _milliseconds(seconds: Spread) -> str:
-    return spread_text(Spread(*(1e3 * s for s in seconds)))
-
-
-def _error(row: dict[str, Any]) -> str:
-    return "rounding" if row.get("rounding") else f"{row['error']:.1e}"
-
-
-def _remark(row: dict[str, Any]) -> str:
-    remarks = {"discarded": not row["agrees"], "finished": row.get("fallback", False)}
-    return ", ".join(word for word, holds in remarks.items() if holds)
 
 
 def _describe(solver: AbstractSolver | None) -> str:
@@ -245,14 +90,14 @@ def benchmark(
 
     **Returns:**
 
-    A [`pararnn.Benchmark`][].
+    A [`pararnn.Benchmark`][]; after an interrupt from the keyboard, of what was measured so far.
 
     **Raises:**
 
     `ValueError` or `TypeError` naming the argument, as [`pararnn.solve`][] does.
     """
     options = (solvers, batch_size, gradient, repetitions, costs, progress)
-    return _benchmark(recurrence, xs, init, *options, title="benchmark")
+    return _benchmark(recurrence, xs, init, *options, title="benchmark", patience=Patience())
 
 
 def tune(
@@ -264,6 +109,7 @@ def tune(
     batch_size: int | None = None,
     gradient: bool = False,
     repetitions: int = 7,
+    budget: float | None = None,
     progress: bool = True,
 ) -> Benchmark:
     """Measures solvers on this machine, to find the fastest that agrees with the sequential run: a
@@ -275,19 +121,39 @@ def tune(
         [`pararnn.benchmark`][].
     - `solvers`: the candidates; `None` tries the usual ones with several chunk sizes, and the
         layer's. `Sequential` is always among them.
+    - `budget`: for how many seconds to measure, about: when they are over no further solver is
+        compiled, and what is compiled is run twice. `None` measures all of them to the end.
 
     **Returns:**
 
-    A [`pararnn.Benchmark`][], whose `solver` is the fastest.
+    A [`pararnn.Benchmark`][], whose `solver` is the fastest of those that were measured. An
+    interrupt from the keyboard ends the measurement early, as the end of the budget does; a second
+    one, or one before two programs are compiled, is raised.
+
+    **Raises:**
+
+    `ValueError` or `TypeError` naming the argument.
     """
+    if budget is not None:
+        check_tolerance("budget", budget)
     if solvers is not None:
         solvers = [Sequential(), *(s for s in solvers if s != Sequential())]
     options = (solvers, batch_size, gradient, repetitions, False, progress)
-    return _benchmark(recurrence, xs, init, *options, title="tune")
+    return _benchmark(recurrence, xs, init, *options, title="tune", patience=Patience(budget))
 
 
 def _benchmark(
-    recurrence, xs, init, solvers, batch_size, gradient, repetitions, costs, progress, title
+    recurrence,
+    xs,
+    init,
+    solvers,
+    batch_size,
+    gradient,
+    repetitions,
+    costs,
+    progress,
+    title,
+    patience,
 ) -> Benchmark:
     check_batch_size(batch_size)
     if isinstance(repetitions, bool) or not isinstance(repetitions, int) or repetitions < 1:
@@ -303,12 +169,12 @@ def _benchmark(
         if solvers is None:
             solvers = [one.solver] if costs or one.solver is not None else []
             solvers += [Sequential(), *_usual_solvers(one), *_solvers_along(places.lies)]
-        options = (gradient, repetitions, costs, title if progress else None)
+        options = (gradient, repetitions, costs, title if progress else None, patience)
         return _measured(one, places, solvers, batch_size, *options)
 
 
 def _measured(
-    one: Problem, places: Places, solvers, batch_size, gradient, repetitions, costs, title
+    one: Problem, places: Places, solvers, batch_size, gradient, repetitions, costs, title, patience
 ) -> Benchmark:
     problem = one if batch_size is None else one.batched(batch_size)
 
@@ -325,13 +191,13 @@ def _measured(
         if axis is not None:
             elsewhere[name] = places.along(axis, args)
     known: list[Agreement] = []
-    differences: list[float] = []  # of each run, in their order
+    differences: dict[str, float] = {}
 
     def judge(states, expected):
         if not known:
             known.append(Agreement(problem.step, problem.us, problem.init, expected))
         error = known[0].value_error(states)
-        differences.append(known[0].value_difference)
+        differences[list(runs)[len(differences)]] = known[0].value_difference
         return error
 
     baseline, *rows = compare(
@@ -343,16 +209,19 @@ def _measured(
         title=title,
         judge=judge,
         elsewhere=elsewhere,
+        patience=patience,
     )
     tolerance = agreement_tolerance(raveler(problem.init)[3])
     named = {_describe(solver): solver for solver in solvers}
-    for row, difference in zip((baseline, *rows), differences, strict=True):
-        row["rounding"] = difference > row["error"]
+    for row in (baseline, *rows):
+        row["rounding"] = differences[row["name"]] > row["error"]
         right = row.get("gradient_error", 0.0) <= _GRADIENT_FACTOR * tolerance
         row["agrees"] = right and row["error"] <= tolerance
     rows = [{"solver": named[row["name"]], **row} for row in rows]
-    best = min((row for row in rows if row["agrees"]), key=_rank, default=None)
-    return Benchmark(Sequential() if best is None else best["solver"], baseline, tuple(rows))
+    best = min((row for row in rows if row["agrees"]), key=rank, default=None)
+    left_out = tuple(name for name in named if name not in {row["name"] for row in rows})
+    solver = Sequential() if best is None else best["solver"]
+    return Benchmark(solver, baseline, tuple(rows), left_out)
 
 
 def _run(problem: Problem, solver: AbstractSolver | None):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
+from pararnn.diagnostics import _compare
 
 L, D = 64, 3
 W = 0.6 * jax.random.normal(jax.random.key(0), (D, D))
@@ -159,3 +160,98 @@ def test_nothing_that_disagrees_is_recommended():
     )
     assert not result.rows[0]["agrees"] and result.solver == prnn.Sequential()
     assert "flops" not in result.rows[0]["forward"]
+
+
+# --- patience -------------------------------------------------------------------------------------
+
+MANY = [prnn.Jacobi(chunk_size=c) for c in (4, 8, 16, 32)]
+
+
+def interrupting(monkeypatch, at):
+    """An interrupt from the keyboard while the program of that number is compiled."""
+    compiled, seen = _compare._compiled, []
+
+    def spy(*args):
+        seen.append(args)
+        if len(seen) in at:
+            raise KeyboardInterrupt
+        return compiled(*args)
+
+    monkeypatch.setattr(_compare, "_compiled", spy)
+
+
+def tuned(**options):
+    options = {"solvers": MANY, "repetitions": 2, "progress": False, **options}
+    return prnn.tune(_step, XS, jnp.zeros(D), **options)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_budget_ends_early_and_says_so():
+    short = tuned(budget=0.0)
+    assert [row["solver"] for row in short.rows] == [prnn.Sequential()]
+    assert short.left_out == tuple(f"Jacobi(chunk_size={c})" for c in (4, 8, 16, 32))
+    text = " ".join(str(short).split())
+    assert "Not measured, for want of time: Jacobi(chunk_size=4), Jacobi(chunk_size=8)" in text
+    whole = tuned(budget=600.0, solvers=MANY[:1])
+    assert len(whole.rows) == 2 and not whole.left_out and "want of time" not in str(whole)
+    for budget, error in ((-1.0, ValueError), (float("inf"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="`budget` must be"):
+            tuned(budget=budget)
+
+
+def test_an_interrupt_returns_what_there_is(monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupting(patch, {4})
+        found = tuned()
+    assert [row["name"] for row in found.rows] == ["Sequential()", "Jacobi(chunk_size=4)"]
+    assert len(found.left_out) == 3 and found.rows[1]["agrees"] and str(found)
+    for row in found.rows:
+        assert row["forward"]["seconds"].median > 0
+    with monkeypatch.context() as patch:  # while the gradient is compiled
+        interrupting(patch, {4})
+        found = tuned(solvers=MANY[:1], gradient=True)
+    assert [sorted(row) for row in (found.baseline, found.rows[0])] == [
+        sorted({"name", "error", "agrees", "rounding", "forward"}),
+        sorted(
+            {"name", "error", "agrees", "rounding", "forward", "solver", "iterations"}
+            | {"sequential_steps", "chunk_size", "fallback"}
+        ),
+    ]
+    assert found.solver is not None and "forward + gradient" not in str(found)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupting(patch, {2})  # before there is anything to compare
+        tuned()
+
+
+def test_an_interrupt_while_runs_are_timed():
+    patience, calls = _compare.Patience(), []
+
+    def run():
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return jnp.zeros(())
+
+    fast = {"a": run, "b": lambda: jnp.zeros(())}
+    times = _compare.interleaved(fast, 10**6, warm_up=False, patience=patience)
+    assert patience.interrupted and 1 <= len(times["a"]) == len(times["b"]) < 6
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupted", [None, False, True])
+def test_interrupts_that_are_raised(interrupted):
+    """Where nobody asked for patience, nothing was timed yet, or it is the second."""
+    patience = None if interrupted is None else _compare.Patience()
+    if patience is not None:
+        patience.interrupted = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        _compare.interleaved({"a": interrupt}, warm_up=False, patience=patience)
+
+
+def test_progress_tells_what_is_measured(capsys):
+    tuned(progress=True, solvers=MANY[:1])
+    text = capsys.readouterr().err
+    assert "tune" in text and "Jacobi(chunk_size=4)" in text
