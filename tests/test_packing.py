@@ -331,7 +331,11 @@ def test_flags_are_checked(as_users_run_it, name, value, got):
     message = rf"`{name}` must be a boolean array of shape \(4,\).*got {got}"
     if value.dtype != bool:
         message += rf"\. Pass `{name}.astype\(bool\)`"
-        message += ".*segment_starts" if name == "reset" else " for zeros and ones.$"
+        message += (
+            ".*segment_starts"
+            if name == "reset"
+            else r" for zeros and ones.*`pararnn.mask_of\(length, 4\)`.$"
+        )
     xs = jnp.ones((4, SIZE))
     with pytest.raises(ValueError, match=message):
         prnn.solve(lambda h, x: h + x, xs, jnp.ones(SIZE), **{name: value})
