@@ -10,6 +10,7 @@ from jax import lax
 from ..jaxprs._moves import positions
 from ._elementwise import is_narrow
 from ._layout import Writer, cheapest_axis, laid, masked, rearranged, stretched, tilewise
+from ._program import steps_of
 from ._tiles import Span, Stored, Tile, Tiled, Value, empty_tiles, lanes_of, vector_shape
 
 
@@ -27,7 +28,10 @@ class _Side(NamedTuple):
 
     @property
     def is_weight(self) -> bool:
-        return isinstance(self.value, Stored) and self.value.source[0] == "constant"
+        """Whether it is loaded in blocks, which are evenly spaced."""
+        if not isinstance(self.value, Stored) or self.value.source[0] != "constant":
+            return False
+        return steps_of(self.value.positions) is not None
 
     def sizes(self, axes: Sequence[int]) -> list[int]:
         return [self.value.shape[i] for i in axes]
@@ -127,10 +131,8 @@ class _Blocks:
         return total.astype(self.dtype)
 
     def _product(self, tile: Tile, positions: np.ndarray):
-        steps = tuple(
-            int(np.take(positions, 1, i).flat[0] - positions.flat[0]) if n > 1 else 0
-            for i, n in enumerate(positions.shape)
-        )
+        steps = steps_of(positions)
+        assert steps is not None  # as those of the whole weight
         span = Span(self.weight.source, int(positions[0, 0]), steps, positions.shape)
         vector = stretched(tile.array, (tile.array.shape[0], lanes_of(tile.width)))
         return self.writer.product(masked(vector, tile.width), span, self.weight.dtype)

@@ -30,7 +30,7 @@ class Slot(NamedTuple):
 
 class Known(NamedTuple):
     """A value that is there before the kernel runs: `array`, whose elements are those of `base` at
-    `positions`. A slice of a weight need not be copied out of it."""
+    `positions`, evenly spaced. A slice of a weight need not be copied out of it."""
 
     array: Any
     base: Any
@@ -139,7 +139,22 @@ def _evaluated(eqn: Any, ins: Sequence[Known | Fixed]) -> list[Operand]:
     if move is None or not isinstance(known, Known):
         return [_whole(out) for out in outs]
     index = move(positions(known.array.shape), eqn.params, eqn.outvars[0].aval.shape)
-    return [Known(outs[0], known.base, known.positions.reshape(-1)[index])]
+    index = np.asarray(known.positions.reshape(-1)[index])
+    # A kernel reads what is evenly spaced. A repeated or regrouped weight is not: it is copied.
+    spaced = steps_of(index) is not None
+    return [Known(outs[0], known.base, index) if spaced else _whole(outs[0])]
+
+
+def steps_of(index: np.ndarray) -> tuple[int, ...] | None:
+    """How far apart the neighbours along each axis are, or `None` if that differs from place to
+    place."""
+    first = index[(0,) * index.ndim]
+    steps, spaced = [], np.full((), first)
+    for axis, size in enumerate(index.shape):
+        at = tuple(int(size > 1 and i == axis) for i in range(index.ndim))
+        steps.append(int(index[at] - first))
+        spaced = np.add.outer(spaced, steps[-1] * np.arange(size))
+    return tuple(steps) if np.array_equal(index, spaced) else None
 
 
 def _needed(operations: Sequence[Operation], results: Sequence[Operand]) -> list[Operation]:

@@ -136,6 +136,24 @@ def heads_that_are_normalised(h, x):
 
 
 @step_of(VECTOR)
+def weights_that_are_repeated(h, x):
+    h = jnp.tanh(h @ jnp.repeat(W[:, :2], 3, axis=1) + x)
+    return jnp.tanh(jnp.tile(W[:2, ::2], (3, 2)) @ h + x)
+
+
+@step_of(VECTOR)
+def weights_that_are_regrouped(h, x):
+    regrouped = jnp.transpose(V.reshape(2, 6, 3, 4), (1, 3, 0, 2))[:, :2].reshape(6, 12)
+    return jnp.tanh(regrouped @ jnp.concatenate([h, x]))
+
+
+@step_of(VECTOR)
+def heads_that_share_weights(h, x):
+    shared = jnp.broadcast_to(HEADS[0, :, None], (3, 2, 3)).reshape(6, 3)
+    return jnp.tanh(shared @ jnp.sum(h.reshape(2, 3), axis=0) + x)
+
+
+@step_of(VECTOR)
 def both_ways(h, x):
     return jnp.tanh(W @ h + W.T @ x) - (1 - A) * jax.nn.softplus(B)
 
