@@ -8,13 +8,13 @@ import numpy as np
 from jax import lax
 
 from ._error_function import erf, erfc
+from ._program import Unsupported
 
 # What they know, for float32 and float64. (They lack some for narrower numbers.)
 _NATIVE = (
-    "abs neg ceil floor exp exp2 expm1 log log1p sqrt pow cbrt rsqrt sin cos tan asin acos atan "
-    "atan2 sinh cosh tanh asinh acosh atanh add sub mul div rem eq ne gt ge lt le and or xor "
-    "shift_left shift_right_arithmetic shift_right_logical not select_n convert_element_type "
-    "population_count nextafter log2 one_minus_square"
+    "abs ceil floor exp exp2 expm1 log log1p sqrt cbrt rsqrt sin cos tan asin acos atan atan2 "
+    "sinh cosh tanh asinh acosh atanh add sub mul eq ne gt ge lt le and or xor not "
+    "convert_element_type log2 one_minus_square"
 ).split()
 
 
@@ -23,24 +23,120 @@ def _plain(eqn):
     return lambda *xs: primitive.bind(*xs, **params)
 
 
-def _maximum(x, y):
+def _like(x, value):
+    return lax.full(x.shape, value, x.dtype)
+
+
+def _is_floating(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _negated(x):
+    """Zero becomes minus zero, which it would not if it were subtracted from zero."""
+    return x * _like(x, -1) if _is_floating(x) else lax.neg(x)
+
+
+def _extreme(function, of_booleans):
     """As XLA's: not a number if either is not. A GPU's own would be the other one."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return lax.max(x, y)
-    return jnp.where((x > y) | (x != x), x, y)
+
+    def extreme(x, y):
+        if x.dtype == np.bool_:
+            return of_booleans(x, y)
+        if not _is_floating(x):
+            return function(x, y)
+        return jnp.where(x != x, x, jnp.where(y != y, y, function(x, y)))
+
+    return extreme
 
 
-def _minimum(x, y):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return lax.min(x, y)
-    return jnp.where((x < y) | (x != x), x, y)
+maximum = _extreme(lax.max, lax.bitwise_or)
+minimum = _extreme(lax.min, lax.bitwise_and)
+
+
+def _guarded(guarded, needs_no_guard):
+    """What XLA defines of integers where a processor need not; plain where the second operand is a
+    literal, as it mostly is, that needs no guard."""
+
+    def of(eqn):
+        dtype, literal = eqn.outvars[0].aval.dtype, getattr(eqn.invars[1], "val", None)
+        if jnp.issubdtype(dtype, jnp.floating):
+            return _plain(eqn)
+        usual = literal is not None and np.ndim(literal) == 0 and needs_no_guard(literal, dtype)
+        return _plain(eqn) if usual else guarded
+
+    return of
+
+
+def _divided(x, y):
+    """By 0, all bits are set; the least number by -1 is itself."""
+    if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
+        return jnp.where(y == 0, ~_like(x, 0), lax.div(x, jnp.where(y == 0, _like(y, 1), y)))
+    simple = (y == 0) | (y == -1)
+    quotient = lax.div(x, jnp.where(simple, _like(y, 1), y))
+    return jnp.where(y == 0, _like(x, -1), jnp.where(simple, -x, quotient))
+
+
+def _remainder(x, y):
+    simple = y == 0
+    if jnp.issubdtype(x.dtype, jnp.signedinteger):
+        simple |= y == -1
+    rest = lax.rem(x, jnp.where(simple, _like(y, 1), y))
+    return jnp.where(y == 0, x, rest)
+
+
+def _shifted(shift, beyond):
+    """By more bits than there are, or by a negative number of them."""
+
+    def shifted(x, bits):
+        size = jnp.iinfo(x.dtype).bits
+        inside = (bits >= 0) & (bits < size)
+        return jnp.where(inside, shift(x, jnp.where(inside, bits, 0)), beyond(x, size))
+
+    return _guarded(shifted, lambda bits, dtype: 0 <= bits < jnp.iinfo(dtype).bits)
+
+
+def _none_left(x, size):
+    return _like(x, 0)
+
+
+def _sign_left(x, size):
+    return lax.shift_right_arithmetic(x, _like(x, size - 1))
+
+
+def _selected(which, *cases):
+    if which.dtype == np.bool_:
+        return lax.select_n(which, *cases)
+    found = cases[-1]
+    for k in reversed(range(len(cases) - 1)):
+        found = jnp.where(which <= k, cases[k], found)
+    return found
+
+
+def _power(eqn):
+    """An integer, which JAX allows for the exponent, becomes a number of the other's dtype."""
+    dtype = eqn.outvars[0].aval.dtype
+    return lambda x, y: lax.pow(x, y.astype(dtype).astype(x.dtype))
+
+
+def _population_count(x):
+    if x.dtype != np.int64:
+        return lax.population_count(x)
+    low, high = x.astype(np.int32), (x >> 32).astype(np.int32)
+    return (lax.population_count(low) + lax.population_count(high)).astype(np.int64)
+
+
+def _next_after(eqn):
+    dtype = eqn.outvars[0].aval.dtype
+    if is_narrow(dtype):
+        raise Unsupported(f"uses `nextafter` of {dtype}")
+    return _plain(eqn)
 
 
 def _integer_pow(eqn):
     exponent = eqn.params["y"]
 
     def power(x):
-        one = lax.full(x.shape, 1, x.dtype)
+        one = _like(x, 1)
         result, square, left = one, x, abs(exponent)
         while left:
             if left % 2:
@@ -53,35 +149,36 @@ def _integer_pow(eqn):
 
 
 def _logistic(x):
-    one = lax.full(x.shape, 1, x.dtype)
+    one = _like(x, 1)
     return one / (one + lax.exp(-x))
 
 
 def _sign(x):
-    zero, one = lax.full(x.shape, 0, x.dtype), lax.full(x.shape, 1, x.dtype)
+    """Both zeros, and what is not a number, are their own."""
+    one = _like(x, 1)
     if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
-        return jnp.where(x == zero, zero, one)
-    sign = jnp.where(x > zero, one, jnp.where(x < zero, -one, zero))
-    return jnp.where(x != x, x, sign) if jnp.issubdtype(x.dtype, jnp.floating) else sign
+        return jnp.where(x == 0, x, one)
+    return jnp.where(x > 0, one, jnp.where(x < 0, _like(x, -1), x))
 
 
 def _round(eqn):
     to_even = eqn.params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN
 
     def rounded(x):
-        below = lax.floor(x)
-        rest = x - below
-        half = lax.full(x.shape, 0.5, x.dtype)
-        up = below + lax.full(x.shape, 1, x.dtype)
+        size = lax.abs(x)  # of which the part beyond a whole number is exact
+        below = lax.floor(size)
+        rest, half = size - below, _like(x, 0.5)
         odd = below - 2 * lax.floor(below * half) != 0
-        tie = odd if to_even else x > 0
-        return jnp.where((rest > half) | ((rest == half) & tie), up, below)
+        up = (rest > half) | ((rest == half) & odd if to_even else rest == half)
+        whole = jnp.where(up, below + _like(x, 1), below)
+        # A number that becomes zero keeps its sign.
+        return jnp.where(whole == 0, x * _like(x, 0), jnp.where(x < 0, -whole, whole))
 
     return rounded
 
 
 def _is_finite(x):
-    return x - x == lax.full(x.shape, 0, x.dtype)
+    return x - x == _like(x, 0)
 
 
 def _same(x):
@@ -89,10 +186,20 @@ def _same(x):
 
 
 _WRITTEN: dict[str, Callable[[Any], Callable[..., Any]]] = {
-    "max": lambda eqn: _maximum,
-    "min": lambda eqn: _minimum,
-    "clamp": lambda eqn: lambda low, x, high: _minimum(_maximum(low, x), high),
+    "max": lambda eqn: maximum,
+    "min": lambda eqn: minimum,
+    "clamp": lambda eqn: lambda low, x, high: minimum(maximum(low, x), high),
     "add_any": lambda eqn: lax.add,
+    "neg": lambda eqn: _negated,
+    "div": _guarded(_divided, lambda y, dtype: y > 0),
+    "rem": _guarded(_remainder, lambda y, dtype: y > 0),
+    "shift_left": _shifted(lax.shift_left, _none_left),
+    "shift_right_logical": _shifted(lax.shift_right_logical, _none_left),
+    "shift_right_arithmetic": _shifted(lax.shift_right_arithmetic, _sign_left),
+    "select_n": lambda eqn: _selected,
+    "pow": _power,
+    "population_count": lambda eqn: _population_count,
+    "nextafter": _next_after,
     "square": lambda eqn: lambda x: x * x,
     "integer_pow": _integer_pow,
     "logistic": lambda eqn: _logistic,
@@ -104,7 +211,7 @@ _WRITTEN: dict[str, Callable[[Any], Callable[..., Any]]] = {
     **dict.fromkeys(("copy", "copy_p", "stop_gradient", "pvary", "reshard"), lambda eqn: _same),
 }
 NAMES = frozenset(_NATIVE) | frozenset(_WRITTEN)
-_EXACT = frozenset("select_n convert_element_type neg abs eq ne gt ge lt le".split())
+_EXACT = frozenset("select_n convert_element_type abs eq ne gt ge lt le".split())
 
 
 def elementwise(eqn: Any) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from ..jaxprs._moves import MOVES, Move, joined, padded, pieces, positions
-from ._elementwise import NAMES, elementwise, widened
+from ._elementwise import NAMES, elementwise, maximum, minimum, widened
 from ._layout import Writer, laid, masked, number, rearranged, stand_in, stretched, tilewise
 from ._products import dot_general
 from ._program import Fixed, Known, Operand, Program, Unsupported
@@ -121,7 +121,7 @@ def _sum(x, axis):
     return jnp.sum(x, axis, keepdims=True, dtype=x.dtype)
 
 
-def _extreme(reduce, combine):
+def _extreme(reduce):
     def of(x, axis):
         found = reduce(x, axis, keepdims=True)
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -129,10 +129,7 @@ def _extreme(reduce, combine):
         broken = jnp.max((x != x).astype(np.int32), axis, keepdims=True)
         return jnp.where(broken > 0, lax.full(found.shape, np.nan, x.dtype), found)
 
-    def pair(x, y):
-        return jnp.where(combine(x, y) | (x != x), x, y)
-
-    return of, pair
+    return of
 
 
 def _truth(reduce):
@@ -140,10 +137,6 @@ def _truth(reduce):
         return reduce(x.astype(np.int32), axis, keepdims=True) > 0
 
     return of
-
-
-_GREATEST, _greater = _extreme(jnp.max, lax.gt)
-_LEAST, _less = _extreme(jnp.min, lax.lt)
 
 
 def _lowest(dtype, sign):
@@ -156,17 +149,26 @@ def _lowest(dtype, sign):
 # Over the lanes, for two tiles, and what stands beyond the last lane.
 _REDUCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "reduce_sum": (_sum, lax.add, lambda dtype: 0),
-    "reduce_max": (_GREATEST, _greater, lambda dtype: _lowest(dtype, -1)),
-    "reduce_min": (_LEAST, _less, lambda dtype: _lowest(dtype, 1)),
+    "reduce_max": (_extreme(jnp.max), maximum, lambda dtype: _lowest(dtype, -1)),
+    "reduce_min": (_extreme(jnp.min), minimum, lambda dtype: _lowest(dtype, 1)),
     "reduce_or": (_truth(jnp.max), jnp.logical_or, lambda dtype: False),
     "reduce_and": (_truth(jnp.min), jnp.logical_and, lambda dtype: True),
 }
 
 
+# What the others are of booleans.
+_OF_BOOLEANS = {"reduce_max": "reduce_or", "reduce_min": "reduce_and"}
+
+
 def _reduce(writer, eqn, ins):
     # JAX may give the axes of a transposed broadcast as NumPy integers.
     (value,), axes = ins, {int(axis) for axis in eqn.params["axes"]}
-    return [reduced(writer, value, axes, eqn.primitive.name)]
+    name: str = eqn.primitive.name
+    if value.dtype == np.bool_:
+        name = _OF_BOOLEANS.get(name, name)
+    elif name in _OF_BOOLEANS.values():
+        raise Unsupported(f"uses `{name}` of integers")
+    return [reduced(writer, value, axes, name)]
 
 
 def reduced(writer: Writer, value: Value, axes: set[int], name: str) -> Tiled:

@@ -188,6 +188,13 @@ def complex_state(h, x):
     return jnp.where(x > 0, jnp.concatenate(parts[::-1]), jnp.flip(h))
 
 
+@step_of(jnp.zeros((4, 3), bool), jnp.asarray(RNG.integers(0, 9, (LENGTH, 4, 3)), np.int32))
+def flags(on, x):
+    extremes = jnp.max(on, axis=1, keepdims=True) ^ jnp.min(x > 4, axis=0, keepdims=True)
+    odd = jnp.maximum(on, x % 2 == 1) & ~jnp.minimum(on, jnp.any(x > 7, axis=1, keepdims=True))
+    return lax.select_n(x % 3, odd, extremes, (odd | on) ^ jnp.all(on))
+
+
 @pytest.mark.parametrize("name", STEPS_OF)
 def test_steps(name):
     step, init, xs = STEPS_OF[name]

@@ -19,6 +19,11 @@ WIDE = jnp.zeros((200, SIZE), np.float32)
 LARGE = jnp.zeros((200, 200), np.float32)
 
 
+def cast(dtype, function):
+    """A step that computes in another dtype."""
+    return lambda h, x: h + function(x.astype(dtype)).astype(h.dtype)
+
+
 @pytest.mark.parametrize(
     "step, reason",
     [
@@ -32,6 +37,11 @@ LARGE = jnp.zeros((200, 200), np.float32)
         (lambda h, x: WIDE.T @ (LARGE @ (WIDE @ h)), "a float32 matrix of 200 × 200"),
         (lambda h, x: h + jnp.outer(jnp.tile(h, 9), jnp.tile(x, 9))[0, :8], "more than 64 pieces"),
         (lambda h, x: functools.reduce(jnp.multiply, [x] * 1100, h), "needs too many operations"),
+        (cast(np.int32, lambda x: lax.reduce_or(x, (0,))), "uses `reduce_or` of integers"),
+        (cast(np.int32, jnp.bitwise_and.reduce), "uses `reduce_and` of integers"),
+        (cast(np.int32, jnp.bitwise_xor.reduce), "uses `reduce_xor`"),
+        (cast(np.float16, lambda x: lax.nextafter(x, x + 1)), "uses `nextafter` of float16"),
+        (cast(jnp.bfloat16, lambda x: lax.nextafter(x, x + 1)), "uses `nextafter` of bfloat16"),
         (lambda h, x: h[:4], "makes a carry of other shapes or dtypes than the one it takes"),
     ],
 )
