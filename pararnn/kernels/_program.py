@@ -88,6 +88,8 @@ def trace(step: Callable[..., Any], carry: PyTree[Any], x: PyTree[Any]) -> Progr
             jaxpr, consts = open_jaxpr(call.jaxpr)
             args = call.args(ins)
             return walk(jaxpr, args, rule, literal=_literal, consts=[*map(_known, consts)])
+        if eqn.effects:
+            raise Unsupported(f"uses `{eqn.primitive.name}`, which has an effect")
         known = [i for i in ins if not isinstance(i, Slot)]
         if len(known) == len(ins) and not _is_fill(eqn, ins):
             return _evaluated(eqn, known)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 
 import pararnn as prnn
 from pararnn.kernels import fused_sweep, unsupported
@@ -22,6 +23,15 @@ LARGE = jnp.zeros((200, 200), np.float32)
 def cast(dtype, function):
     """A step that computes in another dtype."""
     return lambda h, x: h + function(x.astype(dtype)).astype(h.dtype)
+
+
+def shout(h, x):
+    jax.debug.print("{x}", x=x[0])
+    return h + x
+
+
+def count(h, x):
+    return h + io_callback(np.copy, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +52,9 @@ def cast(dtype, function):
         (cast(np.int32, jnp.bitwise_xor.reduce), "uses `reduce_xor`"),
         (cast(np.float16, lambda x: lax.nextafter(x, x + 1)), "uses `nextafter` of float16"),
         (cast(jnp.bfloat16, lambda x: lax.nextafter(x, x + 1)), "uses `nextafter` of bfloat16"),
+        (shout, "uses `debug_print`, which has an effect"),
+        (lambda h, x: h + jax.checkpoint(shout)(h, x), "uses `debug_print`, which has an effect"),
+        (count, "uses `io_callback`, which has an effect"),
         (lambda h, x: h[:4], "makes a carry of other shapes or dtypes than the one it takes"),
     ],
 )
@@ -50,6 +63,44 @@ def test_reasons(step, reason):
     assert why is not None and why.startswith("the step ") and reason in why
     with pytest.raises(ValueError, match="`step` cannot become a kernel: it.*" + re.escape(reason)):
         fused_sweep(step, STARTS, XS, **GEOMETRY)
+
+
+def test_effects_of_steps_that_seem_to_need_none():
+    """Neither of what depends on nothing, nor inside what a kernel would evaluate before."""
+
+    def constant(h, x):
+        jax.debug.callback(lambda: None)
+        return h + x
+
+    def branch(h, x):
+        lax.cond(WIDE[0, 0] > 0, lambda: None, lambda: jax.debug.callback(lambda: None))
+        return h + x
+
+    def number(h, x):
+        jax.debug.callback(lambda _: None, h.real)
+        return h + x.astype(h.dtype)
+
+    for step, starts in (
+        (constant, STARTS),
+        (branch, STARTS),
+        (number, STARTS.astype("complex64")),
+    ):
+        why = unsupported(step, starts, XS)
+        assert why is not None and why.endswith("which has an effect")
+
+
+def test_effects_happen():
+    seen = []
+
+    def step(h, x):
+        jax.debug.callback(lambda x: seen.append(float(x)), x[0])
+        return 0.5 * h + x
+
+    xs = XS + jnp.arange(6, dtype=np.float32)[:, None]
+    solver = prnn.Newton(chunk_size=3, sweep_method=prnn.sweeps.Fused(interpret=True))
+    jax.block_until_ready(prnn.solve(step, xs, STARTS[0], solver=solver))
+    jax.effects_barrier()
+    assert set(seen) >= set(range(6))
 
 
 def test_cells_that_are_large():
