@@ -10,7 +10,7 @@ from jax import lax
 from ..jaxprs._moves import positions
 from ._elementwise import is_narrow
 from ._layout import Writer, cheapest_axis, laid, masked, rearranged, stretched, tilewise
-from ._program import steps_of
+from ._program import Unsupported, steps_of
 from ._tiles import Span, Stored, Tile, Tiled, Value, empty_tiles, lanes_of, vector_shape
 
 
@@ -44,6 +44,8 @@ def dot_general(
     contract, batch = eqn.params["dimension_numbers"]
     left, right = (_Side(ins[i], contract[i], batch[i]) for i in range(2))
     dtype = eqn.outvars[0].aval.dtype
+    if dtype == np.bool_:
+        raise Unsupported("multiplies booleans")
     sides = ((left, right, False), (right, left, True))
     for vector, weight, swapped in sides if jnp.issubdtype(dtype, jnp.floating) else ():
         if weight.is_weight and not vector.is_weight and weight.free and vector.contract:

@@ -5,6 +5,8 @@ weight's transpose, `1 - decay`) is evaluated here, outside the kernel and once,
 the program's constants.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +22,19 @@ from ..jaxprs._walk import called, evaluate_alone, open_jaxpr, walk
 
 class Unsupported(Exception):  # noqa: N818 (it tells why, and is never seen by users)
     """Why a step cannot become a kernel, in words that follow "the step"."""
+
+
+# Numbers that a kernel computes with.
+_DTYPES = frozenset(
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 bfloat16 float16 float32 float64".split()
+)
+
+
+def check_dtype(dtype: Any) -> None:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise Unsupported("computes with complex numbers")
+    if str(dtype) not in _DTYPES:
+        raise Unsupported(f"has arrays of {dtype}")
 
 
 class Slot(NamedTuple):
@@ -55,10 +70,10 @@ class Operation(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a step does, from slots 0, 1, … of the carry and then the input to its results."""
+    """What a step does, from slots 0, 1, … of the carry and then the input to its results; all
+    without the leaves that are empty."""
 
     operations: Sequence[Operation]
-    num_inputs: int
     results: Sequence[Operand]
     carry: Sequence[jax.ShapeDtypeStruct]
     inputs: Sequence[jax.ShapeDtypeStruct]
@@ -76,8 +91,12 @@ class Program(NamedTuple):
 def trace(step: Callable[..., Any], carry: PyTree[Any], x: PyTree[Any]) -> Program:
     """The program of a step for a carry and an input of these shapes and dtypes."""
     closed, shape = jax.make_jaxpr(step, return_shape=True)(carry, x)
-    carries, inputs = jtu.tree_leaves(carry), jtu.tree_leaves(x)
+    carries, inputs = (without_empty(jtu.tree_leaves(tree)) for tree in (carry, x))
     _check_carry(carry, shape)
+    for leaf in (*carries, *inputs):
+        check_dtype(leaf.dtype)
+    if not carries:
+        raise Unsupported("has an empty state")
     operations: list[Operation] = []
     num_slots = len(carries) + len(inputs)
 
@@ -90,6 +109,8 @@ def trace(step: Callable[..., Any], carry: PyTree[Any], x: PyTree[Any]) -> Progr
             return walk(jaxpr, args, rule, literal=_literal, consts=[*map(_known, consts)])
         if eqn.effects:
             raise Unsupported(f"uses `{eqn.primitive.name}`, which has an effect")
+        if all(v.aval.size == 0 for v in eqn.outvars):
+            return [_empty(v.aval) for v in eqn.outvars]
         known = [i for i in ins if not isinstance(i, Slot)]
         if len(known) == len(ins) and not _is_fill(eqn, ins):
             return _evaluated(eqn, known)
@@ -99,10 +120,17 @@ def trace(step: Callable[..., Any], carry: PyTree[Any], x: PyTree[Any]) -> Progr
         return outs
 
     jaxpr, consts = open_jaxpr(closed)
-    slots = [Slot(k) for k in range(num_slots)]
+    numbers = itertools.count()
+    args = [Slot(next(numbers)) if v.aval.size else _empty(v.aval) for v in jaxpr.invars]
     known = [_known(c) for c in consts]
-    results = walk(jaxpr, slots, rule, literal=_literal, consts=known)
-    return Program(_needed(operations, results), len(slots), results, carries, inputs)
+    outs = walk(jaxpr, args, rule, literal=_literal, consts=known)
+    results = [out for out, v in zip(outs, jaxpr.outvars, strict=True) if v.aval.size]
+    return Program(_needed(operations, results), results, carries, inputs)
+
+
+def without_empty(arrays: Sequence[Any], first: int = 0) -> list[Any]:
+    """Those that have elements along the axes from `first` on."""
+    return [x for x in arrays if math.prod(x.shape[first:])]
 
 
 def _check_carry(carry: PyTree[Any], out: PyTree[Any]) -> None:
@@ -120,6 +148,10 @@ def _known(array: Any) -> Operand:
 
 def _whole(array: Any) -> Known:
     return Known(array, array, positions(array.shape))
+
+
+def _empty(aval: Any) -> Known:
+    return _whole(jnp.zeros(aval.shape, aval.dtype))
 
 
 def _literal(literal: Any) -> Operand:

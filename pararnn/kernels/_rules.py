@@ -11,7 +11,7 @@ from ..jaxprs._moves import MOVES, Move, joined, padded, pieces, positions
 from ._elementwise import NAMES, elementwise, maximum, minimum, widened
 from ._layout import Writer, laid, masked, number, rearranged, stand_in, stretched, tilewise
 from ._products import dot_general
-from ._program import Fixed, Known, Operand, Program, Unsupported
+from ._program import Fixed, Known, Operand, Program, Unsupported, check_dtype
 from ._tiles import Stored, Tile, Tiled, Value, default_axis, object_array, vector_shape
 
 Rule = Callable[[Writer, Any, Sequence[Value]], Sequence[Value]]
@@ -44,10 +44,10 @@ def stored(source: Any, array: Any) -> Stored:
 
 def _rule(eqn: Any) -> Rule:
     name = eqn.primitive.name
-    if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in eqn.outvars):
-        raise Unsupported("computes with complex numbers")
-    if any(v.aval.size == 0 for v in eqn.outvars):
-        raise Unsupported("has empty arrays")
+    for v in (*eqn.invars, *eqn.outvars):
+        check_dtype(v.aval.dtype)
+        if v.aval.size == 0:
+            raise Unsupported("has empty arrays")
     if name in NAMES:
         return _elementwise
     if name not in _RULES:

@@ -16,7 +16,7 @@ from ._complex import as_numbers, as_parts, of_parts
 from ._kernel import Geometry, Kernel
 from ._pallas import launch, missing
 from ._plan import make_plan
-from ._program import Program, Unsupported, trace
+from ._program import Program, Unsupported, trace, without_empty
 
 _MOST_ELEMENTS = 2**31 - 1
 
@@ -93,7 +93,8 @@ def fused_sweep(
     num_chunks, length = _size(starts), _size(xs)
     geometry = Geometry(num_chunks, length, num_steps, stride, first, keep, reverse)
     kernel = Kernel(program, plan, geometry, interpret)
-    operands = [*jtu.tree_leaves(starts), *jtu.tree_leaves(xs), *program.constants()]
+    operands = without_empty(jtu.tree_leaves((starts, xs)), 1)
+    operands += program.constants()
     operands.append(np.ones(1, np.int32))
     flat = launch(
         kernel,
@@ -161,12 +162,17 @@ def _matrix(x: Any, rows: int) -> Array:
 def _unflattened(program, starts, flat, keep, length):
     """The results as pytrees like `starts`."""
     leaves, treedef = jtu.tree_flatten(starts)
+    count = len(program.carry)
 
     def tree(arrays, rows):
-        pairs = zip(arrays, program.carry, strict=True)
-        shaped = [a.reshape(rows, *leaf.shape).astype(leaf.dtype) for a, leaf in pairs]
-        return jtu.tree_unflatten(treedef, shaped)
+        rest = iter(arrays)
 
-    count = len(leaves)
+        def one(leaf):
+            shape = (rows, *leaf.shape[1:])
+            array = next(rest) if math.prod(leaf.shape[1:]) else jnp.zeros(shape)
+            return array.reshape(shape).astype(leaf.dtype)
+
+        return jtu.tree_unflatten(treedef, [one(leaf) for leaf in leaves])
+
     ends = tree(flat[:count], _size(starts))
     return ends, tree(flat[count:], length) if keep else None

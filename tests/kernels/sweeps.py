@@ -25,7 +25,7 @@ def plain_sweep(step, starts, xs, *, num_steps, stride, first=0, keep, reverse=F
     ends, states = jax.vmap(chunk)(starts, jtu.tree_map(lambda x: x[rows], xs))
     if not keep:
         return ends, None
-    states = jtu.tree_map(lambda s: s.reshape(-1, *s.shape[2:])[:length], states)
+    states = jtu.tree_map(lambda s: jax.lax.collapse(s, 0, 2)[:length], states)
     return ends, jtu.tree_map(lambda s: jnp.flip(s, 0), states) if reverse else states
 
 

@@ -216,6 +216,24 @@ def test_nested_states():
     agree(*both(step, starts_like(init, CHUNKS), xs, num_steps=STEPS, stride=STEPS, keep=True))
 
 
+def test_leaves_without_elements():
+    nothing = jnp.zeros((2, 0), np.float32)
+    init, xs = (nothing, VECTOR, nothing), {"a": jnp.zeros((LENGTH, 0)), "b": normal(LENGTH, SIZE)}
+
+    def step(state, x):
+        nothing, h, other = state
+        h = jnp.tanh(A * h + x["b"] + jnp.sum(x["a"]).astype(h.dtype))
+        return (
+            other + jnp.sum(h),
+            h + jnp.sum(jnp.ones((SIZE, 2), h.dtype) @ other, axis=1),
+            nothing,
+        )
+
+    starts = starts_like(init, CHUNKS)
+    assert unsupported(step, starts, xs) is None
+    agree(*both(step, starts, xs, num_steps=STEPS, stride=STEPS, keep=True))
+
+
 def test_what_is_not_a_number_stays_so():
     """As XLA does, and other compilers of kernels do not."""
 

@@ -47,6 +47,7 @@ def count(h, x):
         (lambda h, x: WIDE.T @ (LARGE @ (WIDE @ h)), "a float32 matrix of 200 × 200"),
         (lambda h, x: h + jnp.outer(jnp.tile(h, 9), jnp.tile(x, 9))[0, :8], "more than 64 pieces"),
         (lambda h, x: functools.reduce(jnp.multiply, [x] * 1100, h), "needs too many operations"),
+        (lambda h, x: h + jnp.concatenate([x, WIDE[0, :0]]), "has empty arrays"),
         (cast(np.int32, lambda x: lax.reduce_or(x, (0,))), "uses `reduce_or` of integers"),
         (cast(np.int32, jnp.bitwise_and.reduce), "uses `reduce_and` of integers"),
         (cast(np.int32, jnp.bitwise_xor.reduce), "uses `reduce_xor`"),
@@ -55,6 +56,8 @@ def count(h, x):
         (shout, "uses `debug_print`, which has an effect"),
         (lambda h, x: h + jax.checkpoint(shout)(h, x), "uses `debug_print`, which has an effect"),
         (count, "uses `io_callback`, which has an effect"),
+        (cast(bool, lambda x: x @ x), "multiplies booleans"),
+        (cast(np.uint64, lambda x: x + 1), "has arrays of uint64"),
         (lambda h, x: h[:4], "makes a carry of other shapes or dtypes than the one it takes"),
     ],
 )
@@ -101,6 +104,13 @@ def test_effects_happen():
     jax.block_until_ready(prnn.solve(step, xs, STARTS[0], solver=solver))
     jax.effects_barrier()
     assert set(seen) >= set(range(6))
+
+
+def test_dtypes_that_kernels_lack():
+    keys = jax.random.split(jax.random.key(0), len(XS))
+    for xs in ((XS, keys), (XS, XS.astype(jnp.float8_e4m3fn))):
+        assert "has arrays of " in str(unsupported(lambda h, x: h + x[0], STARTS, xs))
+    assert unsupported(lambda h, x: h, STARTS[:, :0], XS) == "the step has an empty state"
 
 
 def test_cells_that_are_large():
