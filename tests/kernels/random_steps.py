@@ -322,10 +322,9 @@ class _Maker:
 
     # --- the whole ------------------------------------------------------------------------------
 
-    def made(self, count: int) -> Step:
-        names = OPERATIONS + (OF_COMPLEX if self.dtype == np.complex64 else [])
+    def made(self, count: int, operations: Sequence[str]) -> Step:
         for _ in range(count):
-            getattr(self, one_of(self.rng, names))()
+            getattr(self, one_of(self.rng, operations))()
         results = []
         for leaf in self.init:
             kind = leaf.dtype if leaf.dtype != np.int32 else jnp.integer
@@ -364,5 +363,10 @@ def _bounded(values, old):
     return jnp.asarray(0.3, dtype) * old + jnp.tanh(total)
 
 
-def random_step(seed: int, dtype: Any, state: str, operations: int = 12) -> Step:
-    return _Maker(seed, dtype, state).made(operations)
+def random_step(
+    seed: int, dtype: Any, state: str, count: int, operations: Sequence[str] | None = None
+) -> Step:
+    """A step of so many operations, of any or of these."""
+    if operations is None:
+        operations = OPERATIONS + (OF_COMPLEX if dtype == np.complex64 else [])
+    return _Maker(seed, dtype, state).made(count, operations)
