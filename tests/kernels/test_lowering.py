@@ -52,6 +52,18 @@ def test_functions(dtype):
         assert "triton" in lowered(lambda h, x, some=some: sum(f(h, x) for f in some), dtype)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint32])
+def test_functions_that_are_written_out(dtype):
+    """As the compiler has them for some dtypes only, or for other values than XLA."""
+
+    def step(h, x):
+        on = jnp.max(h > x) | jnp.all(jnp.maximum(h > x, x == 0) ^ jnp.minimum(h < x, x == 0))
+        n = lax.population_count(h) + (h << x) + (h >> x) + h // x + lax.rem(h, x)
+        return jnp.where(on, n, lax.select_n((x & 3).astype(np.int32), n, h, x, ~n))
+
+    assert "triton" in lowered(step, dtype)
+
+
 def test_products_of_float32_take_three_passes():
     w = jnp.zeros((48, 48), np.float32)
 
