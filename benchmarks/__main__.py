@@ -13,6 +13,7 @@ NAMES = {
     "cells": "every cell: structure, iterations before and after training, agreement",
     "convergence": "iterations of each method on systems from forgetful to chaotic",
     "random_systems": "whether a wrong answer is ever silent, on random and hostile systems",
+    "trained": "iterations and errors on trained networks",
     "state_tracking": "which solvers are parallel for networks that track a state",
 }
 

@@ -1,5 +1,5 @@
 """The tables of correctness, from the files of `agreement`, `cells`, `convergence`,
-`random_systems` and `state_tracking`."""
+`random_systems`, `state_tracking` and `trained`."""
 
 import json
 import pathlib
@@ -129,6 +129,24 @@ def state_tracking(content: dict[str, Any]) -> str:
     return markdown(lines)
 
 
+def trained(content: dict[str, Any]) -> str:
+    """Iterations, critical path and error of each network and method."""
+    lines = [
+        {
+            "network": row["network"],
+            "L": f"{row['L']:,}",
+            "solver": f"{row['method']}, chunks of {row['chunk']}",
+            "iterations": row["iterations"],
+            "steps": f"{row['steps']:,}",
+            _FINISHED: "yes" if row[_FINISHED] else "no",
+            "error": f"{row['error']:.1e}",
+            "of the scan": f"{row['error of the scan']:.1e}",
+        }
+        for row in content["short"] + content.get("long", [])
+    ]
+    return markdown(lines)
+
+
 # By name: the file, and what makes a table of it.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "agreement": ("agreement", agreement),
@@ -138,6 +156,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "solvers": ("convergence", solvers),
     "random-systems": ("random_systems", random_systems),
     "state-tracking": ("state_tracking", state_tracking),
+    "trained": ("trained", trained),
 }
 
 

@@ -36,6 +36,7 @@ FILES = {
         "solvers",
         "random-systems",
         "state-tracking",
+        "trained",
         "gpu",
         "gpu-measured",
         "sharded-agreement",

@@ -109,6 +109,12 @@ class Line:
             lambda a, x: jnp.concatenate([x[1:], jnp.expand_dims(a, 0)]), after, rows
         )
 
+    def after(self, x: Array, other: Array) -> Array:
+        """`x`, computed after `other`; no element of either is negative. Collectives that do not
+        depend on each other may start in another order on each device, and then XLA's CPU client
+        waits for ever."""
+        return x if self.axis is None else jnp.maximum(x, -other)
+
     # --- from all to all ----------------------------------------------------------------------
 
     def gathered(self, tree: PyTree[Array]) -> PyTree[Array]:

@@ -137,7 +137,7 @@ def _rows(tree: PyTree[Array], rows: slice) -> PyTree[Array]:
 def _difference(recurrence: Recurrence) -> Callable[[Any, Any], Bool[Array, ""]]:
     """Whether two tangents or cotangents of a state differ on any device by more than the
     tolerance, each element compared to those that it depends on."""
-    tolerance = Tolerance(recurrence.init, recurrence.line, None, 0.0)
+    tolerance = Tolerance(recurrence.init, None, 0.0)
     ravel = raveler(recurrence.init)[0]
 
     def differ(a, b):

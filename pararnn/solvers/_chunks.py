@@ -91,7 +91,7 @@ class Chunks:
         self.chunk_size = min(chunk_size, self.length)
         self.num_chunks = -(-self.length // self.chunk_size)
         self.ravel, self.unravel, self.size, self.dtype = raveler(recurrence.init)
-        self.tolerance = Tolerance(recurrence.init, recurrence.line, rtol, atol)
+        self.tolerance = Tolerance(recurrence.init, rtol, atol)
         self._step, self._xs = recurrence.step, recurrence.xs
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
         self._sweep = sweep
@@ -238,16 +238,17 @@ class Chunks:
         disturbed, response = self._probe(starts, displaced, states)
         count = len(response)
         effect = self._padded(tolerance.effect(point.ends[:count], disturbed))
+        effect = self.line.after(effect, jnp.abs(moved).astype(effect.dtype))
         effect = self.line.earlier(effect, jnp.zeros(self.size, effect.dtype))
-        scale = tolerance.scale(starts, effect, tolerance.most(starts))
+        scale = tolerance.scale(starts, effect)
         response = self._padded(response - point.ends[:count])
         defects = point.defects.astype(tolerance.wide)
         correction = defects + moved.astype(tolerance.wide)
         predicted = self._apply(point, displaced)
         rows = (x.astype(tolerance.wide) for x in (displaced, response, predicted))
+        correction = self.line.after(jnp.abs(correction), scale)
         missed = unexplained(*rows, correction=correction, scan=self.scan)
-        errors = jnp.maximum(jnp.abs(correction) + missed, jnp.abs(defects))
-        both = jnp.stack([errors, correction])
+        both = jnp.stack([jnp.maximum(correction + missed, jnp.abs(defects)), correction])
         errors, sizes = tolerance.norm(both, jnp.broadcast_to(scale, both.shape))
         return Judged(scale, errors, jnp.max(sizes))
 
@@ -334,7 +335,7 @@ class Chunks:
 
         ends = self._sampled(lead, jnp.stack([before] * (self._samples + 1)))
         effect = self.tolerance.effect(ends[-1], ends[:-1])
-        scale = self.tolerance.scale(got, effect, self.tolerance.most(starts))
+        scale = self.tolerance.scale(got, effect)
         wrong = self.tolerance.norm(ends[-1] - got, scale) > 1
         return jnp.any(wrong.reshape(self.num_chunks, many), axis=1)
 

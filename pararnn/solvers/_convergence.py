@@ -94,7 +94,7 @@ def unexplained(
     - `displaced`: by how much the starts were displaced.
     - `response`: by how much the ends moved, $J v$.
     - `predicted`: by how much they should move, $A v$.
-    - `correction`: $δ$.
+    - `correction`: $|δ|$.
     - `scan`: of the linear recurrence over the chunks.
     """
     size = jnp.maximum(jnp.abs(displaced), float(jnp.finfo(displaced.dtype).tiny))
@@ -103,7 +103,7 @@ def unexplained(
     # all, or a single one that expands would spoil all that follow.
     retained, missed = jnp.where(parts < _LEAKY, parts, 1)
     missed *= (missed > _CONFIRMED).astype(missed.dtype)
-    return scan.arriving(Diagonal(), retained, missed * jnp.abs(correction))
+    return scan.arriving(Diagonal(), retained, missed * correction)
 
 
 class Progress(NamedTuple):
@@ -132,7 +132,9 @@ class Progress(NamedTuple):
     ) -> "Progress":
         """After one more iteration. It made progress if the errors shrank, if more chunks became
         right than the one that is guaranteed to, or if the method's merit `descended`."""
-        nearer = (level < self.level - _LOWER) | (front > self.front + 1) | descended
+        nearer = (level < self.level - _LOWER) | (front > self.front + 1)
+        if descended is not False:
+            nearer |= descended
         stalled = jnp.where(nearer, 0, self.stalled + 1)
         return Progress(front, jnp.minimum(level, self.level), stalled)
 

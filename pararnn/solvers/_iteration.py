@@ -192,9 +192,11 @@ def _returned(chunks: Chunks, iterate: Iterate, states: PyTree[Array], bad: Arra
     if not chunks.is_plain:
         bad |= chunks.wrong_steps(iterate.starts, states)
     judged = iterate.judged
-    correction = chunks.line.largest(judged.correction)
+    # In one exchange.
+    whole, _ = chunks.line.across([jnp.max(bad.astype(jnp.float32)), judged.correction], [])
+    pending, correction = whole.maxima
     iterate = iterate._replace(judged=judged._replace(correction=correction))
-    return Trajectory(iterate, states, bad, chunks.line.any(jnp.any(bad)))
+    return Trajectory(iterate, states, bad, pending > 0)
 
 
 def _report(report: Report, chunks: Chunks, iterate: Iterate) -> None:

@@ -242,11 +242,12 @@ class AbstractIterativeSolver(AbstractSolver):
     def _outcome(self, chunks: Chunks, trajectory: Trajectory, steps: int, last: bool) -> Outcome:
         """What a solve returns. If nothing follows, what is not right is finished sequentially."""
         iterate, states, bad, pending = trajectory
-        converged, finished = ~pending, jnp.asarray(0)
         if last and self.fallback:
             chunk_size = chunks.chunk_size
             states, finished = finish_sequentially(chunks.recurrence, states, bad, chunk_size)
-            converged = jnp.ones_like(converged)
+            converged = jnp.ones_like(pending)
+        else:
+            converged, finished = ~pending, jnp.asarray(0)
         stats = Stats(
             iterations=iterate.iteration,
             correction=iterate.judged.correction,

@@ -19,7 +19,6 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._line import Line
 from .._misc import finite_or, is_complex, raveler
 from .._norms import default_rtol
 from ..structures import AbstractStructure
@@ -41,8 +40,7 @@ class Tolerance:
     the widest, and the others follow in proportion.
     """
 
-    def __init__(self, init: PyTree[Any], line: Line, rtol: float | None, atol: float):
-        self._line = line
+    def __init__(self, init: PyTree[Any], rtol: float | None, atol: float):
         _, _, _, self._dtype = raveler(init)
         leaves = jtu.tree_leaves(init)
         self.wide = self._dtype if jnp.finfo(self._dtype).bits >= 32 else np.dtype(np.float32)
@@ -65,11 +63,6 @@ class Tolerance:
     def _magnitude(self, x: Array) -> Float[Array, "*rows size"]:
         return jnp.abs(x).astype(self.wide)
 
-    def most(self, values: Float[Array, "n size"]) -> Float[Array, "1 size"]:
-        """What is granted to the largest element of a leaf, on any device."""
-        magnitude = jnp.max(self._magnitude(values), axis=0, keepdims=True, initial=0.0)
-        return self._coarsest * self._line.largest(_largest(magnitude, self._leaves))
-
     def of_connected(
         self, values: Float[Array, "n size"], structure: AbstractStructure
     ) -> Float[Array, "n size"]:
@@ -90,17 +83,19 @@ class Tolerance:
         return _largest_near(moved, -(-SAMPLES // len(disturbed)))
 
     def scale(
-        self, values: Float[Array, "n size"], effect: Array, most: Array
+        self, values: Float[Array, "n size"], effect: Float[Array, "n size"]
     ) -> Float[Array, "n size"]:
         """The scale of each element on its own.
 
         **Arguments:**
 
         - `values`: the states.
-        - `effect`: what `effect` found of disturbances of the states before them.
-        - `most`: as `most` gives it.
+        - `effect`: what `effect` found of disturbances of the states before them. At most what is
+            granted to the largest element of a leaf counts.
         """
-        local = self.grain * self._magnitude(values)
+        magnitude = self._magnitude(values)
+        largest = _largest(jnp.max(magnitude, axis=0, keepdims=True, initial=0.0), self._leaves)
+        local, most = self.grain * magnitude, self._coarsest * largest
         rounding = jnp.minimum(_AMPLIFIED * most, jnp.expand_dims(self._rounding, 0) * effect)
         return jnp.maximum(jnp.minimum(most, local + effect), rounding)
 

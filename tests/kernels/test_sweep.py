@@ -10,7 +10,6 @@ from sweeps import agree, both, plain_sweep, starts_like
 from systems import INTERPRET
 
 import pararnn as prnn
-from pararnn._line import Line
 from pararnn.kernels import fused_sweep, unsupported
 from pararnn.solvers._chunks import _with_tangents
 from pararnn.solvers._tolerance import Tolerance
@@ -171,7 +170,7 @@ def test_the_linear_steps_of_derivatives(name, through):
 def test_disturbed_steps():
     step, us, starts = problem("DiagonalLSTM 48")
     init = jtu.tree_map(lambda s: s[0], starts)
-    tolerance = Tolerance(init, Line(), None, 0.0)
+    tolerance = Tolerance(init, None, 0.0)
 
     def disturbed(state, inputs):
         place, x = inputs

@@ -13,7 +13,7 @@ draw = np.random.default_rng(0)
 
 
 def unexplained(displaced, response, predicted, correction):
-    rows = (displaced, response, predicted, correction)
+    rows = (displaced, response, predicted, np.abs(correction))
     return np.asarray(rule.unexplained(*(jnp.asarray(x, float) for x in rows), SCAN))
 
 

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pararnn._line import Line
 from pararnn.solvers._tolerance import SAMPLES, Tolerance
 
 SIZE = 3
@@ -15,7 +14,7 @@ draw = np.random.default_rng(0)
 @pytest.mark.parametrize(("samples", "rows"), [(1, 1), (1, 4), (1, 9), (2, 3), (3, 2), (5, 1)])
 def test_the_largest_of_several_disturbances_counts(samples, rows):
     """Those of the rows around it too, if there are fewer than `SAMPLES`."""
-    tolerance = Tolerance(jnp.zeros(SIZE), Line(), None, 0.0)
+    tolerance = Tolerance(jnp.zeros(SIZE), None, 0.0)
     values, images = draw.normal(size=(2, rows, SIZE))
     disturbed = images + GRAIN * draw.normal(size=(samples, rows, SIZE))
     moved = np.abs(disturbed - images).max(0)
@@ -30,13 +29,11 @@ def test_scale_of_each_element():
     """Its own magnitude and what disturbances of the states before make of it, at most what is
     granted to the largest element; but rounding that a network amplifies is granted up to four
     times of that."""
-    tolerance = Tolerance(jnp.zeros(SIZE), Line(), None, 0.0)
+    tolerance = Tolerance(jnp.zeros(SIZE), None, 0.0)
     values = np.array([[1.0, 1e-3, -4.0]])
-    most = tolerance.most(jnp.asarray(values))
-    np.testing.assert_allclose(most, 4 * GRAIN * np.ones((1, SIZE)))
 
     def scale(*effect):
-        got = tolerance.scale(jnp.asarray(values), GRAIN * jnp.asarray([effect]), most)
+        got = tolerance.scale(jnp.asarray(values), GRAIN * jnp.asarray([effect]))
         return np.asarray(got)[0] / GRAIN
 
     np.testing.assert_allclose(scale(0.5, 1e-4, 0.0), [1.5, 1.1e-3, 4.0])
@@ -46,7 +43,7 @@ def test_scale_of_each_element():
 
 
 def test_norm_is_infinite_where_a_difference_is_not_finite():
-    tolerance = Tolerance(jnp.zeros(2), Line(), None, 1e-3)
+    tolerance = Tolerance(jnp.zeros(2), None, 1e-3)
     differences = jnp.asarray([[2e-3, 0.0], [jnp.nan, 0.0], [0.0, -jnp.inf]])
     np.testing.assert_allclose(tolerance.norm(differences, 0 * differences), [2, np.inf, np.inf])
     empty = tolerance.norm(jnp.zeros((3, 0)), jnp.zeros((3, 0)))

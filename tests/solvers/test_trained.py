@@ -1,0 +1,60 @@
+"""Trained networks: solvers know when they are done, on networks that remember for hundreds of
+steps, amplify their own rounding, or track a state.
+
+The bounds on the iterations are those after which the error no longer falls, and two more; for
+Jacobi's on the GRU, half of its chunks. `python -m benchmarks trained` has more of them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from systems import error, scan
+
+import pararnn as prnn
+from benchmarks._trained import load
+
+
+@functools.cache
+def expected(name, length):
+    """`(system, its states by a scan, and how exact these are)`."""
+    system, wide = load(name, length), load(name, length, jnp.float64)
+    states, exact = (jax.jit(functools.partial(scan, s.step))(s.xs, s.init) for s in (system, wide))
+    exact = jax.tree.map(lambda x, like: x.astype(like.dtype), exact, states)
+    return system, states, error(states, exact)
+
+
+def solve(name, length, solver):
+    system, states, rounding = expected(name, length)
+    solution = jax.jit(
+        lambda xs: prnn.solve(system.step, xs, system.init, solver=solver, throw=False)
+    )(system.xs)
+    assert solution.result == prnn.RESULTS.successful
+    # No worse than the rounding of a sequential run, several times.
+    assert error(solution.states, states) <= max(4 * rounding, 1e-5)
+    return solution.stats
+
+
+@pytest.mark.parametrize(
+    "name, length, solver, most",
+    [
+        ("gru", 1024, prnn.Newton(chunk_size=16), 9),
+        ("gru", 1024, prnn.Jacobi(chunk_size=64), 8),
+        ("elman", 1024, prnn.Jacobi(chunk_size=64), 4),
+        ("elman", 512, prnn.Newton(chunk_size=64), 4),
+        ("lstm", 256, prnn.Newton(chunk_size=16), 8),
+    ],
+    ids=lambda x: f"{type(x).__name__} {x.chunk_size}" if hasattr(x, "chunk_size") else str(x),
+)
+def test_text(name, length, solver, most):
+    stats = solve(name, length, solver)
+    assert int(stats.iterations) <= most
+    assert not stats.fallback
+
+
+def test_state_tracking():
+    """All chunks of a network that tracks a group of 60 elements, not one after another."""
+    stats = solve("gru_a5", 2048, prnn.Speculative(chunk_size=32, num_candidates=128))
+    assert not stats.fallback
+    assert int(stats.sequential_steps) <= 352
