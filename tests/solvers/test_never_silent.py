@@ -245,7 +245,8 @@ def test_drift(dtype, solver):
     solution, expected, _ = run(jnp.ones(2, dtype), xs, jnp.ones(2, dtype))
     assert_right(solution, expected)
     missing = np.max(np.abs(np.asarray(solution.states - expected, float)))
-    assert missing <= 50 * increment  # of 2000
+    # Of 2000 increments; what is within the tolerance may be missing.
+    assert missing <= max(50 * increment, float(jnp.finfo(dtype).eps) ** 0.8)
 
 
 def mixing(params, h, u):
