@@ -337,9 +337,8 @@ class RNN(eqx.Module, Generic[Cell]):
     def goes_through_chunks(self) -> bool:
         """Whether a call makes chunks of steps at once, as the cell can, instead of solving for the
         states: someone who names a solver wants these."""
-        if self.cell.chunk_size is None or self.solver is not None or self.adjoint is not None:
-            return False
-        return self.segment_size is None
+        chosen = (self.solver, self.adjoint, self.segment_size)
+        return self.cell.chunk_size is not None and all(x is None for x in chosen)
 
     @property
     def _makes_chunks_at_once(self) -> bool:
@@ -361,8 +360,7 @@ class RNN(eqx.Module, Generic[Cell]):
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         """The streaming form: one input in, one output out.
 
-        Feeding a sequence through `step`, passing each returned state to the next call, gives the
-        numbers of the parallel call.
+        With each returned state passed to the next call, gives the numbers of the parallel call.
 
         **Arguments:**
 

@@ -308,12 +308,10 @@ class Chunks:
         """Whether the sweep calls the step as it is."""
         return self._sweep.plain
 
-    def wrong_steps(self, starts, states: PyTree[Array]) -> Bool[Array, " chunks"]:
-        """Which chunks contain a state that is not what the plain step makes of the state before
-        it. Some steps of every chunk are made once more, at other places in each. Of a plain sweep
-        there is nothing to ask."""
-        if self._sweep.plain:
-            return jnp.zeros(self.num_chunks, bool)
+    def is_wrong(self, starts, states: PyTree[Array]) -> Bool[Array, ""]:
+        """Whether the sweep errs: whether any state is not what the plain step makes of the state
+        before it. Some steps of every chunk are made once more, at other places in each. Of use if
+        the sweep is not plain."""
         many = min(-(-_CHECKED // self.num_chunks), self.chunk_size)
         index = np.arange(self.num_chunks * many)
         place = np.floor(index * _GOLDEN % 1 * self.chunk_size).astype(int)
@@ -337,7 +335,7 @@ class Chunks:
         effect = self.tolerance.effect(ends[-1], ends[:-1])
         scale = self.tolerance.scale(got, effect)
         wrong = self.tolerance.norm(ends[-1] - got, scale) > 1
-        return jnp.any(wrong.reshape(self.num_chunks, many), axis=1)
+        return self.line.any(jnp.any(wrong))
 
     # --- the correction -----------------------------------------------------------------------
 

@@ -189,8 +189,8 @@ def _trajectory(chunks: Chunks, starts: Array) -> tuple[Point, PyTree[Array]]:
 
 
 def _returned(chunks: Chunks, iterate: Iterate, states: PyTree[Array], bad: Array) -> Trajectory:
-    if not chunks.is_plain:
-        bad |= chunks.wrong_steps(iterate.starts, states)
+    if not chunks.is_plain:  # a sweep that errs anywhere may err everywhere
+        bad |= chunks.is_wrong(iterate.starts, states)
     judged = iterate.judged
     # In one exchange.
     whole, _ = chunks.line.across([jnp.max(bad.astype(jnp.float32)), judged.correction], [])

@@ -7,10 +7,13 @@ import jax.tree_util as jtu
 from .._devices import place_like
 from .._recurrence import Recurrence, scan_states
 from .._solution import Stats
+from ..scans import Sequential as Scan
 from ..sweeps import AbstractSweep, Rows, SweepMethod
 from ..sweeps._named import as_sweep, uses_kernel
 from ._base import AbstractSolver
+from ._chunks import Chunks
 from ._finish import finish_sequentially
+from ._linearization import Linearization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Sequential(AbstractSolver):
     **Arguments:**
 
     - `sweep_method`: how the steps are made, as for [`pararnn.solvers.AbstractIterativeSolver`][];
-        `"kernel"` makes them in one kernel. `None` is `jax.lax.scan`.
+        `"kernel"` makes them in one kernel. `None` is `jax.lax.scan`. Some states of any other
+        sweep are compared with the plain step; if one is wrong, `jax.lax.scan` makes all of them.
     """
 
     stepwise: ClassVar[bool] = True
@@ -44,14 +48,20 @@ class Sequential(AbstractSolver):
 
     def solve(self, recurrence, guess, report=None):
         length = recurrence.length * recurrence.line.count
+        states, made_again = self.solve_affine(recurrence), jnp.asarray(0)
+        sweep = as_sweep("sweep_method", self.sweep_method)
+        if not sweep.plain and not recurrence.line.is_cut:
+            one = Chunks(recurrence, Linearization(None, None), length, Scan(), sweep, None, 0.0)
+            wrong = jnp.expand_dims(one.is_wrong(one.first_start, states), 0)
+            states, made_again = finish_sequentially(recurrence, states, wrong, length)
         stats = Stats(
             iterations=jnp.asarray(0),
             correction=jnp.zeros((), jnp.float32),
             chunk_size=length,
-            sequential_steps=jnp.asarray(length),
-            fallback=jnp.asarray(False),
+            sequential_steps=length + made_again,
+            fallback=made_again > 0,
         )
-        return self.solve_affine(recurrence), jnp.asarray(True), stats
+        return states, jnp.asarray(True), stats
 
     def solve_affine(self, recurrence: Recurrence):
         step, xs, init, length = recurrence.step, recurrence.xs, recurrence.init, recurrence.length
