@@ -15,8 +15,8 @@ class Jacobi(AbstractIterativeSolver):
 
     No Jacobian at all, hence the cheapest sweep and the least memory. Needs a recurrence that
     forgets its state within a few chunks (fading memory); then two or three sweeps suffice. The
-    error shrinks by the chunks' contraction in each iteration, and the stopping rule accounts for
-    that. With `chunk_size=1` this is the Jacobi iteration of Song et al. (*Accelerating feedforward
+    error shrinks by the chunks' contraction in each iteration, which the stopping rule measures.
+    With `chunk_size=1` this is the Jacobi iteration of Song et al. (*Accelerating feedforward
     computation via parallel nonlinear equation solving*, ICML 2021, algorithm 1); with larger
     chunks it is parareal without a coarse model.
 

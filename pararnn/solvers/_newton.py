@@ -50,8 +50,8 @@ class QuasiNewton(AbstractIterativeSolver):
     Gonzalez et al., *Towards scalable and stable parallelization of nonlinear RNNs*, NeurIPS 2024,
     section 4.1), or their diagonal blocks.
 
-    The correction becomes an elementwise recurrence, at the price of linear convergence, whose
-    observed rate the stopping rule takes into account. Sweeps cost as many tangents as Newton's.
+    The correction becomes an elementwise recurrence, at the price of linear convergence. The
+    stopping rule measures what the correction leaves out. Sweeps cost as many tangents as Newton's.
     For a step whose structure is diagonal already, it is Newton's method. Derivatives are those of
     the recurrence all the same: the adjoint always uses the true Jacobian.
 

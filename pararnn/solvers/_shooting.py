@@ -66,16 +66,15 @@ class AbstractIterativeSolver(AbstractSolver):
 
     **Arguments:**
 
-    - `rtol`, `atol`: the iteration stops when the estimated error of every chunk's start is below
-        `atol + rtol * scale`, with `scale` the largest magnitude so far in the sequence of the
-        elements of a leaf that may influence each other. The returned states are then judged
-        element by element, each by its own magnitude at its own time, and by what a relative
-        disturbance of the states before it by `rtol` makes of it: an element is not excused by a
-        larger one beside it, nor by what it was long ago. `rtol=None` is `eps ** 0.8` of the
+    - `rtol`, `atol`: the iteration stops when no element of any chunk's start is off by more than
+        `atol + rtol * scale`, with `scale` the magnitude of the element at its own time, and what a
+        relative disturbance of the states in the chunk before by `rtol` makes of it: an element is
+        not excused by a larger one beside it, nor by what it was long ago, but the rounding that
+        the network amplifies is. The error is that of the next correction, and what is measured to
+        be missing in it; see [how it works](../how_it_works.md). `rtol=None` is `eps ** 0.8` of the
         state's dtype (2.9e-6 in float32, 3e-13 in float64). Of a state of several dtypes, `rtol` is
         that of the widest, and the others are as many units in the last place less exact.
-    - `max_iters`: the most iterations to make before the sequential finish. A check of the returned
-        states that sends the iteration on counts as one.
+    - `max_iters`: the most iterations to make before the sequential finish.
     - `chunk_size`: how many steps a chunk has. `None` picks one from the length of the sequence and
         the structure.
     - `fallback`: whether to finish sequentially from the first chunk that did not converge. With
