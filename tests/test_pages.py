@@ -85,6 +85,25 @@ def test_what_is_described_is_public():
             value = getattr(value, part)
 
 
+def members_listed() -> dict[str, set[str]]:
+    """By described name, the members that its page names."""
+    texts = (file.read_text() for file in (DOCS / "api").glob("*.md"))
+    pattern = r"^::: (\S+)\n    options:\n(?:        .*\n)*?        members: \[(.*)\]$"
+    found = (match for text in texts for match in re.findall(pattern, text, re.M))
+    return {name: set(members.split(", ")) for name, members in found}
+
+
+def test_members_that_are_listed_exist():
+    """The build leaves out, without a word, those that do not."""
+    listed = members_listed()
+    assert "moved" in listed["pararnn.solvers.Chunks"]
+    for name, members in listed.items():
+        value = pararnn
+        for part in name.split(".")[1:]:
+            value = getattr(value, part)
+        assert members <= {*dir(value), *getattr(value, "__annotations__", ())}, name
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (pages.ROOT / "mkdocs.yml").read_text()
     for page in PAGES:
