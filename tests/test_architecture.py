@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import typing
 
 import pytest
@@ -92,6 +93,15 @@ def own_imports(file: pathlib.Path) -> list[pathlib.Path]:
             else:
                 raise AssertionError(f"{file.name}:{node.lineno}: cannot tell what {alias.name} is")
     return found
+
+
+def test_the_rooms_are_described():
+    """In the table of CONTRIBUTING.md, in the same order."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    table = text[text.index("## Rooms") : text.index("## Style")]
+    columns = re.findall(r"^\| (`.*?) \|", table, re.M)
+    named = [name for cell in columns for name in re.findall(r"`(\w+)(?:\.py|/)`", cell)]
+    assert [*named, "__init__"] == ROOMS
 
 
 @over_files
