@@ -1,11 +1,12 @@
 """The table of what was measured on a GPU, beside what was predicted for it."""
 
+import itertools
 import json
 import pathlib
 from typing import Any
 
 from ._gpu_cases import SCAN
-from ._gpu_tables import figures, load
+from ._gpu_tables import PAGE_CELLS, PAGE_LENGTH, figures, load, shown
 from ._measure import markdown
 
 Record = dict[str, Any]
@@ -41,7 +42,7 @@ def _line(record: Record, scan: Record | None, predicted: dict[str, Any]) -> dic
     median, lower, upper = (figures(s, 1e3) for s in record["seconds"])
     in_a_row, on_device = record.get("in_a_row_seconds"), record.get("device_seconds")
     return {
-        "cell": record["cell"],
+        "cell": shown(record["cell"]),
         "units": record["size"],
         "L": f"{record['length']:,}",
         "batch": record["batch"],
@@ -58,6 +59,36 @@ def _line(record: Record, scan: Record | None, predicted: dict[str, Any]) -> dic
         else "",
         "compile / s": figures(record["compile_seconds"]) if "compile_seconds" in record else "",
     }
+
+
+def page(folder: pathlib.Path) -> str:
+    """What stands in the page about accelerators: one long sequence, with kernels."""
+    content, counted = json.loads((folder / "h200.json").read_text()), load(folder)
+    assert counted is not None
+    lines = []
+    for cell, kind in itertools.product(PAGE_CELLS, _KINDS):
+        found = {
+            r["solver"]: r["seconds"]
+            for r in content["programs"]
+            if (r["cell"], r["length"], r["batch"], r["kind"]) == (cell, PAGE_LENGTH, 1, kind)
+        }
+        median, lower, upper = (figures(s, 1e3) for s in found["choice"])
+        (predicted,) = (
+            r[kind]["predicted_seconds"]
+            for r in counted["cases"].values()
+            if (r["cell"], r["length"], r["solver"]) == (cell, PAGE_LENGTH, "choice")
+        )
+        lines.append(
+            {
+                "cell": shown(cell),
+                "what": {"forward": "states", "gradient": "states and gradient"}[kind],
+                "chosen / ms": f"{median} ({lower}–{upper})",
+                "`lax.scan` / ms": figures(found[SCAN][0], 1e3),
+                "`Sequential()`, one kernel / ms": figures(found["Sequential"][0], 1e3),
+                "predicted / ms": figures(predicted, 1e3),
+            }
+        )
+    return markdown(lines)
 
 
 def headline(folder: pathlib.Path, speed: Record) -> str:
@@ -77,8 +108,8 @@ def headline(folder: pathlib.Path, speed: Record) -> str:
         }
         if all(("choice", kind) in seconds for kind in _KINDS):
             pairs = {k: (seconds[SCAN, k], seconds["choice", k]) for k in _KINDS}
-            name = cell.replace("GRU, forgets", "GRU that forgets")
-            lines.append(_pairs(content["environment"]["device"], f"{name}, 64 units", pairs))
+            name = f"{shown(cell)}, 64 units"
+            lines.append(_pairs(content["environment"]["device"], name, pairs))
     return markdown(lines)
 
 

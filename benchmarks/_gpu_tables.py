@@ -1,16 +1,28 @@
 """The tables of `benchmarks gpu`, and what its plot shows."""
 
+import itertools
 import json
 import pathlib
+import textwrap
 from typing import Any
 
-from ._gpu_cases import KINDS, SCAN
+from ._cases import NO_KERNELS
+from ._gpu_cases import CHOICE, KINDS, SCAN
 from ._measure import markdown
 
 TITLES = dict(zip(KINDS, ("Forward", "Forward and gradient"), strict=True))
 NOT_MEASURED = "Not measured on a GPU: all times are predicted from the counts."
+# What a table calls a cell whose name here does not say what it is.
+CELLS = {"GRU, forgets": "GRU, untrained, recurrent weights halved"}
+# What the page about accelerators shows of the counts: by program, what it is called there.
+PAGE_CELLS, PAGE_LENGTH = ("DiagonalGRU", "GRU, forgets"), 65_536
+_PAGE = {SCAN: "`lax.scan`", f"{CHOICE}{NO_KERNELS}": "chosen, kernels off", CHOICE: "chosen"}
 
 Content = dict[str, Any]
+
+
+def shown(cell: str) -> str:
+    return CELLS.get(cell, cell)
 
 
 def _scans(content: Content, kind: str) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -58,7 +70,7 @@ def _short(place: str) -> str:
 
 
 def _line(record: dict[str, Any], row: dict[str, Any], scan: Any, measured: bool) -> dict[str, Any]:
-    line: dict[str, Any] = {"cell": record["cell"], "units": record["size"]}
+    line: dict[str, Any] = {"cell": shown(record["cell"]), "units": record["size"]}
     line["L"], line["solver"] = f"{record['length']:,}", record["solver"]
     count = record.get("iterations", "")
     line["iterations"] = f"({count})" if record.get("fallback") else count
@@ -109,6 +121,27 @@ def block(folder: pathlib.Path) -> str:
     return f"{about} {table(content)}"
 
 
+def page(folder: pathlib.Path) -> str:
+    """What stands in the page about accelerators: forward and gradient of one long sequence."""
+    content = load(folder)
+    assert content is not None
+    lines = []
+    for cell, (solver, program) in itertools.product(PAGE_CELLS, _PAGE.items()):
+        row = next(
+            record["gradient"]
+            for record in content["cases"].values()
+            if (record["cell"], record["length"], record["solver"]) == (cell, PAGE_LENGTH, solver)
+        )
+        line: dict[str, Any] = {"cell": shown(cell), "program": program}
+        line["device ops"], line["submissions"] = map(
+            _number, (row["device_ops"], row["submissions"])
+        )
+        line["temporary / MB"] = figures(row["temporary_bytes"], 1e-6)
+        line["predicted / ms"] = figures(row["predicted_seconds"], 1e3)
+        lines.append(line)
+    return markdown(lines)
+
+
 def load(folder: pathlib.Path) -> Content | None:
     path = folder / "gpu.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -122,7 +155,7 @@ def panels(content: Content) -> dict[str, dict[str, list[tuple[Any, float]]]]:
         for record in records:
             seconds = record.get(kind, {}).get("predicted_seconds")
             if seconds is not None:
-                where = f"{record['cell']}\nL = {record['length']:,}"
+                where = f"{textwrap.fill(shown(record['cell']), 13)}\nL = {record['length']:,}"
                 solvers = found.setdefault(title, {})
                 solvers.setdefault(record["solver"], []).append((where, 1e3 * seconds))
     return found

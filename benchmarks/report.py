@@ -25,6 +25,7 @@ PLATFORMS = ("cpu", "gpu")
 # The tables of each file.
 FILES = {
     "README.md": ("headline",),
+    "docs/accelerators.md": ("accelerators-counted", "accelerators-measured"),
     "docs/cells.md": ("cells",),
     "docs/examples.md": ("tracking", "compare-cells"),
     "docs/several_devices.md": ("sharded-speed",),
@@ -229,6 +230,8 @@ def tables(folder: pathlib.Path) -> dict[str, str]:
     blocks["tracking"] = _tracking.block(EXAMPLES / "tracking.json")
     blocks["compare-cells"] = compare_cells.block(EXAMPLES / "cells.json")
     return blocks | {
+        "accelerators-counted": _gpu_tables.page(folder),
+        "accelerators-measured": _gpu_measured.page(folder),
         "gpu": _gpu_tables.block(folder),
         "gpu-measured": _gpu_measured.block(folder),
         "headline": _gpu_measured.headline(folder, load(folder, "cpu") or {"cases": {}}),
