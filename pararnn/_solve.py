@@ -99,7 +99,7 @@ def solve(
     - `throw`: raise an error at run time if the result is not `successful`.
     - `verbose`: print a line per iteration as it happens, under `jit` too; or a function to call
         with `(iteration, correction, converged, chunks)`: the iteration's number, its largest
-        correction in units of the tolerance, how many chunks it did not move any more, and how many
+        correction in units of the tolerance, how many chunks it found to start right, and how many
         there are.
 
     **Returns:**
