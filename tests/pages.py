@@ -37,6 +37,7 @@ _BLOCK = re.compile(
     re.S,
 )
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d*)?(?:e[-+]?\d+)?")
+_CORRECTION = re.compile(r"(?<=correction=)[-+.\de]+")
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -112,11 +113,16 @@ def python(*args: str, given: str = "", two_devices: bool = False) -> str:
 def agree(shown: str, printed: str) -> bool:
     """Whether a page shows what is printed. The words are the same; numbers are about the same,
     since machines and releases of JAX round in other ways, and errors as small as rounding count
-    as none."""
+    as none, as do corrections that are below the tolerance, which is their unit."""
+    shown, printed = (_CORRECTION.sub(_settled, text) for text in (shown, printed))
     if _NUMBER.sub("#", shown).split() != _NUMBER.sub("#", printed).split():
         return False
     pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
     return all(_about(*pair) for pair in pairs)
+
+
+def _settled(correction: re.Match[str]) -> str:
+    return "0" if float(correction[0]) <= 1 else correction[0]
 
 
 def _about(shown: str, printed: str) -> bool:

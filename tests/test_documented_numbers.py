@@ -217,7 +217,7 @@ SAID = [
     ("README.md", "more than {} state elements is run by", lambda: [_select._MAX_DENSE_SIZE]),
     ("docs/speed.md", "more than {} state elements is run by", lambda: [_select._MAX_DENSE_SIZE]),
     # Other settings.
-    ("docs/faq.md", "{} in float32 and {} in float64; Newton's", rtols),
+    ("docs/faq.md", "{} in float32 and {} in float64, for each element", rtols),
     (SOLVER, "({} in float32, {} in float64)", rtols),
     ("docs/choosing_a_solver.md", "Every iterative solver takes {}", fields),
     ("CONTRIBUTING.md", "the fields that solvers share: {}.", fields),

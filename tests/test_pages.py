@@ -41,6 +41,9 @@ def test_what_is_printed_is_compared():
     assert not pages.agree("values: 0.2", "values: 0.3")
     assert not pages.agree("12 iterations", "20 iterations")
     assert not pages.agree("agrees", "DISAGREES")
+    assert pages.agree("correction=0.113, 1 step", "correction=7e-05, 1 step")
+    assert not pages.agree("correction=0.9,", "correction=1.9,")
+    assert not pages.agree("correction=0.9,", "correction=inf,")
 
 
 def test_a_block_that_fails_is_told_by_its_line():
