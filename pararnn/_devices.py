@@ -17,9 +17,10 @@ import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._misc import num_steps, time_slice
+from ._misc import bool_where, num_steps, time_slice
 
 _T = TypeVar("_T")
 
@@ -76,18 +77,47 @@ def place_like(tree: PyTree[Any], like: PyTree[Any]) -> PyTree[Any]:
     return place(tree, varying_axes(like))
 
 
-def once_where(pending: Bool[Array, ""], value: _T, turn: Callable[[_T], _T], scope: str) -> _T:
+def anywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether the flag is set on any device, along all manual axes of the mesh. A loop in which
+    devices exchange along one axis must turn equally often along the others, too: XLA waits for
+    all devices of the mesh."""
+    axes = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    if not axes:
+        return flag
+    return jax.lax.pmax(place(flag.astype(np.int32), axes), tuple(axes)) > 0
+
+
+def loop_together(
+    unfinished: Callable[[_T], Bool[Array, ""]], turn: Callable[[_T], _T], carry: _T
+) -> _T:
+    """`jax.lax.while_loop` whose turns exchange values between devices; see `anywhere`. What is
+    finished stays as it is."""
+    return jax.lax.while_loop(
+        lambda carry: anywhere(unfinished(carry)),
+        lambda carry: place_like(bool_where(unfinished(carry), turn(carry), carry), carry),
+        carry,
+    )
+
+
+def once_where(
+    pending: Bool[Array, ""],
+    value: _T,
+    turn: Callable[[_T], _T],
+    scope: str,
+    together: bool = False,
+) -> _T:
     """The `value`, or where it is `pending` what `turn` makes of it. A loop of one turn or none,
     named `scope`: under `vmap`, a `cond` would run both branches, and copy for each sequence what
-    they close over."""
+    they close over. `together` says that devices exchange values in it."""
 
     carry = place_like((pending, value), (pending, value))
+    loop = loop_together if together else jax.lax.while_loop
 
     def body(carry):
         return place_like((jnp.zeros_like(carry[0]), turn(carry[1])), carry)
 
     with jax.named_scope(scope):
-        return jax.lax.while_loop(lambda carry: carry[0], body, carry)[1]
+        return loop(lambda carry: carry[0], body, carry)[1]
 
 
 def spread(tree: PyTree[Array], index: Array) -> PyTree[Array]:

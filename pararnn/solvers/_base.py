@@ -87,12 +87,13 @@ class AbstractSolver(abc.ABC):
         return self
 
 
-def completed(attempted: tuple[Outcome, Rest | None]) -> Outcome:
-    """The outcome of an `attempt`, with the rest where it has not converged."""
+def completed(attempted: tuple[Outcome, Rest | None], together: bool) -> Outcome:
+    """The outcome of an `attempt`, with the rest where it has not converged; `together` on all
+    devices, if the steps lie on several."""
     outcome, rest = attempted
     if rest is None:
         return outcome
-    return once_where(~outcome[1], outcome, lambda last: rest(last[0]), REST)
+    return once_where(~outcome[1], outcome, lambda last: rest(last[0]), REST, together)
 
 
 def check_across(name: str, policy: Any) -> None:
