@@ -130,7 +130,7 @@ def state_tracking(content: dict[str, Any]) -> str:
 
 
 def trained(content: dict[str, Any]) -> str:
-    """Iterations, critical path and error of each network and method."""
+    """Iterations, critical path and error of each network and method; how long they remember."""
     lines = [
         {
             "network": row["network"],
@@ -144,7 +144,11 @@ def trained(content: dict[str, Any]) -> str:
         }
         for row in content["short"] + content.get("long", [])
     ]
-    return markdown(lines)
+    memory = [
+        f"{name} {min(steps):,} to {max(steps):,}" for name, steps in content["memory"].items()
+    ]
+    about = "Steps until a ten-thousandth of a disturbance is left, at six times: "
+    return f"{markdown(lines)}\n\n{about}{', '.join(memory)}."
 
 
 # By name: the file, and what makes a table of it.

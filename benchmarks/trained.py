@@ -2,7 +2,8 @@
 
 For each network and method: the iterations that were made, the critical path in steps, whether
 chunks had to be finished sequentially, and the error of the states beside that of the sequential
-run in the same float32, both against a sequential run in float64.
+run in the same float32, both against a sequential run in float64. And how long the networks
+remember.
 """
 
 import argparse
@@ -11,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
 from tqdm import tqdm
 
 import pararnn as prnn
@@ -40,6 +43,31 @@ PARTS = {
 
 def sequential(system: Trained) -> Any:
     return jax.jit(functools.partial(scan_states, system.step))(system.xs, system.init)
+
+
+def memory(name: str, every: int = 1000, at_most: int = 3000) -> list[int]:
+    """After how many steps less than a ten-thousandth is left of small disturbances, one at each
+    `every`-th step of a text, in float64."""
+    length = 6 * every + at_most
+    system = load(name, length, jnp.float64)
+    states = sequential(system)
+
+    @jax.jit
+    def left(time, key):
+        xs, later = (
+            jtu.tree_map(lambda x: jax.lax.dynamic_slice_in_dim(x, time + 1, at_most), tree)
+            for tree in (system.xs, states)
+        )
+        state, flat = jtu.tree_map(lambda h: h[time], states), jtu.tree_leaves
+        added = jtu.tree_map(lambda h: 1e-6 * jax.random.normal(key, h.shape, h.dtype), state)
+        moved = scan_states(system.step, xs, jtu.tree_map(jnp.add, state, added))
+        pairs = zip(flat(moved), flat(later), strict=True)
+        squares = sum(jnp.sum((a - b) ** 2, axis=tuple(range(1, a.ndim))) for a, b in pairs)
+        return jnp.sqrt(squares / sum(jnp.sum(a**2) for a in flat(added)))
+
+    keys = jax.random.split(jax.random.key(0), 6)
+    rows = [np.asarray(left(every // 2 + i * every, key)) for i, key in enumerate(keys)]
+    return [int(np.flatnonzero(row >= 1e-4).max(initial=-1)) + 1 for row in rows]
 
 
 def compare(name: str, length: int, methods: int | None) -> list[dict[str, Any]]:
@@ -80,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
     results = other_parts("trained", args.output, args.parts, PARTS)
+    if "short" in args.parts:
+        results["memory"] = {name: memory(name) for name in METHODS if name != "gru_a5"}
     for part in args.parts:
         results[part] = []
         for name, (length, methods) in PARTS[part].items():

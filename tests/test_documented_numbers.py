@@ -190,6 +190,17 @@ def cells_compared() -> tuple[int]:
     return (len(results("examples/results/cells.json")["rows"]),)
 
 
+def memory():
+    steps = results("benchmarks/results/trained.json")["memory"]["gru"]
+    return min(steps), max(steps)
+
+
+def iterations():
+    row = results("benchmarks/results/trained.json")["short"][0]
+    assert (row["network"], row["method"], row["chunk"]) == ("gru", "Newton", 16)
+    return row["iterations"], row["L"]
+
+
 # --- what is said -----------------------------------------------------------------------------
 
 SAID = [
@@ -216,6 +227,14 @@ SAID = [
     (SOLVER, "elsewhere {}, or {} if a sweep pushes more than {} tangents", min_iters),
     ("README.md", "more than {} state elements is run by", lambda: [_select._MAX_DENSE_SIZE]),
     ("docs/speed.md", "more than {} state elements is run by", lambda: [_select._MAX_DENSE_SIZE]),
+    *(
+        (file, text, from_trained)
+        for file in ("README.md", "docs/speed.md")
+        for text, from_trained in (
+            ("remembers a disturbance for {} to {} steps, until", memory),
+            ("chunks of 16 steps it takes {} iterations at L = {:,}, with", iterations),
+        )
+    ),
     # Other settings.
     ("docs/faq.md", "{} in float32 and {} in float64, for each element", rtols),
     (SOLVER, "({} in float32, {} in float64)", rtols),
