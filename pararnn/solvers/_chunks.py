@@ -1,4 +1,4 @@
-"""A recurrence cut into chunks: sweeps over them, corrections of their starts, and the finish."""
+"""A recurrence cut into chunks: sweeps over them, their judgement, and their correction."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,9 +20,10 @@ from ._convergence import displacements, unexplained
 from ._linearization import Linearization
 from ._tolerance import SAMPLES, Tolerance
 
+# From so many tangents on, more disturbances cost little beside them.
+_MANY_SEEDS = 16
 # Of a sweep that is not the plain one, at least so many steps are made once more, spread over the
 # chunks by a ratio that visits every place in a chunk.
-_MANY_SEEDS = 16
 _CHECKED, _GOLDEN = 64, 0.6180339887498949
 
 
@@ -229,50 +230,55 @@ class Chunks:
 
         - `point`: the starts, their ends, and the Jacobians by which they would be corrected.
         - `moved`: as the method of that name gives it.
-        - `defects`: those of an earlier sweep, or zeros: the direction in which memory is measured.
-            Being independent of `point`, they let both sweeps run at the same time.
+        - `defects`: those of an earlier sweep: the direction in which memory is measured. Being
+            independent of `point`, they let both sweeps run at the same time.
         - `states`: the trajectory, if `window` is not 0.
         """
-        tolerance, starts = self.tolerance, point.starts
-        displaced = displacements(starts, defects, tolerance.grain)
-        disturbed, response = self._probe(starts, displaced, states)
+        tolerance, starts, line = self.tolerance, point.starts, self.line
+        samples = self._samples(pushes=point.jacobians is not None)
+        displaced, disturbed, response = self._probe(starts, defects, states, samples)
         count = len(response)
         effect = self._padded(tolerance.effect(point.ends[:count], disturbed))
-        effect = self.line.after(effect, jnp.abs(moved).astype(effect.dtype))
-        effect = self.line.earlier(effect, jnp.zeros(self.size, effect.dtype))
-        scale = tolerance.scale(starts, effect)
-        response = self._padded(response - point.ends[:count])
+        before = line.after(effect, jnp.abs(moved).astype(effect.dtype))
+        scale = tolerance.scale(starts, line.earlier(before, jnp.zeros(self.size, effect.dtype)))
+        response, displaced = self._padded(response - point.ends[:count]), self._padded(displaced)
         defects = point.defects.astype(tolerance.wide)
-        correction = defects + moved.astype(tolerance.wide)
-        predicted = self._apply(point, displaced)
-        rows = (x.astype(tolerance.wide) for x in (displaced, response, predicted))
-        correction = self.line.after(jnp.abs(correction), scale)
-        missed = unexplained(*rows, correction=correction, scan=self.scan)
-        both = jnp.stack([jnp.maximum(correction + missed, jnp.abs(defects)), correction])
-        errors, sizes = tolerance.norm(both, jnp.broadcast_to(scale, both.shape))
+        correction = jnp.abs(defects + moved.astype(tolerance.wide))
+        rows = (displaced, response, self._apply(point, displaced), tolerance.rounding(effect))
+        rows = [x.astype(tolerance.wide) for x in (*rows, line.after(correction, scale))]
+        left = unexplained(*rows, scan=self.scan)
+        # Where larger elements cancel, a state has the rounding of what it remembers.
+        remembered = jnp.minimum(left.rounding, tolerance.most(starts))
+        excess = jnp.maximum(correction - remembered, 0)
+        parts = jnp.stack([jnp.maximum(excess + left.error, jnp.abs(defects)), correction])
+        errors, sizes = tolerance.norm(parts, jnp.broadcast_to(scale, parts.shape))
         return Judged(scale, errors, jnp.max(sizes))
 
-    @property
-    def _samples(self) -> int:
-        """How many disturbances to try of each chunk: more where chunks are few, or where they cost
-        little beside the tangents."""
+    def _samples(self, pushes: bool) -> int:
+        """How many disturbances to try of each chunk: more where chunks are few, or where a sweep
+        `pushes` many tangents."""
         propagated = self.linearization.propagated
         many = propagated is not None and propagated.num_seeds(self.size) >= _MANY_SEEDS
-        return SAMPLES if many else -(-SAMPLES // min(self.num_chunks, SAMPLES))
+        return SAMPLES if pushes and many else -(-SAMPLES // min(self.num_chunks, SAMPLES))
 
     def _probe(
-        self, starts: Float[Array, "chunks size"], displaced, states: PyTree[Array] | None
-    ) -> tuple[Float[Array, "samples n size"], Float[Array, "n size"]]:
-        """Where chunks lead if each step starts from a disturbed state, and where if only their
-        starts are displaced. With a window, of the chunks that are followed by another."""
+        self,
+        starts: Float[Array, "chunks size"],
+        defects: Float[Array, "chunks size"],
+        states: PyTree[Array] | None,
+        samples: int,
+    ) -> tuple[Float[Array, "n size"], Float[Array, "samples n size"], Float[Array, "n size"]]:
+        """Displacements of the starts, or of where windows begin; and where chunks lead if each
+        step starts from a disturbed state, and where if only their starts are displaced."""
         begin, rows, inputs = starts, self._rows, self._inputs
         if self.window:
             begin, rows = self._in_window(starts, states), self._last_rows(self.window)
             inputs = self._sweep.prepare(self._xs, rows)
+        displaced = displacements(begin, defects[: len(begin)], self.tolerance.of_each(begin))
         inputs = self._sweep.prepare(jnp.arange(self.length), rows), inputs
-        begins = jnp.stack([begin] * self._samples + [begin + displaced[: len(begin)]])
+        begins = jnp.stack([begin] * samples + [begin + displaced])
         ends = self._sampled(lambda step, begin: self._lead(step, begin, inputs, rows), begins)
-        return ends[:-1], ends[-1]
+        return displaced, ends[:-1], ends[-1]
 
     def _sampled(self, lead: Callable[[Step, Array], Array], starts: Array) -> Array:
         """What `lead(step, start)` makes of several starts, with a step that disturbs the state for
@@ -331,7 +337,7 @@ class Chunks:
         def lead(step, vectors):
             return jax.vmap(self.ravel)(jax.vmap(step)(jax.vmap(self.unravel)(vectors), inputs))
 
-        ends = self._sampled(lead, jnp.stack([before] * (self._samples + 1)))
+        ends = self._sampled(lead, jnp.stack([before] * (self._samples(pushes=False) + 1)))
         effect = self.tolerance.effect(ends[-1], ends[:-1])
         scale = self.tolerance.scale(got, effect)
         wrong = self.tolerance.norm(ends[-1] - got, scale) > 1

@@ -14,9 +14,10 @@ $$ε_{c+1} = J_c ε_c + (J_c - A_c) δ_c.$$
 The effect of $J_c$ is *measured*, by a second trajectory whose chunks start from displaced starts:
 no derivative is believed, since the structure may be declared wrongly and a custom derivative may
 not be one. So a start is accepted if $|δ| + |ε|$ and $|d|$ are at most the tolerance, element by
-element, where the tolerance includes what the chunk before makes of rounding (`_tolerance.py`):
-this is a backward error, so that a network that amplifies its rounding can be at rest, while a
-drift of less than the rounding of one chunk adds up in $δ$ or in $ε$. Rates of convergence end
+element, where the tolerance includes what the chunk before makes of rounding (`_tolerance.py`), and
+for $δ$ the rounding of all chunks before: this is a backward error, so that a network that
+amplifies its rounding, or remembers it, can be at rest, while a drift of less than the rounding of
+one chunk adds up in $δ$ or in $ε$. Rates of convergence end
 an iteration that gets nowhere; they accept nothing.
 """
 
@@ -33,9 +34,8 @@ from ..structures import Diagonal
 
 # Starts are displaced by this many tolerances, so that rounding does not hide their effect.
 _DISPLACEMENT = 8.0
-# An approximation is confirmed where it misses at most this part of a displacement. What rounding
-# contributes, about one tolerance, stays below.
-_CONFIRMED = 1 / 8
+# An approximation is confirmed where it misses at most this part of a displacement, and rounding.
+_CONFIRMED = 1 / 64
 # A chunk that retains more than this part of a displacement is taken to retain all.
 _LEAKY = 0.9
 # Give up after this many iterations in which no more than the guaranteed chunk became right and the
@@ -59,10 +59,10 @@ class Vouched(NamedTuple):
 
 
 def displacements(
-    starts: Float[Array, "chunks size"],
-    defects: Float[Array, "chunks size"],
-    grain: Float[Array, "1 size"],
-) -> Float[Array, "chunks size"]:
+    starts: Float[Array, "n size"],
+    defects: Float[Array, "n size"],
+    tolerance: Float[Array, "n size"],
+) -> Float[Array, "n size"]:
     """By how much to displace each start to measure the effect of its chunk's Jacobian.
 
     In the direction of the running sum of the defects, because a slow drift that hides behind
@@ -70,30 +70,42 @@ def displacements(
 
     **Arguments:**
 
-    - `starts`: the starts of the chunks.
-    - `defects`: of these or of earlier starts; zero if none are known.
-    - `grain`: the relative tolerance of each element.
+    - `starts`: the starts of the chunks, or states inside of them.
+    - `defects`: of these or of earlier starts.
+    - `tolerance`: of each element by its own magnitude.
     """
-    defects = finite_or(defects, 0.0)
-    rounding = jnp.max(jnp.abs(defects), axis=0, keepdims=True)
-    size = _DISPLACEMENT * jnp.maximum(grain.astype(starts.dtype) * jnp.abs(starts), rounding)
-    return jnp.where(jax.lax.cumsum(defects) < 0, -size, size)
+    defects = finite_or(defects, 0.0).astype(tolerance.dtype)
+    # Elements that are small because larger ones cancel carry the rounding of these; but no defect
+    # of another kind, before which everything would look forgotten.
+    largest = [jnp.max(jnp.abs(x), axis=0, keepdims=True) for x in (defects, tolerance)]
+    size = _DISPLACEMENT * jnp.maximum(tolerance, jnp.minimum(*largest))
+    return jnp.where(jax.lax.cumsum(defects) < 0, -size, size).astype(starts.dtype)
+
+
+class Unexplained(NamedTuple):
+    """What a correction does not account for, at each start: a bound of $|ε|$; and the rounding of
+    all chunks before, as far as it is retained, and the linearization knows it."""
+
+    error: Float[Array, "chunks size"]
+    rounding: Float[Array, "chunks size"]
 
 
 def unexplained(
     displaced: Float[Array, "chunks size"],
     response: Float[Array, "chunks size"],
     predicted: Float[Array, "chunks size"],
+    rounding: Float[Array, "chunks size"],
     correction: Float[Array, "chunks size"],
     scan: AbstractScan,
-) -> Float[Array, "chunks size"]:
-    """A bound of $|ε|$, the error that a correction does not account for, at each start.
+) -> Unexplained:
+    """Propagates what the linearization leaves out, by what was measured.
 
     **Arguments:**
 
     - `displaced`: by how much the starts were displaced.
     - `response`: by how much the ends moved, $J v$.
     - `predicted`: by how much they should move, $A v$.
+    - `rounding`: what rounding makes of the ends.
     - `correction`: $|δ|$.
     - `scan`: of the linear recurrence over the chunks.
     """
@@ -102,8 +114,14 @@ def unexplained(
     # Rounding must not make a perfect memory look like a leaky one; and no chunk retains more than
     # all, or a single one that expands would spoil all that follow.
     retained, missed = jnp.where(parts < _LEAKY, parts, 1)
-    missed *= (missed > _CONFIRMED).astype(missed.dtype)
-    return scan.arriving(Diagonal(), retained, missed * correction)
+    # In long chunks, rounding may be as large as a displacement: then it confirms nothing.
+    confirmed = missed * size <= _CONFIRMED * size + jnp.minimum(rounding, size / _DISPLACEMENT)
+    # Rounding is independent from chunk to chunk: its variances add up.
+    matrices = jnp.concatenate([retained, retained**2], axis=1)
+    offsets = jnp.where(confirmed, 0, missed * correction), jnp.where(confirmed, rounding**2, 0)
+    offsets = jnp.concatenate(offsets, axis=1)
+    error, variance = jnp.split(scan.arriving(Diagonal(), matrices, offsets), 2, axis=1)
+    return Unexplained(error, jnp.sqrt(variance))
 
 
 class Progress(NamedTuple):

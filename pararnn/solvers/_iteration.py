@@ -130,7 +130,8 @@ def iterate_ahead(method: Method, chunks: Chunks, iterate: Iterate, iterations: 
         jacobians = point.jacobians
     point, states = _trajectory(chunks, iterate.starts)
     point = point._replace(jacobians=jacobians)  # close to those that a last sweep would find
-    judged = chunks.judge(point, chunks.moved(point), iterate.defects, states)
+    defects = iterate.defects if iterations else point.defects
+    judged = chunks.judge(point, chunks.moved(point), defects, states)
     return _returned(chunks, iterate._replace(judged=judged), states, judged.errors > 1)
 
 
@@ -149,7 +150,8 @@ def _judged_iteration(method: Method, chunks: Chunks, iterate: Iterate) -> Itera
     corrected, pinned = _corrected(chunks, iterate, point, correction)
     errors = jnp.where(pinned, 0, judged.errors)
     summary = summarize(errors, judged.correction, pinned, chunks.line)
-    accepted = summary.largest <= 1
+    # The first sweep has no defects before it, to measure memory in their direction.
+    accepted = summary.largest <= (iterate.iteration > 0).astype(jnp.float32)
     if correction.moved is None:  # a correction of another kind might leave what was accepted
         starts = chunks.safeguarded(point, point.arriving + moved)
         corrected = corrected._replace(starts=jnp.where(accepted, starts, corrected.starts))

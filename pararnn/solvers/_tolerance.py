@@ -30,6 +30,8 @@ SAMPLES = 5
 # makes as much; up to this many times what is granted to the largest element, as chaos may drive a
 # disturbance to any size.
 _ROUNDING, _AMPLIFIED = 8.0, 4.0
+# So many units in the last place are the rounding of a step, and of what is compared with it.
+_FEW = 3.0
 
 
 class Tolerance:
@@ -55,13 +57,13 @@ class Tolerance:
         self._atol = atol
         self._leaves = np.repeat(np.arange(len(leaves)), sizes)
 
-    @property
-    def grain(self) -> Float[Array, "1 size"]:
-        """The default relative tolerance of each element."""
-        return jnp.expand_dims(jnp.asarray(self._grain), 0)
-
     def _magnitude(self, x: Array) -> Float[Array, "*rows size"]:
         return jnp.abs(x).astype(self.wide)
+
+    def most(self, values: Float[Array, "n size"]) -> Float[Array, "1 size"]:
+        """What is granted to the largest element of a leaf in any row."""
+        largest = jnp.max(self._magnitude(values), axis=0, keepdims=True, initial=0.0)
+        return self._coarsest * _largest(largest, self._leaves)
 
     def of_connected(
         self, values: Float[Array, "n size"], structure: AbstractStructure
@@ -76,11 +78,28 @@ class Tolerance:
         self, images: Float[Array, "n size"], disturbed: Float[Array, "samples n size"]
     ) -> Float[Array, "n size"]:
         """By how much disturbances of the states before moved the `images`, at most. With fewer
-        than `SAMPLES` samples, the maximum over neighbouring rows is used."""
-        images = jnp.expand_dims(images.astype(self.wide), 0)
-        moved = jnp.abs(disturbed.astype(self.wide) - images)
+        than `SAMPLES` samples, the maximum over neighbouring rows is used, relative to the largest
+        element of the leaf in each: no row is excused by what is larger at other times."""
+        images = images.astype(self.wide)
+        moved = jnp.abs(disturbed.astype(self.wide) - jnp.expand_dims(images, 0))
         moved = jnp.max(finite_or(moved, 0.0), axis=0)
-        return _largest_near(moved, -(-SAMPLES // len(disturbed)))
+        reach = -(-SAMPLES // len(disturbed))
+        if reach == 1:
+            return moved
+        magnitude = _largest(jnp.abs(images), self._leaves)
+        magnitude = jnp.maximum(magnitude, float(jnp.finfo(self.wide).tiny))
+        return jnp.maximum(moved, _largest_near(moved / magnitude, reach) * magnitude)
+
+    def rounding(self, effect: Float[Array, "n size"]) -> Float[Array, "n size"]:
+        """What disturbances by a few units in the last place make, of the `effect` of larger."""
+        return _FEW / _ROUNDING * jnp.expand_dims(self._rounding, 0) * effect
+
+    def of_each(self, values: Float[Array, "n size"]) -> Float[Array, "n size"]:
+        """The tolerance of each element by its own magnitude, and at least the default one."""
+        return (
+            max(self._factor, 1.0) * jnp.expand_dims(self._grain, 0) * self._magnitude(values)
+            + self._atol
+        )
 
     def scale(
         self, values: Float[Array, "n size"], effect: Float[Array, "n size"]
@@ -93,9 +112,8 @@ class Tolerance:
         - `effect`: what `effect` found of disturbances of the states before them. At most what is
             granted to the largest element of a leaf counts.
         """
-        magnitude = self._magnitude(values)
-        largest = _largest(jnp.max(magnitude, axis=0, keepdims=True, initial=0.0), self._leaves)
-        local, most = self.grain * magnitude, self._coarsest * largest
+        local = jnp.expand_dims(self._grain, 0) * self._magnitude(values)
+        most = self.most(values)
         rounding = jnp.minimum(_AMPLIFIED * most, jnp.expand_dims(self._rounding, 0) * effect)
         return jnp.maximum(jnp.minimum(most, local + effect), rounding)
 
@@ -140,8 +158,6 @@ def _largest(values: Array, labels: np.ndarray) -> Float[Array, "n size"]:
 
 def _largest_near(rows: Float[Array, "n size"], count: int) -> Float[Array, "n size"]:
     """Of each element, none of which is negative, the largest in `count` rows around its own."""
-    if count == 1:
-        return rows
     before = (count - 1) // 2
     near = jnp.pad(rows, [(before, count - 1 - before), (0, 0)])
     return functools.reduce(jnp.maximum, [near[i : i + len(rows)] for i in range(count)])

@@ -13,14 +13,17 @@ draw = np.random.default_rng(0)
 
 @pytest.mark.parametrize(("samples", "rows"), [(1, 1), (1, 4), (1, 9), (2, 3), (3, 2), (5, 1)])
 def test_the_largest_of_several_disturbances_counts(samples, rows):
-    """Those of the rows around it too, if there are fewer than `SAMPLES`."""
+    """Those of the rows around it too, relative to their largest elements, if there are fewer than
+    `SAMPLES`."""
     tolerance = Tolerance(jnp.zeros(SIZE), None, 0.0)
     values, images = draw.normal(size=(2, rows, SIZE))
     disturbed = images + GRAIN * draw.normal(size=(samples, rows, SIZE))
     moved = np.abs(disturbed - images).max(0)
     reach = -(-SAMPLES // samples)
     first = np.arange(rows) - (reach - 1) // 2
-    near = [moved[max(i, 0) : i + reach].max(0) for i in first]
+    largest = np.abs(images).max(1, keepdims=True)
+    relative = moved / largest
+    near = [relative[max(i, 0) : i + reach].max(0) for i in first] * largest
     effect = tolerance.effect(*map(jnp.asarray, (images, disturbed)))
     np.testing.assert_allclose(effect, near, rtol=1e-6)
 
