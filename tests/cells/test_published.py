@@ -267,16 +267,6 @@ def s4d(p):
     return call(cell, p["u"].T)[0].T
 
 
-def lru(p):
-    cell = filled(
-        lambda: prnn.LRU(4, 6, key=KEY),
-        **{"weight_x": jnp.stack([p["p_B_re"], p["p_B_im"]]), "nu": p["p_nu_log"]},
-        **{"weight_o": jnp.stack([p["p_C_re"], p["p_C_im"]]), "theta": p["p_theta_log"]},
-        **{"skip": jnp.diag(p["p_D"]), "gamma_log": p["p_gamma_log"]},
-    )
-    return call(cell, p["xs"])[0]
-
-
 # --- gated units ------------------------------------------------------------------------------
 
 
@@ -341,7 +331,6 @@ GRADIENTS = {
     "mamba2_layer": (mamba2_layer, ("x",), 1e-13),
     "s5": (s5, ("xs",), 1e-12),
     "s4d": (s4d, ("u",), 1e-13),
-    "lru": (lru, ("xs",), 1e-13),
     # The source computes in float32.
     "rglru_from_start": (rglru, ("xs",), 3e-7),
     "rglru_going_on": (lambda p: rglru(p, going_on=True), ("xs",), 3e-7),
