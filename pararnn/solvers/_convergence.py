@@ -115,7 +115,7 @@ def unexplained(
     # all, or a single one that expands would spoil all that follow.
     retained, missed = jnp.where(parts < _LEAKY, parts, 1)
     # In long chunks, rounding may be as large as a displacement: then it confirms nothing.
-    confirmed = missed * size <= _CONFIRMED * size + jnp.minimum(rounding, size / _DISPLACEMENT)
+    confirmed = missed * size <= _CONFIRMED * size + jnp.minimum(rounding, size / 4)
     # Rounding is independent from chunk to chunk: its variances add up.
     matrices = jnp.concatenate([retained, retained**2], axis=1)
     offsets = jnp.where(confirmed, 0, missed * correction), jnp.where(confirmed, rounding**2, 0)

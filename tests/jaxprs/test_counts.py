@@ -133,8 +133,8 @@ def test_a_sequential_solve():
 
 
 def test_a_newton_solve_counts_its_sweeps():
-    """Each iteration of `Jacobi` is a sweep over all steps, and one more verifies them. A sweep
-    with tangents, in the branch that only systems slow to forget take, counts as well."""
+    """Each iteration of `Jacobi` is a sweep over all steps, with two more that judge it, of
+    disturbed and of displaced states; and one makes the trajectory."""
     xs = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)), jnp.float32)
 
     def step(h, x):
@@ -147,7 +147,7 @@ def test_a_newton_solve_counts_its_sweeps():
     sweep = 64 * (32 + 4 + 4)
     flops = count(run, xs).flops
     assert iterations >= 2
-    assert iterations * sweep <= flops <= 1.5 * (iterations + 1 + 3) * sweep
+    assert iterations * sweep <= flops <= 2 * (3 * iterations + 1) * sweep
 
 
 # --- turns of loops ---------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_turns_of_a_newton_solve_and_of_its_derivative():
     forward = [(path, n) for path, n in turns if "transpose" not in path]
     ends = {path.split("pararnn_")[-1]: n for path, n in forward}
     assert ends["iterations/while"] == stats.iterations > 1
-    assert ends["attempts/while"] == stats.sequential_steps // 4 - stats.iterations
+    assert stats.sequential_steps // 4 == stats.iterations + 1
     assert ends["finish/while"] == 0
     assert not any("iterations" in path for path, _ in turns if "transpose" in path)
     # One that is not exact iterates there, too.
