@@ -142,10 +142,10 @@ class Chunks:
             guesses = self._slice(guess, first, count)
         guesses = jax.vmap(self.ravel)(guesses)
         guesses = self._arriving(guesses)[:count] if whole else guesses
-        guesses = jnp.where(jnp.isfinite(guesses), guesses, 0)
+        guesses = finite_or(guesses, 0.0)
         if overlap and count:
             ends = self._ends(guesses, self._last_rows(overlap))
-            guesses = jnp.where(jnp.isfinite(ends), ends, 0)
+            guesses = finite_or(ends, 0.0)
         return self._arriving(guesses)
 
     def _last_rows(self, count: int) -> Rows:

@@ -17,8 +17,8 @@ not be one. So a start is accepted if $|δ| + |ε|$ and $|d|$ are at most the to
 element, where the tolerance includes what the chunk before makes of rounding (`_tolerance.py`), and
 for $δ$ the rounding of all chunks before: this is a backward error, so that a network that
 amplifies its rounding, or remembers it, can be at rest, while a drift of less than the rounding of
-one chunk adds up in $δ$ or in $ε$. Rates of convergence end
-an iteration that gets nowhere; they accept nothing.
+one chunk adds up in $δ$ or in $ε$. Rates of convergence end an iteration that gets nowhere; they
+accept nothing.
 """
 
 from typing import NamedTuple
