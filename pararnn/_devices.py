@@ -77,41 +77,18 @@ def place_like(tree: PyTree[Any], like: PyTree[Any]) -> PyTree[Any]:
     return place(tree, varying_axes(like))
 
 
-def anywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Whether the flag is set on any device, along all manual axes of the mesh. A loop in which
-    devices exchange along one axis must turn equally often along the others, too: XLA waits for
-    all devices of the mesh."""
-    axes = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
-    if not axes:
-        return flag
-    return jax.lax.pmax(place(flag.astype(np.int32), axes), tuple(axes)) > 0
-
-
-def loop_together(
-    unfinished: Callable[[_T], Bool[Array, ""]], turn: Callable[[_T], _T], carry: _T
-) -> _T:
-    """`jax.lax.while_loop` whose turns exchange values between devices; see `anywhere`. What is
-    finished stays as it is."""
-    return jax.lax.while_loop(
-        lambda carry: anywhere(unfinished(carry)),
-        lambda carry: place_like(bool_where(unfinished(carry), turn(carry), carry), carry),
-        carry,
-    )
-
-
 def once_where(
     pending: Bool[Array, ""],
     value: _T,
     turn: Callable[[_T], _T],
     scope: str,
-    together: bool = False,
+    loop: Callable[..., Any] = jax.lax.while_loop,
 ) -> _T:
-    """The `value`, or where it is `pending` what `turn` makes of it. A loop of one turn or none,
+    """The `value`, or where it is `pending` what `turn` makes of it. A `loop` of one turn or none,
     named `scope`: under `vmap`, a `cond` would run both branches, and copy for each sequence what
-    they close over. `together` says that devices exchange values in it."""
+    they close over."""
 
     carry = place_like((pending, value), (pending, value))
-    loop = loop_together if together else jax.lax.while_loop
 
     def body(carry):
         return place_like((jnp.zeros_like(carry[0]), turn(carry[1])), carry)

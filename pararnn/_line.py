@@ -8,7 +8,7 @@ of a sequence.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._devices import is_explicit, place_like, spread, varying_axes
+from ._devices import is_explicit, place, place_like, spread, varying_axes
 from ._misc import bool_where, flip_time, over_rows, previous_states
 
+_T = TypeVar("_T")
 # The name of an axis of a mesh, or of several that are counted as one.
 AxisName = str | tuple[str, ...]
 
@@ -114,6 +115,28 @@ class Line:
         depend on each other may start in another order on each device, and then XLA's CPU client
         waits for ever."""
         return x if self.axis is None else jnp.maximum(x, -other)
+
+    def while_loop(
+        self, unfinished: Callable[[_T], Bool[Array, ""]], turn: Callable[[_T], _T], carry: _T
+    ) -> _T:
+        """`jax.lax.while_loop` whose turns exchange values between the devices of this line, which
+        all find the same to be `unfinished`.
+
+        XLA waits for all devices of the mesh. So where other sequences lie along another axis, the
+        loop turns until all are finished, and what is finished stays as it is.
+        """
+        axes = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+        if self.axis is None or axes <= frozenset(axis_names(self.axis)):
+            return jax.lax.while_loop(unfinished, turn, carry)
+
+        def anywhere(carry):
+            flag = place(unfinished(carry).astype(np.int32), axes)
+            return jax.lax.pmax(flag, tuple(axes)) > 0
+
+        def turned(carry):
+            return place_like(bool_where(unfinished(carry), turn(carry), carry), carry)
+
+        return jax.lax.while_loop(anywhere, turned, carry)
 
     # --- from all to all ----------------------------------------------------------------------
 

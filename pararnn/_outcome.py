@@ -46,7 +46,7 @@ class Solve:
         # To raise is a part of the rest, so that what succeeds is asked only once whether it has.
         failed = judged[1] != RESULTS.successful
         turn = lambda last: self._thrown(_judged(rest(last[0]), recurrence))  # noqa: E731
-        return once_where(failed, judged, turn, REST, recurrence.line.is_cut)
+        return once_where(failed, judged, turn, REST, recurrence.line.while_loop)
 
     def _thrown(self, judged: _Judged) -> _Judged:
         # Here and not on what `solve` returns, so that derivatives read checked states, too.

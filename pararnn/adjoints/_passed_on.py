@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from .._devices import loop_together, place_like
+from .._devices import place_like
 from .._line import Line
 from .._misc import bool_where, or_zeros, raveler
 from .._recurrence import Recurrence
@@ -174,4 +174,4 @@ def _settled(
 
     with jax.named_scope("pararnn_passes"):
         carry = place_like((jnp.asarray(1), arrived, arriving, made), made)
-        return loop_together(unsettled, again, carry)[3]
+        return line.while_loop(unsettled, again, carry)[3]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Bool, PyTree
 
 from .._devices import once_where
-from .._line import AxisName
+from .._line import AxisName, Line
 from .._recurrence import Recurrence
 from .._solution import Stats
 
@@ -87,13 +87,13 @@ class AbstractSolver(abc.ABC):
         return self
 
 
-def completed(attempted: tuple[Outcome, Rest | None], together: bool) -> Outcome:
-    """The outcome of an `attempt`, with the rest where it has not converged; `together` on all
-    devices, if the steps lie on several."""
+def completed(attempted: tuple[Outcome, Rest | None], line: Line) -> Outcome:
+    """The outcome of an `attempt`, with the rest where it has not converged; the steps lie as
+    `line` says."""
     outcome, rest = attempted
     if rest is None:
         return outcome
-    return once_where(~outcome[1], outcome, lambda last: rest(last[0]), REST, together)
+    return once_where(~outcome[1], outcome, lambda last: rest(last[0]), REST, line.while_loop)
 
 
 def check_across(name: str, policy: Any) -> None:

@@ -58,7 +58,7 @@ class AssociativeScan(AbstractSolver):
             )
 
     def solve(self, recurrence, guess, report=None):
-        return completed(self.attempt(recurrence, guess, report), recurrence.line.is_cut)
+        return completed(self.attempt(recurrence, guess, report), recurrence.line)
 
     def attempt(self, recurrence, guess, report=None):
         check_tangents(self, recurrence)

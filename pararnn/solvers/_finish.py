@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._devices import loop_together, place_like, spread
+from .._devices import place_like, spread
 from .._misc import bool_where
 from .._recurrence import Recurrence
 from ._convergence import first_index
@@ -45,7 +45,7 @@ def finish_sequentially(
 
     carry = place_like((first, passed_on(states), states), states)
     with jax.named_scope("pararnn_relay"):
-        states = loop_together(lambda carry: carry[0] < line.count, turn, carry)[2]
+        states = line.while_loop(lambda carry: carry[0] < line.count, turn, carry)[2]
     return states, line.total(length - first_step)
 
 

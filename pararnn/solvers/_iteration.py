@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._devices import loop_together, place_like
+from .._devices import place_like
 from ._base import Report
 from ._chunks import Chunks, Judged, Point
 from ._convergence import Progress, Vouched, summarize
@@ -112,9 +112,9 @@ def iterate_until_accepted(method: Method, chunks: Chunks, iterate: Iterate) -> 
         within = (iterate.iteration < method.max_iters) & iterate.progress.is_patient
         return within & iterate.pending
 
-    loop = loop_together if chunks.line.is_cut else jax.lax.while_loop
+    turn = functools.partial(_judged_iteration, method, chunks)
     with jax.named_scope("pararnn_iterations"):
-        iterate = loop(unfinished, functools.partial(_judged_iteration, method, chunks), iterate)
+        iterate = chunks.line.while_loop(unfinished, turn, iterate)
     point, states = _trajectory(chunks, iterate.starts)
     norm = chunks.tolerance.norm(point.defects, iterate.judged.scale)
     bad = (iterate.judged.errors > 1) | (norm > _SLACK)

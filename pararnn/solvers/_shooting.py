@@ -198,7 +198,7 @@ class AbstractIterativeSolver(AbstractSolver):
     def solve(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
     ) -> Outcome:
-        return completed(self.attempt(recurrence, guess, report), recurrence.line.is_cut)
+        return completed(self.attempt(recurrence, guess, report), recurrence.line)
 
     def attempt(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None

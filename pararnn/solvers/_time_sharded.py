@@ -67,7 +67,7 @@ class TimeSharded(AbstractSolver):
         return self.solver
 
     def solve(self, recurrence, guess, report=None):
-        return completed(self.attempt(recurrence, guess, report), recurrence.line.is_cut)
+        return completed(self.attempt(recurrence, guess, report), recurrence.line)
 
     def attempt(self, recurrence, guess, report=None):
         return self._for(recurrence).attempt(recurrence, guess, report)
