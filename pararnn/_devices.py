@@ -17,10 +17,9 @@ import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._misc import bool_where, num_steps, time_slice
+from ._misc import num_steps, time_slice
 
 _T = TypeVar("_T")
 

@@ -54,7 +54,7 @@ class Line:
     reverse: bool = False
 
     @property
-    def is_cut(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether the sequence lies on several devices, or might."""
         return self.axis is not None
 
@@ -87,7 +87,7 @@ class Line:
 
     # --- from neighbour to neighbour ----------------------------------------------------------
 
-    def passed_on(self, tree: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
+    def shift_from_prev(self, tree: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
         """What the device before has as `tree`; and `first` where there is none."""
         if self.axis is None:
             return first
@@ -97,15 +97,15 @@ class Line:
         moved = _packed(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
         return bool_where(jnp.asarray(self.is_first), first, moved)
 
-    def earlier(self, rows: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
+    def shift_right(self, rows: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
         """For each row the one before it; `first` is a single row, before all others."""
         if self.axis is not None:
-            first = self.passed_on(jtu.tree_map(lambda x: x[-1], rows), first)
+            first = self.shift_from_prev(jtu.tree_map(lambda x: x[-1], rows), first)
         return previous_states(first, rows)
 
-    def later(self, rows: PyTree[Array], last: PyTree[Array]) -> PyTree[Array]:
+    def shift_left(self, rows: PyTree[Array], last: PyTree[Array]) -> PyTree[Array]:
         """For each row the one after it; `last` is a single row, after all others."""
-        after = self.backwards().passed_on(jtu.tree_map(lambda x: x[0], rows), last)
+        after = self.backwards().shift_from_prev(jtu.tree_map(lambda x: x[0], rows), last)
         return jtu.tree_map(
             lambda a, x: jnp.concatenate([x[1:], jnp.expand_dims(a, 0)]), after, rows
         )
@@ -140,15 +140,15 @@ class Line:
 
     # --- from all to all ----------------------------------------------------------------------
 
-    def gathered(self, tree: PyTree[Array]) -> PyTree[Array]:
+    def all_gather(self, tree: PyTree[Array]) -> PyTree[Array]:
         """What each device has as `tree`, along a new leading axis, in the order of time. For
         little: all devices get all of it."""
         if self.axis is None:
             return jtu.tree_map(lambda x: jnp.expand_dims(x, 0), tree)
-        gathered = jtu.tree_map(self._gathered, tree)
+        gathered = jtu.tree_map(self._all_gather, tree)
         return flip_time(gathered) if self.reverse else gathered
 
-    def _gathered(self, x: Array) -> Array:
+    def _all_gather(self, x: Array) -> Array:
         if not is_explicit(jax.sharding.get_abstract_mesh()):
             return jax.lax.all_gather(x, self.axis)
         # Where another axis is explicit, JAX 0.10 mistakes the axes of a batched gather.
@@ -162,7 +162,9 @@ class Line:
         found = jax.lax.psum(jnp.where(mine, number, jnp.zeros_like(number)), self.axis)
         return found.astype(x.dtype)
 
-    def across(self, maxima: list[Array], sums: list[Array]) -> tuple[Extremes, Extremes]:
+    def reduce_with_prefix(
+        self, maxima: list[Array], sums: list[Array]
+    ) -> tuple[Extremes, Extremes]:
         """`(all, before)`: the largest and the sums of some numbers over all devices, and over
         those before this one, from those of each device; in one exchange."""
         none = Extremes(
@@ -171,39 +173,39 @@ class Line:
         if self.axis is None:
             return Extremes(maxima, sums), none
         here = _stacked([*maxima, *sums])
-        gathered = place_like(self.gathered(here), here)
+        gathered = place_like(self.all_gather(here), here)
         is_before = jnp.expand_dims(jnp.arange(self.count) < self.index, 1)
         before = jnp.where(is_before, gathered, jnp.stack([*none.maxima, *none.sums]))
         return _extremes(gathered, len(maxima)), _extremes(before, len(maxima))
 
     def totals(self, numbers: Sequence[Float[Array, ""]]) -> Sequence[Float[Array, ""]]:
         """The sums of some numbers over all devices, in one exchange."""
-        return numbers if self.axis is None else list(self.total(_stacked(numbers)))
+        return numbers if self.axis is None else list(self.psum(_stacked(numbers)))
 
     def any(self, flag: Bool[Array, ""]) -> Bool[Array, ""]:
         """Whether it holds on any device."""
-        return flag if self.axis is None else self.largest(_as_number(flag)) > 0
+        return flag if self.axis is None else self.pmax(_as_number(flag)) > 0
 
-    def largest(self, x: Array) -> Array:
+    def pmax(self, x: Array) -> Array:
         """The largest number of all devices, elementwise."""
         return x if self.axis is None else place_like(jax.lax.pmax(x, self.axis), x)
 
-    def total(self, x: Array) -> Array:
+    def psum(self, x: Array) -> Array:
         """The sum over all devices, elementwise."""
         return x if self.axis is None else place_like(jax.lax.psum(x, self.axis), x)
 
-    def of_first(self, tree: PyTree[Array]) -> PyTree[Array]:
+    def from_first(self, tree: PyTree[Array]) -> PyTree[Array]:
         """What the first device has as `tree`."""
-        return self.backwards().of_last(tree)
+        return self.backwards().from_last(tree)
 
-    def of_last(self, tree: PyTree[Array]) -> PyTree[Array]:
+    def from_last(self, tree: PyTree[Array]) -> PyTree[Array]:
         """What the last device has as `tree`: the same for all, in their types too."""
         if self.axis is None:
             return tree
         is_last = self.index == self.count - 1
         return jtu.tree_map(lambda x: self._only_one(is_last, x), tree)
 
-    def agreed(self, tree: PyTree[Array]) -> PyTree[Array]:
+    def replicate(self, tree: PyTree[Array]) -> PyTree[Array]:
         """Numbers and flags that are the same on all devices, of types that say so."""
 
         def one(x):

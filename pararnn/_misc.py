@@ -25,7 +25,7 @@ def real_leaves(tree: PyTree[Array]) -> list[Array]:
     return jtu.tree_leaves(jtu.tree_map(_to_real, tree))
 
 
-def raveler(
+def make_ravel(
     state: PyTree[Any],
 ) -> tuple[
     Callable[[PyTree[Array]], Float[Array, " size"]],

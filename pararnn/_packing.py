@@ -155,7 +155,7 @@ def without_moving(
     next unmasked step."""
     some, place = jnp.any(mask), jnp.argmax(mask)
     here = jtu.tree_map(lambda x: x[place], xs)
-    has_some, firsts = line.gathered((some, here))
+    has_some, firsts = line.all_gather((some, here))
     device = jnp.argmax(has_some)
 
     def one(x, first):
@@ -169,7 +169,7 @@ def without_moving(
     passed = scan.cumulative_sum(reset.astype(int))
     # How many resets had passed at the unmasked step before each.
     last = scan.cumulative_max(jnp.where(mask, passed, 0))
-    return xs, mask & (passed > line.earlier(last, jnp.zeros_like(last[0])))
+    return xs, mask & (passed > line.shift_right(last, jnp.zeros_like(last[0])))
 
 
 def windows_of_pieces(
@@ -202,7 +202,7 @@ def passed_inputs(
         padded = jnp.concatenate([jnp.zeros_like(p), x])
         return jax.lax.dynamic_slice_in_dim(padded, count, context)
 
-    every = line.gathered((jtu.tree_map(last, past, xs), jnp.minimum(count, context)))
+    every = line.all_gather((jtu.tree_map(last, past, xs), jnp.minimum(count, context)))
     place = jnp.arange(context)
 
     def follow(held, device):

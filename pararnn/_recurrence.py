@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, PyTree
 from ._algebra import AbstractAlgebra, WithIdentity, WithResets
 from ._devices import typed_slice
 from ._line import Line
-from ._misc import bool_where, num_steps, raveler
+from ._misc import bool_where, make_ravel, num_steps
 from ._traits import lacks_derivative, lacks_transpose, shared_axes
 from .scans import AbstractScan
 from .structures import AbstractStructure, detect_structure, is_affine
@@ -45,7 +45,7 @@ class Recurrence(eqx.Module):
         x_t)$ with $h_L = \mathrm{init}$. Only a solver that declares `runs_backwards` meets it.
     - `parts`: where the steps lie. If on several devices, `xs` and all states are those of this
         device, and `init` is the state before the very first step. Only a solver that declares
-        `runs_across` meets that.
+        `supports_sharding` meets that.
     """
 
     step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
@@ -112,11 +112,11 @@ class Recurrence(eqx.Module):
     @property
     def size(self) -> int:
         """The number of real numbers in a state."""
-        return raveler(self.init)[2]
+        return make_ravel(self.init)[2]
 
     def previous(self, states: PyTree[Array]) -> PyTree[Array]:
         """The states that the steps start from, `(init, states[0], …, states[L-2])`."""
-        return self.parts.earlier(states, self.init)
+        return self.parts.shift_right(states, self.init)
 
     def images(self, states: PyTree[Array]) -> PyTree[Array]:
         """What all steps make of the states that they start from, side by side."""

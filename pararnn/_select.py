@@ -13,8 +13,8 @@ from ._traits import listed
 from .adjoints import AbstractAdjoint, ClippedAdjoint, LinearSolveAdjoint, OnePassAdjoint
 from .adjoints._wrapped import as_adjoint, default_adjoint
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
-from .solvers._base import check_across
-from .solvers._time_sharded import default_across
+from .solvers._base import check_sharding
+from .solvers._time_sharded import default_sharded_solver
 from .sweeps._named import why_no_kernel
 
 # Beyond this many state elements a dense Newton correction costs more than the sweeps that it
@@ -93,8 +93,8 @@ def choose(
     platform = chosen_platform(platform)
     _check_shared_axes(recurrence, solver=solver, adjoint=adjoint)
     for name, policy in (("solver", solver), ("adjoint", adjoint)):
-        if policy is not None and recurrence.line.is_cut:
-            check_across(name, policy)
+        if policy is not None and recurrence.line.is_sharded:
+            check_sharding(name, policy)
     if is_symbolic(recurrence.length):
         return _choose_for_any_length(recurrence, solver, adjoint)
     reason = "It was asked for."
@@ -115,7 +115,7 @@ def _choose_for_any_length(
     adjoint: AbstractSolver | AbstractAdjoint | None,
 ) -> Choice:
     """Of a program that is exported for sequences of all lengths: one step after another."""
-    if recurrence.line.is_cut or not (solver is None or solver.stepwise):
+    if recurrence.line.is_sharded or not (solver is None or solver.stepwise):
         name = "TimeSharded" if solver is None else type(solver).__name__
         raise ValueError(
             f"`xs` has the symbolic length {recurrence.length}, but `solver={name}(…)` cuts a "
@@ -132,7 +132,7 @@ def _choose_for_any_length(
 
 
 def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | AbstractAdjoint | None):
-    if recurrence.line.is_cut and recurrence.shared_axes:
+    if recurrence.line.is_sharded and recurrence.shared_axes:
         raise ValueError(
             f"`step` exchanges values along {listed(recurrence.shared_axes)}: the sequences of a "
             "batch must go through their steps together, which cannot lie on several devices."
@@ -150,9 +150,9 @@ def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | Abst
 
 def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolver, str]:
     length, size = recurrence.length, recurrence.size
-    where = f" on each of {recurrence.line.count} devices" if recurrence.line.is_cut else ""
-    if recurrence.line.is_cut and platform == "cpu":
-        return default_across(recurrence, platform), (
+    where = f" on each of {recurrence.line.count} devices" if recurrence.line.is_sharded else ""
+    if recurrence.line.is_sharded and platform == "cpu":
+        return default_sharded_solver(recurrence, platform), (
             "On CPU devices, the part of each starts 128 steps early: if the state is forgotten by "
             "then, all devices together do the work of one pass of `lax.scan`."
         )
@@ -226,14 +226,14 @@ def _select_adjoint(
         )
     else:
         chosen = as_adjoint(adjoint)
-    if recurrence.line.is_cut and chosen.stepwise and not recurrence.has_all_tangents:
-        chosen = LinearSolveAdjoint(default_across(recurrence, platform))
+    if recurrence.line.is_sharded and chosen.stepwise and not recurrence.has_all_tangents:
+        chosen = LinearSolveAdjoint(default_sharded_solver(recurrence, platform))
     backward = chosen.backward_solver
     if backward is None or recurrence.has_all_tangents:
         return chosen, reason
     # There is no map from tangents to tangents to solve with and to transpose; but what flows back
     # can be solved for.
     reason = "The step has no derivative in forward mode: only what flows back can be solved for."
-    if adjoint is None and not recurrence.line.is_cut:
+    if adjoint is None and not recurrence.line.is_sharded:
         return OnePassAdjoint(), reason
     return ClippedAdjoint(math.inf, backward), reason

@@ -28,7 +28,7 @@ from ._devices import convert_step, mesh_context, place, typed_slice, varying_ax
 from ._jit import is_traced, run_jitted
 from ._line import AxisName, Line
 from ._mesh import TimeAxis, both, over_devices
-from ._misc import num_steps, raveler, struct
+from ._misc import make_ravel, num_steps, struct
 from ._norms import all_finite
 from ._outcome import Solve, call_site, errors_of_steps, fail_unless_successful
 from ._packing import Packing, without_moving
@@ -138,7 +138,7 @@ def solve(
         guess = to_arrays("guess", guess)
         check_guess(guess, init, length)
     if structure is not None:
-        structure.check(raveler(init)[2])
+        structure.check(make_ravel(init)[2])
     if not (isinstance(verbose, bool) or callable(verbose)):
         raise TypeError(f"`verbose` must be True, False or a function; got {verbose!r}.")
     report = (_print_progress if verbose else None) if isinstance(verbose, bool) else verbose
@@ -218,7 +218,7 @@ def _solve_here(step, xs, init, reset, reset_state, mask, guess, known, policy, 
     packing = None
     if mask is not None:
         check_unmasked(converted, init, typed_slice(xs))
-    if mask is not None and line.is_cut:
+    if mask is not None and line.is_sharded:
         xs, reset = without_moving(line, mask, xs, reset)
     elif mask is not None:
         packing, mask = Packing(mask), None
@@ -238,8 +238,8 @@ def _solve_here(step, xs, init, reset, reset_state, mask, guess, known, policy, 
     forward = Solve(choice.solver, policy.report, throw)
     states, result, stats = choice.adjoint.solve(forward, recurrence, guess)
     if packing is None:
-        final = line.of_last(jtu.tree_map(lambda h: h[-1], states))
-        return Solution(states, final, *line.agreed((result, stats)))
+        final = line.from_last(jtu.tree_map(lambda h: h[-1], states))
+        return Solution(states, final, *line.replicate((result, stats)))
     return _unpacked(packing, Solution(states, init, result, stats), init, throw)
 
 

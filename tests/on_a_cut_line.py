@@ -187,7 +187,7 @@ def what_knows_nothing_of_other_devices_is_refused():
             with jax.set_mesh(mesh_of(8)):
                 prnn.solve(functools.partial(elman, WEIGHT), XS, INIT, **options)
         except ValueError as error:
-            assert "(`runs_across`)" in str(error), error
+            assert "(`supports_sharding`)" in str(error), error
         else:
             raise AssertionError(options)
 

@@ -40,7 +40,7 @@ class AbstractAdjoint(abc.ABC):
     stepwise: ClassVar[bool] = False
 
     @property
-    def runs_across(self) -> bool:
+    def supports_sharding(self) -> bool:
         """Whether it works where the steps lie on several devices. By default not."""
         return False
 

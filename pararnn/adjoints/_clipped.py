@@ -41,8 +41,8 @@ class ClippedAdjoint(AbstractAdjoint):
     solver: AbstractSolver = Sequential()
 
     @property
-    def runs_across(self):
-        return self.solver.runs_across
+    def supports_sharding(self):
+        return self.solver.supports_sharding
 
     @property
     def axis(self):
@@ -121,7 +121,7 @@ def _solve_clipped_bwd(states, cotangents, perturbed, recurrence, guess, forward
         step, flip_time(inputs), nothing, structure=structure, parts=recurrence.parts.backwards()
     )
     pulled, _, _ = default_adjoint().solve(forward, backward, None)
-    pulled = recurrence.parts.later(flip_time(pulled), nothing)
+    pulled = recurrence.parts.shift_left(flip_time(pulled), nothing)
     clipped = step.clipped(jtu.tree_map(jnp.add, pulled, cotangents))
     flags = jtu.tree_map(lambda flag: flag or None, perturbed.step)
 

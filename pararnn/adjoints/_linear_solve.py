@@ -33,8 +33,8 @@ class LinearSolveAdjoint(AbstractLinearAdjoint):
     solver: AbstractSolver = Newton()
 
     @property
-    def runs_across(self):
-        return self.solver.runs_across
+    def supports_sharding(self):
+        return self.solver.supports_sharding
 
     @property
     def axis(self):
@@ -113,7 +113,7 @@ def _linear_solve(
 
     @jax.checkpoint
     def residual(v):
-        pushed = jax.vmap(push)(recurrence.previous(states), xs, line.earlier(v, zero))
+        pushed = jax.vmap(push)(recurrence.previous(states), xs, line.shift_right(v, zero))
         return jtu.tree_map(jnp.subtract, v, pushed)
 
     @functools.partial(jax.checkpoint, static_argnums=0)
@@ -123,7 +123,7 @@ def _linear_solve(
     @functools.partial(jax.checkpoint, static_argnums=0)
     def transpose_solve(_, g):
         pulled = through(pull_step, (recurrence.previous(states), xs, g), reverse=True)
-        return jtu.tree_map(jnp.add, g, line.later(pulled, zero))
+        return jtu.tree_map(jnp.add, g, line.shift_left(pulled, zero))
 
     # JAX traces the transposed solve at once, also where it only pushes tangents.
     if recurrence.has_cotangents:

@@ -53,7 +53,7 @@ class OnePassAdjoint(AbstractLinearAdjoint):
     """
 
     stepwise: ClassVar[bool] = True
-    runs_across: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleMethodOverride]
+    supports_sharding: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleMethodOverride]
 
     block_size: int | None = None
 
@@ -76,7 +76,7 @@ class OnePassAdjoint(AbstractLinearAdjoint):
         assert block_size is not None
         tangents = Tangents(tangents.step, tangents.xs, tangents.init)
         one_pass = functools.partial(_one_pass, block_size)
-        if recurrence.line.is_cut:
+        if recurrence.line.is_sharded:
             return across_devices(one_pass, block_size, recurrence, states, tangents)
         return one_pass(recurrence, states, tangents)[1]
 
@@ -111,12 +111,12 @@ def _step_by_step(
 
     # Where the first step starts from is put in there: of all ways to shift the states by one step,
     # only padding leaves the axis of a batch where it is, and others would transpose all of them.
-    def push(arriving, inputs):
+    def push(incoming, inputs):
         is_first, previous, x, x_tangent, added = inputs
         _, leaving = eqx.filter_jvp(
             lambda step, state, x: step(state, x),
             (recurrence.step, bool_where(is_first, init, previous), x),
-            (step_tangent, arriving, x_tangent),
+            (step_tangent, incoming, x_tangent),
         )
         leaving = _plus(or_zeros(leaving, init), added)
         return leaving, leaving
@@ -144,7 +144,7 @@ def _in_blocks(
     step, init, length = recurrence.step, recurrence.init, recurrence.length
     pushes = _Pushes.of(recurrence)
 
-    def through_block(arriving, inputs):
+    def through_block(incoming, inputs):
         start, states, xs, xs_tangent, added = inputs
         previous = previous_states(start, states)
         _, offsets = eqx.filter_jvp(
@@ -158,21 +158,21 @@ def _in_blocks(
             return v, v
 
         offsets = _plus(or_zeros(offsets, states), added)
-        return jax.lax.scan(push, arriving, (varying, offsets))
+        return jax.lax.scan(push, incoming, (varying, offsets))
 
     through_block = jax.checkpoint(through_block, prevent_cse=False)
-    arriving = or_zeros(tangents.init, init)
+    incoming = or_zeros(tangents.init, init)
     whole = length - length % block
     blocks, rest = _split((states, recurrence.xs, tangents.xs, added), whole)
     blocks = jtu.tree_map(lambda x: x.reshape(whole // block, block, *x.shape[1:]), blocks)
     starts = previous_states(init, jtu.tree_map(lambda s: s[:, -1], blocks[0]))
-    arriving, first = jax.lax.scan(through_block, arriving, (starts, *blocks))
+    incoming, first = jax.lax.scan(through_block, incoming, (starts, *blocks))
     first = jtu.tree_map(lambda v: v.reshape(whole, *v.shape[2:]), first)
     if whole == length:
-        return arriving, first
+        return incoming, first
     start = jtu.tree_map(lambda s: s[whole - 1], states)
-    arriving, rest = through_block(arriving, (start, *rest))
-    return arriving, jtu.tree_map(lambda *v: jnp.concatenate(v), first, rest)
+    incoming, rest = through_block(incoming, (start, *rest))
+    return incoming, jtu.tree_map(lambda *v: jnp.concatenate(v), first, rest)
 
 
 def _block_size(length: int, width: int) -> int:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from .._devices import place_like
 from .._line import Line
-from .._misc import bool_where, or_zeros, raveler
+from .._misc import bool_where, make_ravel, or_zeros
 from .._recurrence import Recurrence
 from ..solvers._time_sharded import OVERLAP
 from ..solvers._tolerance import Tolerance
@@ -57,24 +57,24 @@ def across_devices(
     """
     line, length = recurrence.parts, recurrence.length
     step, xs, init = recurrence.step, recurrence.xs, recurrence.init
-    start = line.passed_on(_row(states, -1), init)
+    start = line.shift_from_prev(_row(states, -1), init)
     zero = jtu.tree_map(jnp.zeros_like, init)
     window = min(OVERLAP, length)
     differ = _difference(recurrence)
 
-    def pass_over(rows: slice, arriving, tangents, added):
+    def pass_over(rows: slice, incoming, tangents, added):
         """The tangents of the last of some states and of all of them, from that of the state
         before them."""
         before = _row(states, rows.start - 1) if rows.start else start
         here, ours, tangents_xs, added = _rows((states, xs, tangents.xs, added), rows)
-        tangents = Tangents(tangents.step, tangents_xs, arriving)
+        tangents = Tangents(tangents.step, tangents_xs, incoming)
         return one_pass(Recurrence(step, ours, before), here, tangents, added)
 
     @jax.checkpoint
     def residual(unknowns):
         v, tangents = unknowns
         _, moved = eqx.filter_jvp(
-            lambda step, xs, init, states: jax.vmap(step)(line.earlier(states, init), xs),
+            lambda step, xs, init, states: jax.vmap(step)(line.shift_right(states, init), xs),
             (step, xs, init, states),
             (*tangents, v),
         )
@@ -94,11 +94,11 @@ def across_devices(
         g, of_tangents = cotangents
         linear = zero, of_tangents._replace(init=None), g
 
-        def pull(rows: slice, g, arriving):
+        def pull(rows: slice, g, incoming):
             """What a pass over some steps makes of what flows back to their states, and to the last
             of them from what follows: that of the state before, of the arrays and of each step."""
             pulled = jax.linear_transpose(functools.partial(pass_over, rows), *linear)
-            leaving, *others = pulled((arriving, g))
+            leaving, *others = pulled((incoming, g))
             return leaving, others
 
         first_rows = slice(0, window)
@@ -108,9 +108,9 @@ def across_devices(
         block = block_size if length % block_size == 0 else 1
         blocks = jtu.tree_map(lambda x: x.reshape(-1, block, *x.shape[1:]), g)
 
-        def run(arriving):
+        def run(incoming):
             g = jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
-            return pull(slice(0, length), g, arriving)
+            return pull(slice(0, length), g, incoming)
 
         leaving, (pulled, flowed) = _settled(line.backwards(), run, guess, zero, differ)
         first = bool_where(jnp.asarray(line.is_first), leaving, zero)
@@ -138,7 +138,7 @@ def _difference(recurrence: Recurrence) -> Callable[[Any, Any], Bool[Array, ""]]
     """Whether two tangents or cotangents of a state differ on any device by more than the
     tolerance, each element compared to those that it depends on."""
     tolerance = Tolerance(recurrence.init, None, 0.0)
-    ravel = raveler(recurrence.init)[0]
+    ravel = make_ravel(recurrence.init)[0]
 
     def differ(a, b):
         a, b = (jnp.expand_dims(ravel(x), 0) for x in (a, b))
@@ -155,23 +155,23 @@ def _settled(
     first: Any,
     differ: Callable[[Any, Any], Bool[Array, ""]],
 ) -> tuple[Any, Any]:
-    """What `run(arriving)` returns on each device, what leaves it and anything else, when what
+    """What `run(incoming)` returns on each device, what leaves it and anything else, when what
     arrives is what leaves the device before; `first` is what arrives at the first, and `guess` at
     each next one to begin with."""
-    arriving = line.passed_on(guess, first)
-    made = run(arriving)
-    arrived = line.passed_on(made[0], first)
+    incoming = line.shift_from_prev(guess, first)
+    made = run(incoming)
+    arrived = line.shift_from_prev(made[0], first)
 
     def unsettled(carry):
-        turn, arrived, arriving, _ = carry
+        turn, arrived, incoming, _ = carry
         # The numbers may be none at all; but every turn makes one more device exact.
-        return differ(arriving, arrived) & (turn < line.count)
+        return differ(incoming, arrived) & (turn < line.count)
 
     def again(carry):
         turn, arrived, _, _ = carry
         made = run(arrived)
-        return turn + 1, line.passed_on(made[0], first), arrived, made
+        return turn + 1, line.shift_from_prev(made[0], first), arrived, made
 
     with jax.named_scope("pararnn_passes"):
-        carry = place_like((jnp.asarray(1), arrived, arriving, made), made)
+        carry = place_like((jnp.asarray(1), arrived, incoming, made), made)
         return line.while_loop(unsettled, again, carry)[3]

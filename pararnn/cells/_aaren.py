@@ -144,7 +144,7 @@ class Aaren(AbstractCell):
     def step(self, state: _State, u: _Inputs) -> _State:
         return _merged(state, _of_one(u))
 
-    def through_chunk(
+    def apply_chunk(
         self, state: _State, us: _Inputs, reset: Bool[Array, " L"] | None
     ) -> tuple[_State, Float[Array, "L output_size"]]:
         (before, u, w), (s, v) = state, us

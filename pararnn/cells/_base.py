@@ -26,7 +26,7 @@ class AbstractCell(eqx.Module):
     - `algebra`: the family of maps that the steps belong to, if it is closed under composition and
         not affine; then one associative scan solves the recurrence. Its `element` is given one
         slice of `us`. Affine steps are recognised without it.
-    - `chunk_size`: how many steps `through_chunk` makes at once; `None` if there is no such form.
+    - `chunk_size`: how many steps `apply_chunk` makes at once; `None` if there is no such form.
     - `chunk_algebra`: the family of maps that chunks make of the state, if it is closed under
         composition; then accelerators make many chunks at once. For the elements see
         `chunk_factor`.
@@ -81,7 +81,7 @@ class AbstractCell(eqx.Module):
         """From all states to all outputs, step by step. The identity by default."""
         return states
 
-    def through_chunk(
+    def apply_chunk(
         self, state: PyTree[Array], us: PyTree[Array], reset: Bool[Array, " T"] | None
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         """The state after a chunk of steps and their outputs, `(state, ys)`, without the states
@@ -98,7 +98,7 @@ class AbstractCell(eqx.Module):
 
     def chunk_factor(self, us: PyTree[Array], reset: Bool[Array, " T"] | None) -> PyTree[Array]:
         """What becomes of the state before a chunk, given the same `us` and `reset` as
-        `through_chunk`: the first part of an element of `chunk_algebra`, of which the second is
+        `apply_chunk`: the first part of an element of `chunk_algebra`, of which the second is
         what the chunk makes of `init_state()`."""
         raise NotImplementedError
 

@@ -102,7 +102,7 @@ class Based(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         return self._outputs(reads(_features(us[0]), states))
 
-    def through_chunk(
+    def apply_chunk(
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
         q, k, v = us

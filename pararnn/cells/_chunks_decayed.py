@@ -143,7 +143,7 @@ def through_heads(
 # --- one decay per key channel ----------------------------------------------------------------
 
 
-def through_channels(
+def apply_channels(
     state: _State,
     q: Float[Array, "T heads key_size"],
     k: Float[Array, "T heads key_size"],

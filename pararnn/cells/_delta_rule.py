@@ -137,7 +137,7 @@ class AbstractDeltaCell(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         return self._output(delta_read(states, us.query), us)
 
-    def through_chunk(
+    def apply_chunk(
         self,
         state: Float[Array, "num_heads key_size value_size"],
         us: DeltaInputs,

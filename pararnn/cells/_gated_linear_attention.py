@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from .._algebra import AbstractAlgebra
 from ._base import AbstractCell, check_eps, check_inputs, check_sizes
 from ._chunk_maps import MatrixAlgebra
-from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_channels
+from ._chunks_decayed import CHUNK_SIZE, apply_channels, decayed_step, kept, reads
 from ._parts import (
     affine,
     init_attention,
@@ -128,11 +128,11 @@ class GatedLinearAttention(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         return self._outputs(reads(us[0], states), us)
 
-    def through_chunk(
+    def apply_chunk(
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
         q, k, v, log_alpha, _ = us
-        state, y = through_channels(state, q, k, v, log_alpha, reset)
+        state, y = apply_channels(state, q, k, v, log_alpha, reset)
         return state, self._outputs(y, us)
 
     def chunk_factor(

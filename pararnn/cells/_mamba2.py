@@ -163,7 +163,7 @@ class Mamba2(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         return self._outputs(reads(jnp.expand_dims(us[0], 1), states), us)
 
-    def through_chunk(
+    def apply_chunk(
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
         c, b, s, delta, _ = us

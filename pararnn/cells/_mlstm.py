@@ -230,7 +230,7 @@ class MLSTM(AbstractCell):
         memories, logs = states
         return self._outputs(reads(us[0], memories), logs, us)
 
-    def through_chunk(
+    def apply_chunk(
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
         q, k, v, i, f, _ = us

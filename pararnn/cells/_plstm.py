@@ -141,7 +141,7 @@ class PLSTM(AbstractCell):
         *_, q, own = us
         return self._output(reads(q, states) + own)
 
-    def through_chunk(
+    def apply_chunk(
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
         k, v, log_kept, q, own = us

@@ -116,7 +116,7 @@ class Retention(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         return self._outputs(reads(us[0], states), us)
 
-    def through_chunk(
+    def apply_chunk(
         self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
         q, k, v, _ = us

@@ -205,7 +205,7 @@ class TitansChunked(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         return self.titans.readout(states[:2], us)
 
-    def through_chunk(
+    def apply_chunk(
         self, state: _ChunkedState, us: list[Float[Array, "..."]], reset: Bool[Array, " T"] | None
     ) -> tuple[_ChunkedState, Float[Array, "T output_size"]]:
         """Where gradients are taken changes at most once before a step that starts anew, where the

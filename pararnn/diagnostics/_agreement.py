@@ -22,7 +22,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._misc import num_steps, previous_states, raveler
+from .._misc import make_ravel, num_steps, previous_states
 from .._norms import agreement_tolerance, default_rtol
 from .._recurrence import precise, scan_states
 from ._rounding import rounded_anew
@@ -61,7 +61,7 @@ class Agreement:
     def __init__(self, step, xs: PyTree, init: PyTree, expected: PyTree, tolerance=None):
         self._step, self._xs, self._init = precise(step), xs, init
         self._length = num_steps(xs)
-        self._wide = raveler(init)[3]
+        self._wide = make_ravel(init)[3]
         self._coarse = max((x.dtype for x in jtu.tree_leaves(init)), key=_eps)
         self.tolerance = agreement_tolerance(self._wide) if tolerance is None else tolerance
         self._leaves = self._of_states(expected)

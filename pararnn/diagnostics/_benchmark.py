@@ -8,7 +8,7 @@ import jax
 from jaxtyping import PyTree
 
 from .._line import AxisName
-from .._misc import num_steps, raveler, time_slice
+from .._misc import make_ravel, num_steps, time_slice
 from .._norms import agreement_tolerance
 from .._recurrence import scan_states
 from .._settings import check_tolerance
@@ -211,7 +211,7 @@ def _measured(
         elsewhere=elsewhere,
         patience=patience,
     )
-    tolerance = agreement_tolerance(raveler(problem.init)[3])
+    tolerance = agreement_tolerance(make_ravel(problem.init)[3])
     named = {_describe(solver): solver for solver in solvers}
     for row in (baseline, *rows):
         row["rounding"] = differences[row["name"]] > row["error"]
@@ -251,7 +251,7 @@ def _usual_solvers(problem: Problem) -> list[AbstractSolver]:
     structure = problem.structure
     if structure is None:
         structure = detect_structure(step, init, slices)
-    _, _, size, _ = raveler(init)
+    _, _, size, _ = make_ravel(init)
     exact = problem.algebra is not None or is_affine(step, init, slices)
     solvers: list[AbstractSolver] = [AssociativeScan()] if exact else []
     solvers += [Jacobi(chunk_size=c) for c in (16, 64, 256) if c < length]

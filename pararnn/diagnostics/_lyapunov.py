@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .._misc import num_steps, raveler, struct
+from .._misc import make_ravel, num_steps, struct
 from ._problem import AnyRecurrence, make_problem
 
 
@@ -85,7 +85,7 @@ def lyapunov(
     length = num_steps(us)
     if length == 0:
         raise ValueError("`xs` must have at least one step to estimate an exponent; got 0.")
-    ravel, unravel, size, dtype = raveler(struct(start))
+    ravel, unravel, size, dtype = make_ravel(struct(start))
 
     def normalised(tangent):
         # By the largest magnitude first, whose square need not be a normal number.

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._misc import num_steps, previous_states, raveler, time_slice
+from .._misc import make_ravel, num_steps, previous_states, time_slice
 from .._recurrence import scan_states
 from .._solution import RESULTS
 from .._traits import check_alone
@@ -269,7 +269,7 @@ def _contains(problem: Problem, batch: Problem, states, axis_name) -> bool:
     structure = problem.structure
     if structure is None or num_steps(problem.us) == 0:
         return True
-    ravel, unravel, size, _ = raveler(problem.init)
+    ravel, unravel, size, _ = make_ravel(problem.init)
     before = previous_states(batch.init, states)
     sample = np.unique(np.linspace(0, num_steps(problem.us) - 1, 8).astype(int))
     pick = jtu.tree_map(lambda x: x[sample], (before, batch.us))

@@ -26,13 +26,13 @@ def steps_at_once(length: int, chunk_size: int) -> int:
     return -(-chunks // segments) * chunk_size
 
 
-def through_chunks(
+def apply_chunks(
     cell: AbstractCell,
     state: PyTree[Array],
     us: PyTree[Array],
     reset: Bool[Array, " L"] | None,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
-    """The state after some steps and their outputs, as of the cell's `through_chunk`."""
+    """The state after some steps and their outputs, as of the cell's `apply_chunk`."""
     algebra, size, length = cell.chunk_algebra, cell.chunk_size, num_steps(us)
     assert algebra is not None and size is not None
     count, left = divmod(length, size)
@@ -45,14 +45,14 @@ def through_chunks(
         outputs.append(jtu.tree_map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
     if left > 0:
         rest = jtu.tree_map(lambda x: x[count * size :], (us, reset))
-        state, ys = cell.through_chunk(state, *rest)
+        state, ys = cell.apply_chunk(state, *rest)
         outputs.append(ys)
     return state, jtu.tree_map(lambda *ys: jnp.concatenate(ys), *outputs)
 
 
 def _side_by_side(cell, algebra, start, us, reset) -> tuple[PyTree[Array], PyTree[Array]]:
     def element(us: Any, reset: Any):
-        return cell.chunk_factor(us, reset), cell.through_chunk(cell.init_state(), us, reset)[0]
+        return cell.chunk_factor(us, reset), cell.apply_chunk(cell.init_state(), us, reset)[0]
 
     compose = jax.vmap(algebra.compose)
     elements = jax.vmap(element)(us, reset)
@@ -61,5 +61,5 @@ def _side_by_side(cell, algebra, start, us, reset) -> tuple[PyTree[Array], PyTre
     before = jtu.tree_map(
         lambda h, hs: jnp.concatenate([jnp.expand_dims(h, 0), hs[:-1]]), start, after
     )
-    _, ys = jax.vmap(cell.through_chunk)(before, us, reset)
+    _, ys = jax.vmap(cell.apply_chunk)(before, us, reset)
     return jtu.tree_map(lambda hs: hs[-1], after), ys

@@ -97,7 +97,7 @@ def prepare(
         reset = pieces = check_flags("reset", reset, length)
     if mask is not None:
         mask = check_flags("mask", mask, length)
-    if mask is not None and line.is_cut:
+    if mask is not None and line.is_sharded:
         xs, reset = without_moving(line, mask, xs, reset)
     elif mask is not None and length > 0:
         packing = Packing(mask)
@@ -108,12 +108,12 @@ def prepare(
     rows, seen = _parts(cell, past)
     starts = None
     if seen is not None:
-        starts, seen = _starts(line, seen, reset, mask if line.is_cut else None, length, count)
+        starts, seen = _starts(line, seen, reset, mask if line.is_sharded else None, length, count)
     if context == 0:
         return Prepared(xs, Given((xs, starts), None), start, _past(None, seen), reset, packing)
     inputs = xs, starts
     held = rows, None if starts is None else jnp.zeros(context, bool)
-    if line.is_cut:
+    if line.is_sharded:
         given, rows, places = _on_a_line(context, line, inputs, held, reset, mask)
         return Prepared(xs, given, start, _past(rows, seen), reset, packing, places)
     extended = jtu.tree_map(lambda p, x: jnp.concatenate([p, x]), held, inputs)
@@ -141,7 +141,7 @@ def _starts(line: Line, seen, reset, mask, length: int, count):
         some = jnp.asarray(count > 0)
     else:
         number = across(Sequential(), line).cumulative_sum(mask.astype(int))
-        first, some = mask & (number == 1), line.largest(number[-1]) > 0
+        first, some = mask & (number == 1), line.pmax(number[-1]) > 0
     starts = first & ~seen
     return starts if reset is None else starts | reset, seen | some
 
@@ -152,7 +152,7 @@ def _on_a_line(context: int, line: Line, xs, past, reset, mask):
     length = num_steps(xs)
     reset = jnp.zeros(length, bool) if reset is None else reset
     piece = across(Sequential(), line).cumulative_sum(reset.astype(int))
-    total = line.largest(piece[-1])
+    total = line.pmax(piece[-1])
     inputs, count, packing = (xs, piece), length, None if mask is None else Packing(mask)
     if packing is not None:
         inputs, count = packing.compact(inputs), packing.count

@@ -39,9 +39,9 @@ from .._traits import check_unmasked
 from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, from_equinox
 from ..solvers import AbstractSolver, TimeSharded
-from ._chunks import steps_at_once, through_chunks
+from ._chunks import apply_chunks, steps_at_once
 from ._prepared import Prepared, no_past, prepare
-from ._segments import default_size, in_segments
+from ._segments import default_size, scan_segments
 
 # Covariant, as a module does not change: an `RNN[GRU]` is an `RNN[AbstractCell]`.
 Cell = TypeVar("Cell", bound=AbstractCell, covariant=True)
@@ -301,11 +301,11 @@ class RNN(eqx.Module, Generic[Cell]):
             solution = self._solve(part, us, mask, throw=False)
             return solution.final, self.cell.readout(solution.states, us), solution.result
 
-        ways = [(size, solved if chunk_size is None else self._through(self.cell.through_chunk))]
+        ways = [(size, solved if chunk_size is None else self._through(self.cell.apply_chunk))]
         if chunk_size is not None and length > chunk_size and self._makes_chunks_at_once:
-            at_once = functools.partial(through_chunks, self.cell)
+            at_once = functools.partial(apply_chunks, self.cell)
             ways.insert(0, (steps_at_once(length, chunk_size), self._through(at_once)))
-        outputs = in_segments(
+        outputs = scan_segments(
             self.cell,
             ways,
             prepared.given,
@@ -319,7 +319,7 @@ class RNN(eqx.Module, Generic[Cell]):
 
     def _segment_size(self, prepared: Prepared) -> int:
         length = num_steps(prepared.xs)
-        if self._line.is_cut or is_symbolic(length) or length == 0:
+        if self._line.is_sharded or is_symbolic(length) or length == 0:
             return length
         if self.segment_size is not None:
             return self.segment_size
@@ -329,9 +329,9 @@ class RNN(eqx.Module, Generic[Cell]):
     def _is_chunked(self, prepared: Prepared) -> bool:
         """Whether chunks of steps are made at once. They start anew from the cell's own state."""
         length = num_steps(prepared.xs)
-        if self._line.is_cut or is_symbolic(length) or length == 0 or not self.goes_through_chunks:
-            return False
-        return self.learned_state is None or prepared.reset is None
+        whole = self._line.is_sharded or is_symbolic(length) or length == 0
+        anew = self.learned_state is None or prepared.reset is None
+        return anew and not whole and self.goes_through_chunks
 
     @property
     def goes_through_chunks(self) -> bool:

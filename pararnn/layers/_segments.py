@@ -57,7 +57,7 @@ def default_size(state: PyTree[Any], us: PyTree[Any], length: int) -> int:
     return max(math.isqrt(length), least)
 
 
-def in_segments(
+def scan_segments(
     cell: AbstractCell,
     ways: Sequence[tuple[int, Through]],
     given: Given,
@@ -105,7 +105,7 @@ def in_segments(
         state, (left, anew) = jtu.tree_map(lambda x: x[place], (before, rows))
         count = count - place * size
         if finer:
-            last = in_segments(cell, finer, left, state, initial, anew, length=size, count=count)
+            last = scan_segments(cell, finer, left, state, initial, anew, length=size, count=count)
             return Outputs(ys, last.final, _worst(results))
         final = _some_steps(cell.step, state, initial, project(cell, left), anew, count)
     return Outputs(ys, final, _worst(results))

@@ -13,7 +13,7 @@ from ._base import AbstractScan, compose_affine
 
 
 @dataclasses.dataclass(frozen=True)
-class Across(AbstractScan):
+class ShardedScan(AbstractScan):
     """A scan over elements that lie on several devices, made of one over those of each.
 
     Each device composes its elements into one, its summary; all devices get all summaries, and each
@@ -44,19 +44,19 @@ class Across(AbstractScan):
         line = self._line(reverse)
         here = self.scan.prefixes(combine, elements, reverse=reverse)
         last = jtu.tree_map(lambda x: x[0 if reverse else -1], here)
-        every = self.scan.prefixes(combine, line.gathered(last))
+        every = self.scan.prefixes(combine, line.all_gather(last))
         before = jtu.tree_map(lambda x: x[jnp.maximum(line.index - 1, 0)], every)
         joined = jax.vmap(combine, in_axes=(None, 0))(before, here)
         return bool_where(jnp.asarray(line.is_first), here, joined)
 
     def total(self, combine, elements):
-        summaries = self.line.gathered(self.scan.total(combine, elements))
+        summaries = self.line.all_gather(self.scan.total(combine, elements))
         return self.scan.total(combine, summaries)
 
     def affine(self, structure, matrices, offsets, *, reverse=False):
         return self._affine(structure, matrices, offsets, reverse)[1]
 
-    def arriving(self, structure, matrices, offsets):
+    def prefix_states(self, structure, matrices, offsets):
         before, states = self._affine(structure, matrices, offsets, reverse=False)
         return jnp.concatenate([jnp.expand_dims(before, 0), states[:-1]])
 
@@ -66,7 +66,7 @@ class Across(AbstractScan):
         rows = jtu.tree_map(lambda x: jnp.flip(x, 0), rows) if reverse else rows
         compose = lambda earlier, later: compose_affine(structure, earlier, later)  # noqa: E731
         summary = self.scan.total(compose, rows)
-        every = line.gathered(jnp.concatenate([x.reshape(-1) for x in summary]))
+        every = line.all_gather(jnp.concatenate([x.reshape(-1) for x in summary]))
         cut = summary[0].size
         every = every[:, :cut].reshape(-1, *matrices.shape[1:]), every[:, cut:]
 
@@ -96,5 +96,5 @@ class Across(AbstractScan):
 
     def _before(self, x: Array, otherwise: Any) -> Array:
         """What the devices have as `x`, those from this one on replaced."""
-        every, is_before = self.line.gathered(x), jnp.arange(self.line.count) < self.line.index
+        every, is_before = self.line.all_gather(x), jnp.arange(self.line.count) < self.line.index
         return jnp.where(over_rows(is_before, every), every, jnp.asarray(otherwise, x.dtype))

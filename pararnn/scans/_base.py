@@ -83,7 +83,7 @@ class AbstractScan(abc.ABC):
 
         return self.prefixes(combine, (matrices, offsets), reverse=reverse)[1]
 
-    def arriving(
+    def prefix_states(
         self,
         structure: AbstractStructure,
         matrices: Float[Array, "length *matrix"],
@@ -91,7 +91,7 @@ class AbstractScan(abc.ABC):
     ) -> Float[Array, "length size"]:
         """The state before each step of `affine`, $h_{t-1}$."""
         states = self.affine(structure, matrices, offsets)
-        return self.line.earlier(states, jnp.zeros_like(offsets[0]))
+        return self.line.shift_right(states, jnp.zeros_like(offsets[0]))
 
     @property
     def local(self) -> "AbstractScan":

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from .._line import Line
 from .._platform import chosen_platform
-from ._across import Across
+from ._across import ShardedScan
 from ._associative import Associative
 from ._base import AbstractScan
 from ._radix import Radix
@@ -49,7 +49,7 @@ def check_scan(name: str, method: Any) -> None:
 
 def across(scan: AbstractScan, line: Line) -> AbstractScan:
     """The scan for elements that lie as `line` says, of which `scan` does those of one device."""
-    return Across(scan, line) if line.is_cut else scan
+    return ShardedScan(scan, line) if line.is_sharded else scan
 
 
 def _shown(method: Any) -> str:

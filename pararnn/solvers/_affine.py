@@ -19,7 +19,7 @@ def shoot_once(chunks: Chunks) -> PyTree[Array]:
     point = chunks.sweep(starts)
     if chunks.chunk_size > 1:
         moved = chunks.moved(point)
-        starts = chunks.safeguarded(point, point.arriving + moved)
+        starts = chunks.safeguarded(point, point.incoming + moved)
         _, states = chunks.trajectory(starts)
         bad = chunks.overflown(point, moved)
         return finish_sequentially(recurrence, states, bad, chunks.chunk_size)[0]
@@ -28,8 +28,8 @@ def shoot_once(chunks: Chunks) -> PyTree[Array]:
     solution = scan.affine(kept, point.jacobians, point.ends)
     if chunks.length >= scan.accurate_to:
         # The rounding of products grows with their length: once more, for what is missing.
-        point = chunks.sweep(chunks.arriving(solution))
-        starts = chunks.safeguarded(point, point.arriving + chunks.moved(point))
+        point = chunks.sweep(chunks.incoming(solution))
+        starts = chunks.safeguarded(point, point.incoming + chunks.moved(point))
         _, states = chunks.trajectory(starts)
     else:
         solution = jnp.flip(solution, 0) if recurrence.reverse else solution

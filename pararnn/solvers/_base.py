@@ -35,7 +35,7 @@ class AbstractSolver(abc.ABC):
     # Whether `solve_affine` heeds `recurrence.reverse`; the inputs of others are turned around.
     runs_backwards: ClassVar[bool] = False
     # Whether it solves a recurrence whose steps lie on several devices.
-    runs_across: ClassVar[bool] = False
+    supports_sharding: ClassVar[bool] = False
     # Along which axis of a mesh it asks for that.
     axis: ClassVar[AxisName | None] = None
 
@@ -96,12 +96,12 @@ def completed(attempted: tuple[Outcome, Rest | None], line: Line) -> Outcome:
     return once_where(~outcome[1], outcome, lambda last: rest(last[0]), REST, line.while_loop)
 
 
-def check_across(name: str, policy: Any) -> None:
+def check_sharding(name: str, policy: Any) -> None:
     """Raises a `ValueError` unless a solver, or an adjoint, solves what lies on several devices."""
-    if not policy.runs_across:
+    if not policy.supports_sharding:
         raise ValueError(
             f"`{name}={type(policy).__name__}(…)` does not say that it solves a recurrence whose "
-            "steps lie on several devices (`runs_across`)."
+            "steps lie on several devices (`supports_sharding`)."
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._devices import place_like
-from .._misc import finite_or, raveler
+from .._misc import finite_or, make_ravel
 from .._recurrence import Recurrence
 from ..scans import AbstractScan
 from ..scans._named import across
@@ -33,14 +33,14 @@ class Point(NamedTuple):
 
     starts: Float[Array, "chunks size"]
     ends: Float[Array, "chunks size"]
-    arriving: Float[Array, "chunks size"]
+    incoming: Float[Array, "chunks size"]
     jacobians: Float[Array, "chunks *matrix"] | None
 
     @property
     def defects(self) -> Float[Array, "chunks size"]:
         """By how much each start is not what arrives there. That of the first chunk of all is known
         and has none."""
-        return self.arriving - self.starts
+        return self.incoming - self.starts
 
 
 class Judged(NamedTuple):
@@ -91,7 +91,7 @@ class Chunks:
         self.length = recurrence.length
         self.chunk_size = min(chunk_size, self.length)
         self.num_chunks = -(-self.length // self.chunk_size)
-        self.ravel, self.unravel, self.size, self.dtype = raveler(recurrence.init)
+        self.ravel, self.unravel, self.size, self.dtype = make_ravel(recurrence.init)
         self.tolerance = Tolerance(recurrence.init, rtol, atol)
         self._step, self._xs = recurrence.step, recurrence.xs
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
@@ -106,9 +106,9 @@ class Chunks:
         rows = self.recurrence.at(slice(first, stop, self.chunk_size))
         return jtu.tree_map(lambda x: x[rows], tree)
 
-    def arriving(self, ends: Float[Array, "chunks size"]) -> Float[Array, "chunks size"]:
+    def incoming(self, ends: Float[Array, "chunks size"]) -> Float[Array, "chunks size"]:
         """What arrives at each chunk: the end of the one before, or where all begins."""
-        return self.line.earlier(ends, self.first_start[0])
+        return self.line.shift_right(ends, self.first_start[0])
 
     @property
     def is_first(self) -> Bool[Array, " chunks"]:
@@ -118,11 +118,11 @@ class Chunks:
     @property
     def _num_followed(self) -> int:
         """How many chunks are followed by another, and so have all their steps."""
-        return self.num_chunks if self.line.is_cut else self.num_chunks - 1
+        return self.num_chunks if self.line.is_sharded else self.num_chunks - 1
 
-    def _arriving(self, ends: Float[Array, "followed size"]) -> Float[Array, "chunks size"]:
-        """As `arriving`, if what nothing follows has been left out."""
-        return self.arriving(self._padded(ends))
+    def _incoming(self, ends: Float[Array, "followed size"]) -> Float[Array, "chunks size"]:
+        """As `incoming`, if what nothing follows has been left out."""
+        return self.incoming(self._padded(ends))
 
     def _padded(self, ends: Float[Array, "followed size"]) -> Float[Array, "chunks size"]:
         missing = self.num_chunks - len(ends)
@@ -141,12 +141,12 @@ class Chunks:
         else:
             guesses = self._slice(guess, first, count)
         guesses = jax.vmap(self.ravel)(guesses)
-        guesses = self._arriving(guesses)[:count] if whole else guesses
+        guesses = self._incoming(guesses)[:count] if whole else guesses
         guesses = finite_or(guesses, 0.0)
         if overlap and count:
             ends = self._ends(guesses, self._last_rows(overlap))
             guesses = finite_or(ends, 0.0)
-        return self._arriving(guesses)
+        return self._incoming(guesses)
 
     def _last_rows(self, count: int) -> Rows:
         """The last steps of all chunks that are followed by another."""
@@ -178,7 +178,7 @@ class Chunks:
         """What any number of states become under the inputs of the first chunk."""
         rows = self._rows._replace(length=self.chunk_size, num_chunks=len(vectors), stride=0)
         first = self.recurrence.at(slice(0, self.chunk_size, 1))
-        xs = self.line.of_first(jtu.tree_map(lambda x: x[first], self._xs))
+        xs = self.line.from_first(jtu.tree_map(lambda x: x[first], self._xs))
         return self._lead(self._step, vectors, self._sweep.prepare(xs, rows), rows)
 
     def sweep(self, starts: Float[Array, "chunks size"]) -> Point:
@@ -187,11 +187,11 @@ class Chunks:
         if propagated is None:
             ends = self.ends(starts)
             jacobians = None if kept is None else jnp.ones_like(ends)
-            return Point(starts, ends, self.arriving(ends), jacobians)
+            return Point(starts, ends, self.incoming(ends), jacobians)
         ends, jacobians = self._push(propagated, starts)
         if kept is not None and kept != propagated:
             jacobians = kept.restrict(propagated, jacobians)
-        return Point(starts, ends, self.arriving(ends), jacobians)
+        return Point(starts, ends, self.incoming(ends), jacobians)
 
     def _push(self, propagated, starts):
         """The ends of all chunks, and their Jacobians."""
@@ -240,7 +240,7 @@ class Chunks:
         count = len(response)
         effect = self._padded(tolerance.effect(point.ends[:count], disturbed))
         before = line.after(effect, jnp.abs(moved).astype(effect.dtype))
-        scale = tolerance.scale(starts, line.earlier(before, jnp.zeros(self.size, effect.dtype)))
+        scale = tolerance.scale(starts, line.shift_right(before, jnp.zeros_like(before[0])))
         response, displaced = self._padded(response - point.ends[:count]), self._padded(displaced)
         defects = point.defects.astype(tolerance.wide)
         correction = jnp.abs(defects + moved.astype(tolerance.wide))
@@ -354,14 +354,14 @@ class Chunks:
         defects = finite_or(point.defects, 0.0)
         # What a correction becomes at the end of its chunk is carried, not the correction itself:
         # then each device needs the matrices of its own chunks only.
-        return self.scan.arriving(kept, matrices, kept.apply(matrices, defects))
+        return self.scan.prefix_states(kept, matrices, kept.apply(matrices, defects))
 
     def safeguarded(
         self, point: Point, starts: Float[Array, "chunks size"]
     ) -> Float[Array, "chunks size"]:
         """The new starts; where they are not finite, because the linear recurrence overflows, the
         Jacobi update; and where that is not either, the old start."""
-        return finite_or(starts, finite_or(point.arriving, point.starts))
+        return finite_or(starts, finite_or(point.incoming, point.starts))
 
     def overflown(self, point: Point, moved: Float[Array, "chunks size"]) -> Bool[Array, " chunks"]:
         """Which starts the linear recurrence, or the sweep, overflows at."""

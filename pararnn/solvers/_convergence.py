@@ -120,7 +120,7 @@ def unexplained(
     matrices = jnp.concatenate([retained, retained**2], axis=1)
     offsets = jnp.where(confirmed, 0, missed * correction), jnp.where(confirmed, rounding**2, 0)
     offsets = jnp.concatenate(offsets, axis=1)
-    error, variance = jnp.split(scan.arriving(Diagonal(), matrices, offsets), 2, axis=1)
+    error, variance = jnp.split(scan.prefix_states(Diagonal(), matrices, offsets), 2, axis=1)
     return Unexplained(error, jnp.sqrt(variance))
 
 
@@ -186,7 +186,7 @@ def summarize(
     # Counted from behind, so that a maximum finds the first.
     behind = (errors > 1).astype(int) * (line.count * count - positions)
     maxima = [jnp.max(behind).astype(jnp.float32), jnp.max(errors), correction]
-    whole, _ = line.across(maxima, [jnp.sum(logs), jnp.sum(uncertain)])
+    whole, _ = line.reduce_with_prefix(maxima, [jnp.sum(logs), jnp.sum(uncertain)])
     behind, largest, correction = whole.maxima
     front = line.count * count - behind.astype(int)
     return Summary(front, whole.sums[0] / jnp.maximum(whole.sums[1], 1), largest, correction)

@@ -80,7 +80,7 @@ class LevenbergMarquardt(AbstractIterativeSolver):
             return None
         shapes = jax.eval_shape(chunks.sweep, starts)
         empty = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        empty = empty._replace(starts=starts, arriving=starts)
+        empty = empty._replace(starts=starts, incoming=starts)
         infinite = jnp.asarray(jnp.inf, starts.dtype)
         return _Search(jnp.asarray(_FIRST_DAMPING, starts.dtype), empty, infinite)
 
@@ -108,7 +108,7 @@ class _Search(NamedTuple):
 
 def _merit(point: Point, line: Line) -> Float[Array, ""]:
     """The sum of squared defects; infinite if any is not finite."""
-    merit = line.total(jnp.sum(jnp.square(point.defects)))
+    merit = line.psum(jnp.sum(jnp.square(point.defects)))
     return jnp.where(jnp.isfinite(merit), merit, jnp.inf)
 
 
@@ -116,7 +116,7 @@ def _damped_starts(chunks: Chunks, point: Point, damping: Float[Array, ""]) -> A
     kept = chunks.linearization.kept
     assert kept is not None and point.jacobians is not None  # `linearization` above has both
     jacobians, defects = where_finite(point.jacobians, 0), where_finite(point.defects, 0)
-    matrices = chunks.line.earlier(jacobians, jnp.zeros_like(jacobians[0]))
+    matrices = chunks.line.shift_right(jacobians, jnp.zeros_like(jacobians[0]))
     delta = damped_correction(kept, matrices, defects, damping, chunks.scan)
     return chunks.safeguarded(point, point.starts + delta)
 
@@ -163,7 +163,7 @@ def damped_correction(
     # Smoother: δ_i = m_i + G_i (δ_{i+1} - A_i m_i - r_{i+1}), with G_i = P_i A_iᵀ (A_i P_i A_iᵀ +
     # I)⁻¹.
     # Nothing follows the last.
-    a, r = (scan.line.later(x, jnp.zeros_like(x[0])) for x in (matrices, defects))
+    a, r = (scan.line.shift_left(x, jnp.zeros_like(x[0])) for x in (matrices, defects))
     cross = structure.compose(covariances, structure.transpose(a))
     predicted = structure.compose(a, cross) + identity
     gains = structure.compose(cross, structure.inverse(predicted))

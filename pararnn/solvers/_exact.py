@@ -39,7 +39,7 @@ class AssociativeScan(AbstractSolver):
     """
 
     runs_backwards: ClassVar[bool] = True
-    runs_across: ClassVar[bool] = True
+    supports_sharding: ClassVar[bool] = True
 
     algebra: AbstractAlgebra | None = None
     linear_method: LinearMethod | AbstractScan | None = None

@@ -24,10 +24,10 @@ def finish_sequentially(
     """
     length, line = recurrence.length, recurrence.line
     first_step = jnp.minimum(chunk_size * first_index(bad), length)
-    if not line.is_cut:
+    if not line.is_sharded:
         states = _from_step(recurrence, recurrence.init, states, first_step)
         return states, length - first_step
-    first = -line.largest(-jnp.where(first_step < length, line.index, line.count))
+    first = -line.pmax(-jnp.where(first_step < length, line.index, line.count))
     # On the devices that follow, nothing is right.
     first_step = jnp.where(line.index == first, first_step, 0)
     first_step = jnp.where(line.index < first, length, first_step)
@@ -35,18 +35,18 @@ def finish_sequentially(
 
     def passed_on(states):
         ends = jtu.tree_map(lambda h: h[last], states)
-        return line.passed_on(ends, recurrence.init)
+        return line.shift_from_prev(ends, recurrence.init)
 
     def turn(carry):
-        device, arriving, states = carry
+        device, incoming, states = carry
         begin = jnp.where(line.index == device, first_step, length)
-        states = _from_step(recurrence, arriving, states, begin)
+        states = _from_step(recurrence, incoming, states, begin)
         return device + 1, passed_on(states), states
 
     carry = place_like((first, passed_on(states), states), states)
     with jax.named_scope("pararnn_relay"):
         states = line.while_loop(lambda carry: carry[0] < line.count, turn, carry)[2]
-    return states, line.total(length - first_step)
+    return states, line.psum(length - first_step)
 
 
 def _from_step(

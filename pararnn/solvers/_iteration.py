@@ -31,7 +31,7 @@ class Correction(NamedTuple):
     - `starts`: the corrected starts.
     - `state`: of the method, for the next correction.
     - `vouched`: what the method itself reports about the correction.
-    - `moved`: if the starts are `point.arriving` and what `Chunks.moved` adds, the latter.
+    - `moved`: if the starts are `point.incoming` and what `Chunks.moved` adds, the latter.
     """
 
     point: Point
@@ -153,7 +153,7 @@ def _judged_iteration(method: Method, chunks: Chunks, iterate: Iterate) -> Itera
     # The first sweep has no defects before it, to measure memory in their direction.
     accepted = summary.largest <= (iterate.iteration > 0).astype(jnp.float32)
     if correction.moved is None:  # a correction of another kind might leave what was accepted
-        starts = chunks.safeguarded(point, point.arriving + moved)
+        starts = chunks.safeguarded(point, point.incoming + moved)
         corrected = corrected._replace(starts=jnp.where(accepted, starts, corrected.starts))
     descended = correction.vouched.descended
     iterate = corrected._replace(
@@ -172,7 +172,7 @@ def _corrected(
     """The corrected starts, and which of them are pinned because they are exact by induction."""
     known = iterate.known + jnp.asarray(correction.vouched.accepted).astype(int)
     pinned = chunks.line.positions(chunks.num_chunks) <= known
-    starts = jnp.where(jnp.expand_dims(pinned, -1), correction.point.arriving, correction.starts)
+    starts = jnp.where(jnp.expand_dims(pinned, -1), correction.point.incoming, correction.starts)
     iterate = iterate._replace(
         iteration=iterate.iteration + 1,
         starts=starts,
@@ -186,7 +186,7 @@ def _corrected(
 def _trajectory(chunks: Chunks, starts: Array) -> tuple[Point, PyTree[Array]]:
     """One more sweep, which keeps all states."""
     ends, states = chunks.trajectory(starts)
-    return Point(starts, ends, chunks.arriving(ends), None), states
+    return Point(starts, ends, chunks.incoming(ends), None), states
 
 
 def _returned(chunks: Chunks, iterate: Iterate, states: PyTree[Array], bad: Array) -> Trajectory:
@@ -194,7 +194,9 @@ def _returned(chunks: Chunks, iterate: Iterate, states: PyTree[Array], bad: Arra
         bad |= chunks.is_wrong(iterate.starts, states)
     judged = iterate.judged
     # In one exchange.
-    whole, _ = chunks.line.across([jnp.max(bad.astype(jnp.float32)), judged.correction], [])
+    whole, _ = chunks.line.reduce_with_prefix(
+        [jnp.max(bad.astype(jnp.float32)), judged.correction], []
+    )
     pending, correction = whole.maxima
     iterate = iterate._replace(judged=judged._replace(correction=correction))
     return Trajectory(iterate, states, bad, pending > 0)
@@ -202,10 +204,10 @@ def _returned(chunks: Chunks, iterate: Iterate, states: PyTree[Array], bad: Arra
 
 def _report(report: Report, chunks: Chunks, iterate: Iterate) -> None:
     line, judged = chunks.line, iterate.judged
-    at_rest = line.total(jnp.sum(judged.errors <= 1))
+    at_rest = line.psum(jnp.sum(judged.errors <= 1))
     call = functools.partial(_call_report, report, line.count * chunks.num_chunks)
     args = iterate.iteration, judged.correction, at_rest
-    if not line.is_cut:
+    if not line.is_sharded:
         jax.debug.callback(call, *args)
     else:  # once for all devices
         jax.lax.cond(line.is_first, lambda: jax.debug.callback(call, *args), lambda: None)

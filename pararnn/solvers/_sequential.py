@@ -33,7 +33,7 @@ class Sequential(AbstractSolver):
 
     stepwise: ClassVar[bool] = True
     runs_backwards: ClassVar[bool] = True
-    runs_across: ClassVar[bool] = True
+    supports_sharding: ClassVar[bool] = True
 
     sweep_method: SweepMethod | AbstractSweep | None = None
 
@@ -50,7 +50,7 @@ class Sequential(AbstractSolver):
         length = recurrence.length * recurrence.line.count
         states, made_again = self.solve_affine(recurrence), jnp.asarray(0)
         sweep = as_sweep("sweep_method", self.sweep_method)
-        if not sweep.plain and not recurrence.line.is_cut:
+        if not sweep.plain and not recurrence.line.is_sharded:
             one = Chunks(recurrence, Linearization(None, None), length, Scan(), sweep, None, 0.0)
             wrong = jnp.expand_dims(one.is_wrong(one.first_start, states), 0)
             states, made_again = finish_sequentially(recurrence, states, wrong, length)
@@ -65,7 +65,7 @@ class Sequential(AbstractSolver):
 
     def solve_affine(self, recurrence: Recurrence):
         step, xs, init, length = recurrence.step, recurrence.xs, recurrence.init, recurrence.length
-        if recurrence.line.is_cut:  # one device after another
+        if recurrence.line.is_sharded:  # one device after another
             nothing = jtu.tree_map(lambda h: jnp.zeros((length, *h.shape), h.dtype), init)
             nothing = place_like(nothing, (init, xs))
             return finish_sequentially(recurrence, nothing, jnp.ones(1, bool), length)[0]

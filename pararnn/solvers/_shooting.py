@@ -122,7 +122,7 @@ class AbstractIterativeSolver(AbstractSolver):
                 check_count(name, getattr(self, name))
 
     runs_backwards: ClassVar[bool] = True
-    runs_across: ClassVar[bool] = True
+    supports_sharding: ClassVar[bool] = True
     # Whether corrections are shortened, so that they do not converge quadratically even with the
     # exact Jacobians.
     damped: ClassVar[bool] = False
@@ -155,7 +155,7 @@ class AbstractIterativeSolver(AbstractSolver):
         """The starts that follow from a sweep. By default, the linear recurrence over the chunks
         with the linearization's matrices."""
         moved = chunks.moved(point)
-        starts = chunks.safeguarded(point, point.arriving + moved)
+        starts = chunks.safeguarded(point, point.incoming + moved)
         return Correction(point, starts, state, moved=moved)
 
     def finishing(self) -> "AbstractIterativeSolver":
@@ -179,7 +179,7 @@ class AbstractIterativeSolver(AbstractSolver):
         if chunk_size is None:
             chunk_size = self.default_chunk_size(structure, length, size)
         chunk_size = min(chunk_size, length)
-        if recurrence.line.is_cut:  # only whole chunks can be followed by others
+        if recurrence.line.is_sharded:  # only whole chunks can be followed by others
             chunk_size = next(n for n in range(chunk_size, 0, -1) if length % n == 0)
         forgetful = not on_cpu and seeds == size > 1
         overlap = _OVERLAP if forgetful and self.accelerator_chunk_size is not None else 0
@@ -211,7 +211,7 @@ class AbstractIterativeSolver(AbstractSolver):
         starts, steps = self.refine(chunks, chunks.guess(guess, overlap))
         method, steps = self._method(chunks, report), steps + overlap
         iterate = begin(method, chunks, starts)
-        if chunks.num_chunks == 1 and not chunks.line.is_cut:
+        if chunks.num_chunks == 1 and not chunks.line.is_sharded:
             return self._outcome(chunks, single_chunk(chunks, iterate), steps, last=True), None
         if not (overlap or ahead):
             trajectory = iterate_until_accepted(method, chunks, iterate)

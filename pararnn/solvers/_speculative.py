@@ -99,19 +99,19 @@ class Speculative(AbstractIterativeSolver):
         begin = jnp.concatenate([jnp.expand_dims(starts, 0), begin])
         begin = jnp.where(jnp.expand_dims(chunks.is_first, (0, 2)), starts, begin)
         table = jax.vmap(chunks.ends)(begin)
-        continued = jax.vmap(chunks.ends)(jax.vmap(chunks.arriving)(table))
+        continued = jax.vmap(chunks.ends)(jax.vmap(chunks.incoming)(table))
         following = jax.vmap(_nearest, in_axes=1)(continued, table)  # (chunks, lanes)
         # Of the first chunk, which all runs continue, any will do.
         arrived = _chain(following, chunks.scan)
-        via = chunks.line.earlier(arrived, jnp.zeros_like(arrived[0]))
-        chosen = chunks.arriving(continued[via, jnp.arange(chunks.num_chunks)])
+        via = chunks.line.shift_right(arrived, jnp.zeros_like(arrived[0]))
+        chosen = chunks.incoming(continued[via, jnp.arange(chunks.num_chunks)])
         return jnp.where(jnp.isfinite(chosen), chosen, starts), 4 * chunks.chunk_size
 
     def _candidates(self, chunks: Chunks, starts: Array) -> Float[Array, "m size"]:
         chosen = _farthest_points(_canonical(chunks, starts), self.num_candidates)
-        if not chunks.line.is_cut:
+        if not chunks.line.is_sharded:
             return chosen
-        every = chunks.line.gathered(chosen).reshape(-1, chunks.size)
+        every = chunks.line.all_gather(chosen).reshape(-1, chunks.size)
         return _farthest_points(every, self.num_candidates)
 
 

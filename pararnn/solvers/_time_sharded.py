@@ -3,7 +3,7 @@ import dataclasses
 from .._line import AxisName, axis_names
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
-from ._base import AbstractSolver, check_across, completed
+from ._base import AbstractSolver, check_sharding, completed
 from ._fixed_point import Jacobi
 from ._newton import Newton
 
@@ -45,7 +45,7 @@ class TimeSharded(AbstractSolver):
     solver: AbstractSolver | None = None
 
     runs_backwards = True
-    runs_across = True
+    supports_sharding = True
 
     def __post_init__(self):
         names = axis_names(self.axis)
@@ -61,7 +61,7 @@ class TimeSharded(AbstractSolver):
                 "`solver` must be a solver instance such as Newton(), other than TimeSharded, or "
                 f"None; got {solver!r}."
             )
-        check_across("solver", solver)
+        check_sharding("solver", solver)
 
     def within(self):
         return self.solver
@@ -80,7 +80,9 @@ class TimeSharded(AbstractSolver):
         return self if solver is None else TimeSharded(self.axis, solver.finishing())
 
     def resolved(self, recurrence, platform=None):
-        solver = default_across(recurrence, platform) if self.solver is None else self.solver
+        solver = (
+            default_sharded_solver(recurrence, platform) if self.solver is None else self.solver
+        )
         return TimeSharded(self.axis, solver.resolved(recurrence, platform))
 
     def _for(self, recurrence: Recurrence) -> AbstractSolver:
@@ -89,10 +91,10 @@ class TimeSharded(AbstractSolver):
                 f"`adjoint` has a TimeSharded({self.axis!r}, …), but `solver` has not: both must "
                 "cut time along the same axis."
             )
-        return default_across(recurrence) if self.solver is None else self.solver
+        return default_sharded_solver(recurrence) if self.solver is None else self.solver
 
 
-def default_across(recurrence: Recurrence, platform: str | None = None) -> AbstractSolver:
+def default_sharded_solver(recurrence: Recurrence, platform: str | None = None) -> AbstractSolver:
     """What `TimeSharded(axis)` solves with, as long as no more is known than where it runs."""
     if chosen_platform(platform) == "cpu":
         return Jacobi(chunk_size=recurrence.length, overlap=OVERLAP)

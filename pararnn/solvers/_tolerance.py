@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._misc import finite_or, is_complex, raveler
+from .._misc import finite_or, is_complex, make_ravel
 from .._norms import default_rtol
 from ..structures import AbstractStructure
 
@@ -43,7 +43,7 @@ class Tolerance:
     """
 
     def __init__(self, init: PyTree[Any], rtol: float | None, atol: float):
-        _, _, _, self._dtype = raveler(init)
+        _, _, _, self._dtype = make_ravel(init)
         leaves = jtu.tree_leaves(init)
         self.wide = self._dtype if jnp.finfo(self._dtype).bits >= 32 else np.dtype(np.float32)
         sizes = [leaf.size * (2 if is_complex(leaf) else 1) for leaf in leaves]

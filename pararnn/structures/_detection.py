@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 from scipy.sparse.csgraph import connected_components
 
 from .._devices import typed_result, typed_struct
-from .._misc import raveler
+from .._misc import make_ravel
 from .._traits import REFUSALS, lacks_derivative
 from ..jaxprs._dependence import interpret, reaches
 from ..jaxprs._patterns import Pattern, TooDenseError
@@ -85,7 +85,7 @@ def _trace_derivative(step, state, x) -> tuple[Any, int]:
     """The jaxpr of `(raveled state, x, tangent) -> ∂step/∂state · tangent`, `None` if the step has
     no such derivative; the state size."""
     state, x = typed_struct(state), typed_struct(x)
-    ravel, unravel, size, _ = raveler(state)
+    ravel, unravel, size, _ = make_ravel(state)
     vector = typed_result(ravel, state)
 
     def vector_step(vector, x):

@@ -27,7 +27,7 @@ from outer_cells import numpy_based, numpy_gla, numpy_mamba2, numpy_mlstm, numpy
 
 import pararnn as prnn
 from pararnn import cells
-from pararnn._misc import raveler
+from pararnn._misc import make_ravel
 from pararnn.cells._base import check_inputs, check_sizes
 
 INPUTS, LENGTH = 4, 30
@@ -340,7 +340,7 @@ def one_input(cell, t=5):
 
 
 def jacobian(cell, state, u):
-    ravel, unravel, _, _ = raveler(state)
+    ravel, unravel, _, _ = make_ravel(state)
     return jax.jit(jax.jacfwd(lambda v: ravel(cell.step(unravel(v), u))))(ravel(state))
 
 

@@ -10,7 +10,7 @@ import pytest
 from outer_cells import numpy_mlstm
 
 import pararnn as prnn
-from pararnn.cells._chunks_decayed import summed_logs, through_channels, through_heads
+from pararnn.cells._chunks_decayed import apply_channels, summed_logs, through_heads
 
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
 INPUTS = 4
@@ -222,7 +222,7 @@ def test_closed_gates(length):
         return loss(result), result
 
     for through, gates, decay in (
-        (through_channels, logs, gone),
+        (apply_channels, logs, gone),
         (through_heads, logs[:, :, 0], gone[:, :, :1]),
     ):
         run = jax.jit(jax.grad(lambda *a, f=through: value(f, *a), range(5), has_aux=True))
@@ -236,12 +236,12 @@ def test_sums_are_not_differences():
     rng = np.random.default_rng(0)
     logs = -rng.uniform(0, 0.1, (64, 1))
     logs[rng.choice(64, 20, replace=False)] = rng.choice([-14, -1e4, -1e9], (20, 1))
-    between, arriving = summed_logs(jnp.asarray(logs, jnp.float32), None)
+    between, incoming = summed_logs(jnp.asarray(logs, jnp.float32), None)
     exact = [[logs[s + 1 : t + 1].sum() for s in range(t + 1)] for t in range(64)]
     for t in range(64):
         np.testing.assert_allclose(np.exp(between[0, t, : t + 1]), np.exp(exact[t]), 1e-6, 1e-30)
         assert not np.exp(between[0, t, t + 1 :]).any()
-    np.testing.assert_allclose(np.exp(arriving[0]), np.exp(np.cumsum(logs)), 1e-6, 1e-30)
+    np.testing.assert_allclose(np.exp(incoming[0]), np.exp(np.cumsum(logs)), 1e-6, 1e-30)
 
 
 # --- mLSTM ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from systems import error, normal
 import pararnn as prnn
 from pararnn.cells._chunk_maps import MatrixAlgebra
 from pararnn.diagnostics import temporary_bytes
-from pararnn.layers._chunks import steps_at_once, through_chunks
+from pararnn.layers._chunks import apply_chunks, steps_at_once
 from pararnn.layers._segments import default_size
 
 LENGTH, INPUTS = 23, 3
@@ -36,7 +36,7 @@ class Doubling(prnn.AbstractCell):
     def readout(self, states, us):
         return 2 * states
 
-    def through_chunk(self, state, us, reset):
+    def apply_chunk(self, state, us, reset):
         def one(state, inputs):
             u, anew = inputs
             state = self.step(jnp.where(anew, 0, state), u)
@@ -202,7 +202,7 @@ def test_chunks_at_once(name):
         size, outputs = cell.chunk_size, []
         for first in range(0, WHOLE, size):
             some = jax.tree.map(lambda x, n=first: x[n : n + size], (us, reset))
-            state, ys = cell.through_chunk(state, *some)
+            state, ys = cell.apply_chunk(state, *some)
             outputs.append(ys)
         return state, jnp.concatenate(outputs)
 
@@ -217,7 +217,7 @@ def test_chunks_at_once(name):
 
     run = eqx.filter_jit(lambda way: results(way, reset))
     got, expected = (
-        jax.tree.leaves(eqx.filter(run(way), eqx.is_array)) for way in (through_chunks, one_by_one)
+        jax.tree.leaves(eqx.filter(run(way), eqx.is_array)) for way in (apply_chunks, one_by_one)
     )
     assert error(got, expected) <= 1e-11
 

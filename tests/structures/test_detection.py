@@ -10,7 +10,7 @@ import pytest
 from systems import normal
 
 import pararnn as prnn
-from pararnn._misc import raveler
+from pararnn._misc import make_ravel
 from pararnn.jaxprs import _dependence
 from pararnn.jaxprs._walk import open_jaxpr
 
@@ -412,7 +412,7 @@ def found_mask(structure, size):
 @functools.cache
 def jacobian(name):
     step, state, _ = STEPS[name]
-    ravel, unravel, _, _ = raveler(state)
+    ravel, unravel, _, _ = make_ravel(state)
     return jax.jit(jax.jacfwd(lambda v, x: ravel(step(unravel(v), x))))
 
 
