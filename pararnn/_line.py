@@ -97,9 +97,11 @@ class Line:
         moved = _packed(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
         return bool_where(jnp.asarray(self.is_first), first, moved)
 
-    def shift_right(self, rows: PyTree[Array], first: PyTree[Array]) -> PyTree[Array]:
-        """For each row the one before it; `first` is a single row, before all others."""
+    def shift_right(self, rows: PyTree[Array], first: PyTree[Array] | None = None) -> PyTree[Array]:
+        """For each row the one before it; `first` is a single row, before all others, `None` for
+        zero."""
         if self.axis is not None:
+            first = jtu.tree_map(lambda x: jnp.zeros_like(x[0]), rows) if first is None else first
             first = self.shift_from_prev(jtu.tree_map(lambda x: x[-1], rows), first)
         return previous_states(first, rows)
 

@@ -90,8 +90,7 @@ class AbstractScan(abc.ABC):
         offsets: Float[Array, "length size"],
     ) -> Float[Array, "length size"]:
         """The state before each step of `affine`, $h_{t-1}$."""
-        states = self.affine(structure, matrices, offsets)
-        return self.line.shift_right(states, jnp.zeros_like(offsets[0]))
+        return self.line.shift_right(self.affine(structure, matrices, offsets))
 
     @property
     def local(self) -> "AbstractScan":

@@ -240,7 +240,7 @@ class Chunks:
         count = len(response)
         effect = self._padded(tolerance.effect(point.ends[:count], disturbed))
         before = line.after(effect, jnp.abs(moved).astype(effect.dtype))
-        scale = tolerance.scale(starts, line.shift_right(before, jnp.zeros_like(before[0])))
+        scale = tolerance.scale(starts, line.shift_right(before))
         response, displaced = self._padded(response - point.ends[:count]), self._padded(displaced)
         defects = point.defects.astype(tolerance.wide)
         correction = jnp.abs(defects + moved.astype(tolerance.wide))
