@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import jax
+import jax.core
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
