@@ -1,4 +1,4 @@
-"""How many sequences are solved at once.
+"""The size of the batch around a solve.
 
 What is best for one sequence is not for sixty, and code under `jax.vmap` is written for one. But a
 function with a batching rule of its own is told how large the batch is.

@@ -66,7 +66,7 @@ def _check(output: SolverOutput, recurrence: Recurrence) -> _Checked:
 
 
 def _check_states(solver: AbstractSolver, states: PyTree[Any], recurrence: Recurrence) -> None:
-    """Raises unless `states` is shaped as those of the recurrence are."""
+    """Raises a `ValueError` unless `states` has the shapes and dtypes of the recurrence."""
     expected = jtu.tree_map(
         lambda h: jax.ShapeDtypeStruct((recurrence.length, *h.shape), h.dtype), recurrence.init
     )
@@ -82,7 +82,7 @@ _NOT_USERS = frozenset("beartype contextlib equinox functools jax jaxtyping para
 
 
 def call_site() -> str:
-    """The user's line that is being run, for an error that comes much later."""
+    """The line of the user's code that is being run, for an error at run time."""
     frame = sys._getframe()
     while frame.f_back is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_USERS:
@@ -92,11 +92,11 @@ def call_site() -> str:
 
 
 def throw_unless_successful(states: PyTree[Array], result: RESULTS, where: str) -> PyTree[Array]:
-    """The states, each of which depends on that the result is `successful`: whatever a caller goes
-    on to use of them, an error that names the place `where` is raised if it is not.
+    """The states, with an error at run time, which names the place `where`, unless the result is
+    `successful`. Every state depends on it, so that a caller may use any of them.
 
-    A loop that turns only to raise. An error attached to all states by a condition would copy them,
-    and one attached to a single row is dropped by the compiler where nothing reads that row.
+    The error is raised in a loop that turns only then. A condition around all states would copy
+    them, and the compiler drops an error in a single row where nothing reads that row.
     """
     failed, some, error = _raiser(states, result, where)
     if error is None:
@@ -112,7 +112,7 @@ def throw_unless_successful(states: PyTree[Array], result: RESULTS, where: str) 
 
 
 def fail_unless_successful(tree: PyTree[Array], result: RESULTS, where: str) -> PyTree[Array]:
-    """As `throw_unless_successful`, but for little arrays, and differentiable."""
+    """Like `throw_unless_successful`, for small arrays, and differentiable."""
     failed, _, error = _raiser(tree, result, where)
     if error is None:
         return _not_a_number(tree, failed)
@@ -121,7 +121,7 @@ def fail_unless_successful(tree: PyTree[Array], result: RESULTS, where: str) -> 
 
 
 def checked(tree: PyTree[Array], result: RESULTS, throw: bool) -> PyTree[Array]:
-    """The tree, with an error at run time, if wanted, unless the result is `successful`."""
+    """The tree, with an error at run time, if `throw`, unless the result is `successful`."""
     if not throw:
         return tree
     if is_traced((tree, result)):
@@ -149,7 +149,7 @@ def _not_a_number(tree, failed):
 
 @contextlib.contextmanager
 def errors_of_steps() -> Iterator[None]:
-    """Raises what `equinox.error_if` in a step has raised as `equinox.filter_jit` would."""
+    """Re-raises an error of `equinox.error_if` in a step as `equinox.filter_jit` would."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

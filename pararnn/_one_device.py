@@ -1,4 +1,4 @@
-"""All steps of a sequence on one device: what `pararnn.sharding` replaces where there are several.
+"""A sequence on one device: the exchange between shards, trivial here, of `pararnn.sharding`.
 
 Every exchange between shards is an operation of an `OneDevice` here, or of a `TimeShards` there,
 which [`pararnn.solve`][] chooses once. On one device each of them is the identity or close to it.

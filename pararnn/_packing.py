@@ -17,7 +17,7 @@ from .scans import Sequential
 
 
 def segment_starts(segment_ids: Int[Array | np.ndarray, " L"]) -> Bool[Array, " L"]:
-    """Where a packed sequence starts anew: the steps whose id differs from that of the step before.
+    """The starts of the pieces of a packed sequence: steps whose id differs from the previous one.
 
     For `reset` of [`pararnn.solve`][] and of the layers. The first step is no start: it continues
     from the state that is passed, the initial one if there is none.
@@ -46,7 +46,7 @@ def segment_starts(segment_ids: Int[Array | np.ndarray, " L"]) -> Bool[Array, " 
 def mask_of(
     lengths: Integer[Array | np.ndarray, "..."] | int, total: int
 ) -> Bool[Array, "... total"]:
-    """Which steps count in sequences that are padded behind: the first `length` of each.
+    """The mask of sequences that are padded at the end: true for the first `length` steps of each.
 
     For `mask` of [`pararnn.solve`][] and of the layers: of one sequence, or of a batch to be mapped
     over, as in `jax.vmap(lambda xs, mask: rnn(xs, mask=mask))(xs, mask_of(lengths, L))`.
@@ -90,14 +90,13 @@ def mask_of(
 class Packing(eqx.Module):
     """The unmasked steps of a sequence, moved to its front in their order.
 
-    A solver then meets no padding among the steps that count. The places behind them repeat the
-    first unmasked input and start from the reset state: plausible numbers, so that no derivative of
-    what is dropped is infinite, which times 0 would be NaN; and nothing to iterate for, as they do
-    not depend on the steps before.
+    A solver then meets no padding among the steps that count. The trailing slots repeat the first
+    unmasked input and start from the reset state, so that they stay finite (0 * inf is NaN in the
+    gradient) and need no iterations.
 
-    - `order`: which step is at each place.
-    - `places`: at which place the last unmasked step up to each step is; -1 if there is none.
-    - `count`: how many steps are unmasked.
+    - `order`: the step in each slot.
+    - `places`: the slot of the last unmasked step up to each step; -1 if there is none.
+    - `count`: the number of unmasked steps.
     """
 
     order: Int[Array, " L"]
@@ -112,7 +111,7 @@ class Packing(eqx.Module):
         self.order = jnp.where(jnp.arange(length) < self.count, order, order[:1])
 
     def compact(self, tree: PyTree[Any]) -> PyTree[Array]:
-        """From step to place. Zeros if no step is unmasked, because all may be NaN then."""
+        """Reorders steps to slots. Zeros if no step is unmasked, because all may be NaN then."""
 
         shards = choose_shards((tree, self))
 
@@ -123,7 +122,7 @@ class Packing(eqx.Module):
         return jtu.tree_map(one, tree)
 
     def expand(self, tree: PyTree[Array], before: PyTree[Array]) -> PyTree[Array]:
-        """From place to step: that of the last unmasked step, or `before` if there is none."""
+        """Reorders slots to steps: the row of the last unmasked step, or `before` if none."""
         front = jnp.maximum(self.places, 0)
 
         def one(x, start):
@@ -133,17 +132,17 @@ class Packing(eqx.Module):
         return jtu.tree_map(one, tree, before)
 
     def last(self, tree: PyTree[Array], before: PyTree[Array]) -> PyTree[Array]:
-        """That of the last unmasked step, or `before` if there is none."""
+        """The row of the last unmasked step, or `before` if there is none."""
         some, place = self.count > 0, jnp.maximum(self.count - 1, 0)
         return bool_where(some, jtu.tree_map(lambda x: x[place], tree), before)
 
     def pieces(self, reset: Bool[Array, " L"]) -> Bool[Array, " L"]:
-        """Which places start anew: one, or a masked one since the place before, was to be reset."""
+        """The slots to reset: the step, or a masked one since the previous slot, is reset."""
         moved = jnp.cumsum(choose_shards((reset, self)).spread(reset, self.count))[self.order]
         return jnp.diff(moved, prepend=0) != 0
 
     def resets(self, pieces: Bool[Array, " L"] | None) -> Bool[Array, " L"]:
-        """As `pieces`, and all places behind the unmasked steps."""
+        """Like `pieces`, and all trailing slots."""
         behind = jnp.arange(self.order.shape[0]) >= self.count
         return behind if pieces is None else behind | pieces
 
@@ -151,9 +150,8 @@ class Packing(eqx.Module):
 def without_moving(
     shards: OneDevice, mask: Bool[Array, " L"], xs: PyTree[Array], reset: Bool[Array, " L"] | None
 ) -> tuple[PyTree[Array], Bool[Array, " L"] | None]:
-    """`(xs, reset)` for a recurrence whose masked steps stay where they are and change nothing,
-    where the steps lie on several devices: plausible inputs in their places, and each reset at the
-    next unmasked step."""
+    """`(xs, reset)` for a sharded recurrence, whose masked steps stay in place and keep the state:
+    their inputs are replaced by an unmasked one, and each reset moves to the next unmasked step."""
     some, place = jnp.any(mask), jnp.argmax(mask)
     here = jtu.tree_map(lambda x: x[place], xs)
     has_some, firsts = shards.all_gather((some, here))

@@ -1,4 +1,4 @@
-"""The problem, as one thing: what every solver and every derivative is given."""
+"""The problem that every solver and every adjoint gets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +17,8 @@ from .structures import AbstractStructure, detect_structure, is_affine
 
 
 class _Found:
-    """What has been found out about a step so far: each question is asked once per solve, wherever
-    JAX's transformations carry the recurrence."""
+    """A cache of the properties of a step: each is computed once per solve, wherever JAX's
+    transformations carry the recurrence."""
 
     def __init__(self, structure: AbstractStructure | None):
         self.answers: dict[str, Any] = {} if structure is None else {"structure": structure}
@@ -75,8 +75,8 @@ class Recurrence(eqx.Module):
 
         - `step`, `xs`, `init`: as for [`pararnn.solve`][]; all arrays of `step` must be its leaves.
         - `resets`: which steps start from `reset_state` and not from the state before them.
-        - `structure`, `algebra`: what is known of the step. The structure is detected otherwise,
-            when it is first asked for.
+        - `structure`, `algebra`: those of the step, if known. The structure is detected otherwise,
+            when it is first used.
         - `reverse`: whether time runs from the last input to the first.
         - `row_shards`: where the steps lie, in the order of the rows of `xs`.
         - `mask`: which steps are made; the others leave the state as it is.
@@ -96,12 +96,12 @@ class Recurrence(eqx.Module):
 
     @property
     def shards(self) -> OneDevice:
-        """Where the steps lie, in the order of time."""
+        """The shards of time, in the order of time."""
         return self.row_shards.backwards() if self.reverse else self.row_shards
 
     def at(self, times: slice) -> slice:
-        """The rows of the inputs and the states at times that are counted in the direction of the
-        recurrence; the slice has all of its bounds, and goes forward."""
+        """The rows of the inputs and states at `times`, which count in the direction of the
+        recurrence: a slice with all of its bounds, in steps forward."""
         if not self.reverse:
             return times
         start, stop, step = times.indices(self.length)
@@ -120,17 +120,17 @@ class Recurrence(eqx.Module):
         return self.row_shards.shift_right(states, self.init)
 
     def images(self, states: PyTree[Array]) -> PyTree[Array]:
-        """What all steps make of the states that they start from, side by side."""
+        """The states after all steps, each from the state before it."""
         return jax.vmap(self.step)(self.previous(states), self.xs)
 
     def composed(self, algebra: AbstractAlgebra, scan: AbstractScan) -> PyTree[Array]:
-        """The states by composition of the steps, which the `algebra` contains."""
+        """The states by composition of the steps as elements of the `algebra`."""
         algebra = _lifted(algebra, self.step)
         elements = jax.vmap(algebra.element)(self.xs)
         composed = scan.prefixes(lambda earlier, later: algebra.compose(later, earlier), elements)
         return jax.vmap(algebra.apply, in_axes=(0, None))(composed, self.init)
 
-    # --- what is found by tracing the step once -----------------------------------------------
+    # --- properties found by tracing the step once --------------------------------------------
 
     @property
     def structure(self) -> AbstractStructure:
@@ -171,7 +171,7 @@ class Recurrence(eqx.Module):
 
 
 def _lifted(algebra: AbstractAlgebra, step: Callable[..., Any]) -> AbstractAlgebra:
-    """The algebra of a step with resets and a mask, from that of the step without."""
+    """The algebra of a step with resets and a mask."""
     if isinstance(step, _MaskedStep):
         return WithIdentity(_lifted(algebra, step.step))
     if isinstance(step, _ResettingStep):
@@ -180,7 +180,7 @@ def _lifted(algebra: AbstractAlgebra, step: Callable[..., Any]) -> AbstractAlgeb
 
 
 class _MaskedStep(eqx.Module):
-    """A step that is made only where a flag is set."""
+    """A step that keeps the state where its flag is not set."""
 
     step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
 
@@ -207,7 +207,7 @@ def scan_states(
     *,
     reverse: bool = False,
 ) -> PyTree[Array]:
-    """All states by `jax.lax.scan`, with products at full precision: the definition of a
+    """All states by `jax.lax.scan`, with matrix products at full precision: the definition of a
     solution."""
 
     def body(state, x):
@@ -219,7 +219,7 @@ def scan_states(
 
 
 def precise(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with matrix products at full precision on every platform."""
+    """The function with matrix products at full precision on every platform."""
 
     def run(*args):
         with jax.default_matmul_precision("highest"):

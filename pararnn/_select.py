@@ -1,4 +1,4 @@
-"""Choosing what runs from what is known before running anything; refusing what cannot be right."""
+"""Selects solver and adjoint from platform, structure and shapes; rejects invalid combinations."""
 
 import math
 from typing import Any, NamedTuple
@@ -35,14 +35,14 @@ def time_axis(
     adjoint: AbstractSolver | AbstractAdjoint | None,
     arrays: tuple[PyTree[Any], PyTree[Any]],
 ) -> TimeAxis | None:
-    """Where time is cut: as `solver` or `adjoint` say, or, if there is no solver, as the inputs lie
-    already.
+    """The mesh axis along which time is sharded: that of `solver` or `adjoint`, or without a solver
+    that of the inputs; `None` for one device.
 
     Raises a `ValueError` if they contradict each other.
 
     **Arguments:**
 
-    - `solver`, `adjoint`: what was asked for.
+    - `solver`, `adjoint`: as passed by the user.
     - `arrays`: the inputs of the recurrence, and the state before the first step.
     """
     named = [policy.axis for policy in (solver, adjoint) if policy is not None]
@@ -63,7 +63,8 @@ def time_axis(
 
 
 class Choice(NamedTuple):
-    """What runs: complete, so that nothing depends on the platform any more; and why."""
+    """Solver and adjoint with all options resolved, so that nothing depends on the platform any
+    more; and the reasons."""
 
     solver: AbstractSolver
     adjoint: AbstractAdjoint
@@ -79,7 +80,8 @@ def choose(
     platform: str | None = None,
     batch: int = 1,
 ) -> Choice:
-    """What stands for `None`, or for what such a step needs something else for; all resolved.
+    """Replaces `None` by defaults, replaces adjoints that the step does not support, and resolves
+    all options.
 
     Raises a `ValueError` for a step that exchanges values with other sequences and anything but
     one step after another: under `jax.vmap`, loops that turn a different number of times for each
@@ -88,10 +90,10 @@ def choose(
 
     **Arguments:**
 
-    - `recurrence`: whose arrays may be abstract.
-    - `solver`, `adjoint`: what was asked for.
+    - `recurrence`: the problem; its arrays may be abstract.
+    - `solver`, `adjoint`: as passed by the user.
     - `platform`: `None` is that of JAX.
-    - `batch`: a hint: how many sequences `jax.vmap` makes of this one.
+    - `batch`: the number of sequences under `jax.vmap`, a hint.
     """
     platform = chosen_platform(platform)
     _check_shared_axes(recurrence, solver=solver, adjoint=adjoint)
@@ -117,7 +119,7 @@ def _choose_for_any_length(
     solver: AbstractSolver | None,
     adjoint: AbstractSolver | AbstractAdjoint | None,
 ) -> Choice:
-    """Of a program that is exported for sequences of all lengths: one step after another."""
+    """The choice for a symbolic length, as of an export: one step after another."""
     if recurrence.shards.is_sharded or not (solver is None or solver.stepwise):
         name = "TimeSharded" if solver is None else type(solver).__name__
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The one entry: check the arguments, choose, run, report."""
+"""`solve`: checks the arguments, selects solver and adjoint, runs, and reports."""
 
 import contextlib
 from collections.abc import Callable
@@ -172,7 +172,7 @@ class _Arrays(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """How to solve, as far as the caller said; and along which axis of a mesh time is sharded."""
+    """The caller's choices, the batch size, and the mesh axis along which time is sharded."""
 
     solver: AbstractSolver | None
     adjoint: AbstractSolver | AbstractAdjoint | None

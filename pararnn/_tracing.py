@@ -38,7 +38,7 @@ def typed_struct(tree: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
 
 
 def typed_slice(xs: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
-    """As `typed_struct`, without the leading axis."""
+    """Like `typed_struct`, without the leading axis."""
     if num_steps(xs) == 0 or not on_mesh(xs):
         return time_slice(xs)
     return typed_result(lambda xs: jtu.tree_map(lambda x: x[0], xs), xs)

@@ -62,7 +62,7 @@ class LinearSolveAdjoint(AbstractLinearAdjoint):
 
 
 def tied(offsets: PyTree[Array], tangents: PyTree[Array | None]) -> PyTree[Array]:
-    """The same numbers, each of which depends on all `tangents` as far as JAX can tell.
+    """The `offsets`, each of which depends on all `tangents` as far as JAX can tell.
 
     `custom_linear_solve` can be transposed only with respect to all leaves of its right-hand side
     at once; that of a leaf which depends on nothing but the state (a delay line, a clock) is a

@@ -1,11 +1,10 @@
-r"""One pass over the steps of each device, and what passes from device to device.
+r"""One pass over the steps of each device, and the exchange between devices.
 
-The tangents of a device's states follow from those of its arrays and from the tangent $v$ that
-arrives from the device before; what flows back from its states follows from what arrives from the
-device after. Neither is known when all begin at once. So each begins with what a few steps of its
-neighbour make of nothing; if what then arrives is something else, with that once more. After as
-many turns as there are devices all is exact; where the derivative is forgotten within those few
-steps, after one.
+The tangents of a device's states follow from those of its arrays and from the tangent $v$ of the
+previous device's last state; cotangents likewise from the next device. Neither is known when all
+devices start at once. So each starts from its neighbour's last few steps run from zero, and repeats
+if the value it receives differs. All is exact after as many turns as there are devices; after one,
+if the derivative decays within those few steps.
 """
 
 import functools
@@ -27,7 +26,7 @@ from ._linear_solve import tied
 
 
 class Tangents(NamedTuple):
-    """Those of the arrays of a recurrence, `None` for zero."""
+    """The tangents of the arrays of a recurrence, `None` for zero."""
 
     step: PyTree[Array | None]
     xs: PyTree[Array | None]

@@ -1,4 +1,4 @@
-"""Arrays that lie on several devices: what their types say beyond shapes and dtypes.
+"""The types of arrays on a mesh: the axes along which they vary, and explicit axes.
 
 Inside `jax.shard_map` an array *varies* along some axes of the mesh, or is the same along them, and
 what a loop carries must not begin as the one and become the other. On a mesh with explicit axes
@@ -46,7 +46,7 @@ def varying_axes(tree: PyTree[Any]) -> frozenset[Any]:
 
 
 def place(tree: PyTree[Any], axes: frozenset[Any]) -> PyTree[Any]:
-    """The same values, each array of a type that varies along `axes`, on the mesh that is set."""
+    """The arrays with types that vary along `axes`, on the mesh that is set."""
     on_mesh = is_explicit(jax.sharding.get_abstract_mesh())
 
     def one(x):
@@ -61,7 +61,7 @@ def place(tree: PyTree[Any], axes: frozenset[Any]) -> PyTree[Any]:
 
 
 def place_like(tree: PyTree[Any], like: PyTree[Any]) -> PyTree[Any]:
-    """The same values, of a type that varies along all axes along which any array of `like` does.
+    """The arrays with types that vary along all axes along which any array of `like` does.
     For the constants that a loop starts from: what a loop carries keeps its type."""
     return place(tree, varying_axes(like))
 
@@ -72,7 +72,7 @@ def convert_step_on_mesh(
     init: PyTree[Array],
     axes: frozenset[Any],
 ) -> tuple[ConvertedStep, PyTree[Any], frozenset[Any]]:
-    """As `convert_step`, of a step that takes and returns arrays which all vary along the same
+    """Like `convert_step`, for a step that takes and returns arrays which all vary along the same
     manual `axes` of the mesh, so that a loop may carry its state from any beginning: those given,
     and those that the step adds by itself."""
     while True:
@@ -91,9 +91,9 @@ def convert_step_on_mesh(
 
 
 def _adopted(x: Any) -> Any:
-    """The same values, of a type that names the mesh as it is here. What is closed over inside
-    `jax.shard_map` keeps the type that it has outside, where no axis is manual, and a loop with it
-    cannot be transposed. The result of any operation has the right one."""
+    """The array with a type that names the current mesh. An array that is closed over inside
+    `jax.shard_map` keeps the type that it has outside, where no axis is manual (JAX 0.10.2), and a
+    loop with it cannot be transposed. The result of any operation has the right type."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes or not eqx.is_array(x) or jax.typeof(x).sharding.mesh == mesh:
         return x

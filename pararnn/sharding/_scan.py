@@ -61,7 +61,7 @@ class ShardedScan(AbstractScan):
         return jnp.concatenate([jnp.expand_dims(before, 0), states[:-1]])
 
     def _affine(self, structure, matrices: Array, offsets: Array, reverse: bool):
-        """What arrives at this device, and its states."""
+        """The state before this device's first element, and its states."""
         shards, rows = self._shards(reverse), (matrices, offsets)
         rows = jtu.tree_map(lambda x: jnp.flip(x, 0), rows) if reverse else rows
         compose = lambda earlier, later: compose_affine(structure, earlier, later)  # noqa: E731
@@ -95,7 +95,7 @@ class ShardedScan(AbstractScan):
         return self.scan.cumulative_sum(x) + before
 
     def _before(self, x: Array, otherwise: Any) -> Array:
-        """What the devices have as `x`, those from this one on replaced."""
+        """`x` of all devices, replaced by `otherwise` from this device on."""
         every, is_before = (
             self.shards.all_gather(x),
             jnp.arange(self.shards.count) < self.shards.index,

@@ -1,4 +1,4 @@
-"""What every solver does."""
+"""The interface of solvers."""
 
 import abc
 from collections.abc import Callable
@@ -17,7 +17,7 @@ FALLBACK = "pararnn_rest"
 
 
 class SolverOutput(NamedTuple):
-    """What a solver returns.
+    """The output of a solver.
 
     - `states`: all states, shape `(L, ...)`.
     - `converged`: whether they are those of the recurrence, judged on the states themselves.
@@ -49,14 +49,14 @@ class AbstractSolver(abc.ABC):
     from [`pararnn.solvers.AbstractIterativeSolver`][], which has both.
     """
 
-    # Whether it makes one step after another and does nothing else: then the sequences of a batch
-    # may meet in their steps, and nothing is asked of a step but to be called.
+    # Whether it makes one step after another and does nothing else: then steps may use collectives
+    # over the batch, and need no derivative.
     stepwise: ClassVar[bool] = False
-    # Whether `solve_affine` heeds `recurrence.reverse`; the inputs of others are turned around.
+    # Whether `solve_affine` supports `recurrence.reverse`; for others the inputs are reversed.
     runs_backwards: ClassVar[bool] = False
     # Whether it solves a recurrence whose steps lie on several devices.
     supports_sharding: ClassVar[bool] = False
-    # Along which axis of a mesh it asks for that.
+    # The mesh axis along which it wants time to be sharded.
     axis: ClassVar[AxisName | None] = None
 
     @abc.abstractmethod
@@ -80,9 +80,9 @@ class AbstractSolver(abc.ABC):
 
     @abc.abstractmethod
     def solve_affine(self, recurrence: Recurrence) -> PyTree[Array]:
-        """All states of a recurrence of at least one step that is affine in the state and starts
-        from zero: that of a derivative, which has no place to report a failure. Must always end
-        with the solution; `pararnn.Sequential().solve_affine(recurrence)` is one way."""
+        """Solves a recurrence of at least one step that is affine in the state and starts from
+        zero: that of a derivative, which cannot report a failure. Must always return the solution;
+        `pararnn.Sequential().solve_affine(recurrence)` is one way."""
 
     @property
     def inner(self) -> "AbstractSolver | None":
@@ -96,8 +96,8 @@ class AbstractSolver(abc.ABC):
         return self
 
     def resolved(self, recurrence: Recurrence, platform: str | None = None) -> "AbstractSolver":
-        """This solver with all that it leaves open chosen for a recurrence and a platform (`None`
-        is that of JAX): what runs depends on nothing else then. By default itself."""
+        """This solver with all options resolved for a recurrence and a platform (`None` is that of
+        JAX). By default itself."""
         return self
 
 

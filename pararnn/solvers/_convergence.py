@@ -48,7 +48,7 @@ _HOPELESS = 1e30
 
 
 class StepReport(NamedTuple):
-    """What a method reports about its correction.
+    """The report of a method about its correction.
 
     - `accepted`: the correction starts from the point that was swept last, not an earlier one.
     - `descended`: a merit function of the method decreased.
@@ -83,8 +83,8 @@ def displacements(
 
 
 class Unexplained(NamedTuple):
-    """What a correction does not account for, at each start: a bound of $|ε|$; and the rounding of
-    all chunks before, as far as it is retained, and the linearization knows it."""
+    """The error that a correction leaves at each start, a bound of $|ε|$; and the rounding of all
+    previous chunks, as far as it is retained and the linearization is confirmed."""
 
     error: Float[Array, "chunks size"]
     rounding: Float[Array, "chunks size"]
@@ -125,7 +125,7 @@ def unexplained(
 
 
 class Progress(NamedTuple):
-    """How far an iteration has come.
+    """The progress of an iteration.
 
     - `front`: the first chunk whose start is not accepted.
     - `level`: the mean logarithm of the errors behind what is exact by induction, the smallest so

@@ -42,7 +42,7 @@ class Correction(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What the iteration asks of a solver.
+    """A solver as the iteration sees it.
 
     - `init`, `correct`: as those of a solver, for given chunks.
     - `max_iters`: the most iterations.

@@ -1,4 +1,4 @@
-r"""The one iteration behind every method: multiple shooting over chunks of the sequence.
+r"""Iterative solvers: multiple shooting over chunks of the sequence, and its settings.
 
 The sequence is cut into $C$ chunks of $T$ steps; the unknowns are the chunks' *starts*
 $s_0, …, s_{C-1}$, of which $s_0$ is known. A sweep runs all chunks side by side and gives their
@@ -61,8 +61,7 @@ class AbstractIterativeSolver(AbstractSolver):
     """Multiple shooting: sweep all chunks from guessed starts, correct the starts, repeat.
 
     Subclasses choose the *linearization*, that is, which approximation of the chunks' Jacobians the
-    correction uses, and a chunk size for where none is given. What else a method does in its own
-    way, it may put in place of the defaults of `refine`, `init` and `correct`.
+    correction uses, and a default chunk size. They may override `refine`, `init` and `correct`.
 
     **Arguments:**
 
@@ -132,7 +131,7 @@ class AbstractIterativeSolver(AbstractSolver):
 
     @abc.abstractmethod
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
-        """What to use of the Jacobians of `size` state elements that have `structure`."""
+        """The approximation of Jacobians of `size` state elements that have `structure`."""
 
     @abc.abstractmethod
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
@@ -147,8 +146,8 @@ class AbstractIterativeSolver(AbstractSolver):
         return starts, 0
 
     def init(self, chunks: Chunks, starts: Float[Array, "chunks size"]) -> Any:
-        """What the method carries from correction to correction: a pytree of arrays. By default,
-        nothing."""
+        """The state that the method carries from correction to correction: a pytree of arrays. By
+        default, none."""
         return None
 
     def correct(self, chunks: Chunks, point: Point, state: Any) -> Correction:

@@ -150,5 +150,5 @@ def _nearest(queries: Float[Array, "m size"], keys: Float[Array, "m size"]) -> I
 
 
 def _chain(following: Int[Array, "n m"], scan: AbstractScan) -> Int[Array, " n"]:
-    """Where index 0 leads, through one map after another."""
+    """The images of index 0 under the composed index maps."""
     return scan.prefixes(lambda earlier, later: later[earlier], following)[:, 0]

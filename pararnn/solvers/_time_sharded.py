@@ -8,8 +8,8 @@ from ._base import AbstractSolver, check_sharding
 from ._fixed_point import Jacobi
 from ._newton import Newton
 
-# On a CPU, how many steps early the part of a device starts. What shrinks by a tenth in every step
-# is forgotten then, to 1e-6.
+# On a CPU, how many steps early the shard of a device starts. A perturbation that shrinks by a
+# factor 0.9 per step has decayed to 1e-6 by then.
 OVERLAP = 128
 
 
@@ -94,7 +94,7 @@ class TimeSharded(AbstractSolver):
 
 
 def default_sharded_solver(recurrence: Recurrence, platform: str | None = None) -> AbstractSolver:
-    """What `TimeSharded(axis)` solves with, as long as no more is known than where it runs."""
+    """The solver of `TimeSharded(axis)` for a platform."""
     if chosen_platform(platform) == "cpu":
         return Jacobi(chunk_size=recurrence.length, overlap=OVERLAP)
     return Newton()
