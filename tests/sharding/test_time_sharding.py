@@ -1,6 +1,4 @@
-"""Checks that time may lie on several devices; `test_time_sharding.py` runs this file in a process
-of its own.
-"""
+"""Time on several devices: solves and derivatives, against one device."""
 
 import functools
 
@@ -8,91 +6,36 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import several_devices
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from time_mesh import (
+    INIT,
+    LENGTH,
+    MASK,
+    RESET,
+    SIZE,
+    WEIGHT,
+    XS,
+    Elman,
+    agrees,
+    close,
+    diagonal,
+    elman,
+    latch,
+    mesh_of,
+)
 
 import pararnn as prnn
 from benchmarks._collectives import collectives
 
-several_devices.start(8)
-
-SIZE, LENGTH = 3, 21
-rng = np.random.default_rng(0)
-WEIGHT = jnp.asarray(0.8 * rng.normal(size=(SIZE, SIZE)) / SIZE**0.5)
-XS = jnp.asarray(rng.normal(size=(24, SIZE)))
-INIT = jnp.asarray(rng.normal(size=SIZE))
-RESET = jnp.asarray(rng.random(24) < 0.15)
-MASK = jnp.asarray(rng.random(24) < 0.7)
-SCALES = jnp.arange(1.0, SIZE + 1)
-CHECKS = {}
-
-
-def check(fn):
-    CHECKS[fn.__name__] = fn
-    return fn
-
-
-def mesh_of(count, kind="Auto"):
-    kinds = (getattr(AxisType, kind),)
-    return jax.make_mesh((count,), ("time",), axis_types=kinds, devices=jax.devices()[:count])
-
-
-def elman(w, h, x):
-    return jnp.tanh(w @ h + x)
-
-
-def diagonal(w, h, x):
-    return jnp.tanh(jnp.diagonal(w) * h + x)
-
-
-def latch(w, h, x):
-    """Never forgets."""
-    return jnp.tanh(3 * h + x + 0 * w[0])
-
-
-def outcome(solver, adjoint=None, step=elman, **options):
-    """A loss of all states and the last one, these, and the gradients of the loss."""
-
-    def loss(w, xs, init):
-        run = prnn.solve(
-            functools.partial(step, w), xs, init, solver=solver, adjoint=adjoint, **options
-        )
-        total = jnp.sum(run.states**2 * jnp.expand_dims(SCALES, 0)) + jnp.sum(run.final)
-        return total, (run.states, run.final, run.result == prnn.RESULTS.successful)
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-
-
-def close(got, expected, atol=1e-10):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, expected)
-
-
-@functools.cache
-def expected_of(length):
-    return outcome(prnn.Sequential(), throw=False)(WEIGHT, XS[:length], INIT)
-
-
-def agrees(solver, adjoint=None, *, count=8, kind="Auto", length=LENGTH, step=elman, **options):
-    """Also in whether it was successful. What raises takes longer: one does, of each kind."""
-    throw = options.pop("throw", False)
-    if options or step is not elman:
-        xs = options.pop("xs", XS[:length])
-        expected = outcome(prnn.Sequential(), step=step, throw=False, **options)(WEIGHT, xs, INIT)
-    else:
-        xs, expected = XS[:length], expected_of(length)
-    solver, options = prnn.TimeSharded("time", solver), {**options, "throw": throw}
-    with jax.set_mesh(mesh_of(count, kind)):
-        close(outcome(solver, adjoint, step, **options)(WEIGHT, xs, INIT), expected)
-
-
 SOLVERS = {
     "default": None,
     "newton": prnn.Newton(chunk_size=2),
-    "newton_of_steps": prnn.Newton(chunk_size=1),
+    "newton, single steps": prnn.Newton(chunk_size=1),
     "jacobi": prnn.Jacobi(chunk_size=3),
     "overlap": prnn.Jacobi(chunk_size=3, overlap=3),
-    "quasi_newton": prnn.QuasiNewton(chunk_size=3),
+    "quasi-newton": prnn.QuasiNewton(chunk_size=3),
     "damped": prnn.LevenbergMarquardt(chunk_size=3),
     "picard": prnn.Picard(),
     "speculative": prnn.Speculative(chunk_size=3, num_candidates=4),
@@ -100,10 +43,8 @@ SOLVERS = {
     "associative": prnn.Newton(chunk_size=1, linear_method="associative"),
     "radix": prnn.Newton(chunk_size=1, linear_method="radix"),
 }
-for _name, _solver in SOLVERS.items():
-    CHECKS[f"solver {_name}"] = functools.partial(agrees, _solver, throw=_solver is None)
-
 ADJOINTS = {
+    "default": None,
     "newton": prnn.Newton(chunk_size=3),
     "jacobi": prnn.Jacobi(chunk_size=3),
     "sequential": prnn.Sequential(),
@@ -111,44 +52,65 @@ ADJOINTS = {
     "in blocks": prnn.adjoints.OnePassAdjoint(2),
     "clipped": prnn.ClippedAdjoint(1e6, prnn.Newton(chunk_size=3)),
 }
-for _name, _adjoint in ADJOINTS.items():
-    CHECKS[f"adjoint {_name}"] = functools.partial(agrees, None, _adjoint)
+# Each solver, adjoint, number of devices and kind of axis; lengths that the devices divide or not,
+# and some below their number.
+CASES = [
+    ("default", "default", 8, "Auto", LENGTH),
+    ("default", "newton", 8, "Auto", LENGTH),
+    ("default", "jacobi", 4, "Auto", LENGTH),
+    ("default", "default", 8, "Auto", 1),
+    ("default", "default", 8, "Explicit", 3),
+    ("newton", "default", 8, "Explicit", 24),
+    ("newton, single steps", "sequential", 2, "Auto", LENGTH),
+    ("jacobi", "default", 8, "Auto", 8),
+    ("overlap", "step by step", 8, "Auto", LENGTH),
+    ("quasi-newton", "clipped", 4, "Auto", 24),
+    ("damped", "in blocks", 8, "Auto", LENGTH),
+    ("picard", "default", 2, "Explicit", LENGTH),
+    ("speculative", "default", 8, "Auto", LENGTH),
+    ("sequential", "default", 1, "Auto", LENGTH),
+    ("associative", "default", 8, "Auto", LENGTH),
+    ("radix", "newton", 8, "Auto", 24),
+]
 
-for _length in (1, 3, 8, 24):
-    CHECKS[f"length {_length}"] = functools.partial(agrees, None, length=_length)
-for _count in (1, 2, 4):
-    CHECKS[f"devices {_count}"] = functools.partial(agrees, None, count=_count)
-CHECKS["explicit"] = functools.partial(agrees, None, kind="Explicit", throw=True)
-CHECKS["explicit newton"] = functools.partial(agrees, SOLVERS["newton"], kind="Explicit", length=24)
+
+@pytest.mark.parametrize("solver, adjoint, count, kind, length", CASES)
+def test_agrees_with_one_device(solver, adjoint, count, kind, length):
+    """What raises takes longer to compile: the default solver does."""
+    solver, adjoint = SOLVERS[solver], ADJOINTS[adjoint]
+    agrees(solver, adjoint, count=count, kind=kind, length=length, throw=solver is None)
 
 
-@check
-def resets_and_padding():
+@pytest.mark.parametrize("solver", ["default", "speculative"])
+def test_resets(solver):
+    agrees(SOLVERS[solver], reset=RESET[:LENGTH], reset_state=2 * INIT)
+
+
+@pytest.mark.parametrize("solver", ["default", "newton"])
+def test_resets_and_padding(solver):
     mask, reset = MASK[:LENGTH], RESET[:LENGTH]
     padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
-    for solver in (None, SOLVERS["speculative"]):
-        agrees(solver, reset=reset, reset_state=2 * INIT)
-    for solver in (None, SOLVERS["newton"]):
-        agrees(solver, xs=padded, mask=mask, reset=reset)
+    agrees(SOLVERS[solver], xs=padded, mask=mask, reset=reset)
+
+
+def test_all_steps_padded():
     agrees(None, xs=jnp.full((LENGTH, SIZE), jnp.nan), mask=jnp.zeros(LENGTH, bool))
 
 
-@check
-def a_guess():
+def test_a_guess():
     agrees(SOLVERS["newton"], guess=jnp.ones((LENGTH, SIZE)))
 
 
-@check
-def what_never_forgets():
+@pytest.mark.parametrize(
+    "solver", [None, prnn.Jacobi(chunk_size=1, max_iters=2)], ids=["default", "finish"]
+)
+def test_a_recurrence_that_does_not_forget(solver):
     """Each device must wait for the one before."""
     seldom = jnp.expand_dims(jnp.arange(24), 1) % 9 == 0
-    xs = jnp.where(seldom, 4 * jnp.sign(XS), 0)
-    agrees(None, xs=xs[:24], step=latch)
-    agrees(prnn.Jacobi(chunk_size=1, max_iters=2), xs=xs[:24], step=latch)
+    agrees(solver, xs=jnp.where(seldom, 4 * jnp.sign(XS), 0), step=latch)
 
 
-@check
-def the_finish_goes_from_device_to_device():
+def test_the_finish_goes_from_device_to_device():
     with jax.set_mesh(mesh_of(8)):
         solver = prnn.TimeSharded("time", prnn.Jacobi(chunk_size=1, max_iters=2))
         run = prnn.solve(functools.partial(elman, WEIGHT), XS, INIT, solver=solver)
@@ -157,8 +119,7 @@ def the_finish_goes_from_device_to_device():
     close(run.states, expected.states)
 
 
-@check
-def a_failure_is_reported():
+def test_a_failure_is_reported():
     solver = prnn.TimeSharded("time", prnn.Jacobi(chunk_size=1, max_iters=2, fallback=False))
     with jax.set_mesh(mesh_of(8)):
         step = functools.partial(elman, WEIGHT)
@@ -180,29 +141,26 @@ class Alone(prnn.AbstractSolver):
         return prnn.Sequential().solve_affine(recurrence)
 
 
-@check
-def what_knows_nothing_of_other_devices_is_refused():
-    def refused(**options):
-        try:
-            with jax.set_mesh(mesh_of(8)):
-                prnn.solve(functools.partial(elman, WEIGHT), XS, INIT, **options)
-        except ValueError as error:
-            assert "(`supports_sharding`)" in str(error), error
-        else:
-            raise AssertionError(options)
-
-    time = prnn.TimeSharded("time")
-    refused(solver=Alone(), adjoint=time)
-    for adjoint in (
-        Alone(),
-        prnn.adjoints.LinearSolveAdjoint(Alone()),
-        prnn.ClippedAdjoint(1.0, Alone()),
-    ):
-        refused(solver=time, adjoint=adjoint)
+time = prnn.TimeSharded("time")
 
 
-@check
-def a_report_comes_once():
+@pytest.mark.parametrize(
+    "solver, adjoint",
+    [
+        (Alone(), time),
+        (time, Alone()),
+        (time, prnn.adjoints.LinearSolveAdjoint(Alone())),
+        (time, prnn.ClippedAdjoint(1.0, Alone())),
+    ],
+    ids=["solver", "adjoint", "linear solve", "clipped"],
+)
+def test_solvers_without_sharding_are_refused(solver, adjoint):
+    step = functools.partial(elman, WEIGHT)
+    with jax.set_mesh(mesh_of(8)), pytest.raises(ValueError, match=r"\(`supports_sharding`\)"):
+        prnn.solve(step, XS, INIT, solver=solver, adjoint=adjoint)
+
+
+def test_a_report_comes_once():
     calls = []
     with jax.set_mesh(mesh_of(8)):
         solver = prnn.TimeSharded("time", prnn.Newton(chunk_size=1))
@@ -215,8 +173,7 @@ def a_report_comes_once():
     assert sorted(c[0] for c in calls) == list(range(1, len(calls) + 1))
 
 
-@check
-def all_modes():
+def test_all_modes():
     def states(solver, adjoint, t):
         step = functools.partial(elman, t * WEIGHT)
         return jnp.sum(prnn.solve(step, t * XS, INIT, solver=solver, adjoint=adjoint).states ** 3)
@@ -239,34 +196,32 @@ def all_modes():
             close(jax.jit(functools.partial(modes, prnn.TimeSharded("time"), adjoint))(), expected)
 
 
-@check
-def within_a_shard_map():
-    """With both ways to check its types; each device has its part, and all the final state."""
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_within_a_shard_map(kind, check_vma):
+    """Each device has its part of the states, and all have the final one."""
     run = functools.partial(prnn.solve, functools.partial(elman, WEIGHT))
     solver = prnn.TimeSharded("time", prnn.Newton(chunk_size=2))
 
-    def here(xs, init):
+    def local(xs, init):
         solved = run(xs, init, solver=solver)
         return solved.states, solved.final, solved.stats.iterations
 
-    for kind in ("Auto", "Explicit"):
-        mesh = mesh_of(4, kind)
-        for checks in (True, False):
-            mapped = jax.shard_map(
-                here,
-                mesh=mesh,
-                in_specs=(P("time"), P()),
-                out_specs=(P("time"), P(), P()),
-                check_vma=checks,
-            )
-            xs = jax.device_put(XS, NamedSharding(mesh, P("time")))
-            states, final, _ = jax.jit(mapped)(xs, INIT)
-            expected = run(XS, INIT, solver=prnn.Sequential())
-            close((states, final), (expected.states, expected.final))
+    mesh = mesh_of(4, kind)
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P("time"), P()),
+        out_specs=(P("time"), P(), P()),
+        check_vma=check_vma,
+    )
+    xs = jax.device_put(XS, NamedSharding(mesh, P("time")))
+    states, final, _ = jax.jit(mapped)(xs, INIT)
+    expected = run(XS, INIT, solver=prnn.Sequential())
+    close((states, final), (expected.states, expected.final))
 
 
-@check
-def a_batch_on_another_axis():
+def test_a_batch_on_another_axis():
     batch = jnp.stack([XS, 2 * XS[::-1], XS - 1, 0 * XS])
 
     def states(solver):
@@ -291,8 +246,7 @@ def a_batch_on_another_axis():
                 close(loss(f, **options)(WEIGHT, xs), expected)
 
 
-@check
-def inputs_that_lie_on_a_mesh_need_no_solver():
+def test_inputs_that_lie_on_a_mesh_need_no_solver():
     for kind in ("Auto", "Explicit"):
         xs = jax.device_put(XS, NamedSharding(mesh_of(8, kind), P("time")))
         step = functools.partial(elman, WEIGHT)
@@ -301,15 +255,7 @@ def inputs_that_lie_on_a_mesh_need_no_solver():
         assert run.states.sharding.spec[0] == "time"
 
 
-class Elman(eqx.Module):
-    weight: jax.Array
-
-    def __call__(self, h, x):
-        return elman(self.weight, h, x)
-
-
-@check
-def weights_lie_on_the_mesh():
+def test_weights_lie_on_the_mesh():
     """Of a step that is a module, or a method of one, on explicit axes too."""
 
     def loss(step, xs, solver):
@@ -342,8 +288,7 @@ def compiled(step, weights, shapes, init, solver, count):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(weights, xs).compile()
 
 
-@check
-def a_state_of_several_types():
+def test_a_state_of_several_types():
     """What goes to a neighbour goes in one exchange for each type."""
 
     def step(w, state, x):
@@ -368,8 +313,7 @@ def a_state_of_several_types():
         close(got[1:], expected[1:])
 
 
-@check
-def what_has_forgotten_is_right_at_once():
+def test_what_has_forgotten_is_right_at_once():
     """Of many elements some are close to zero, and are no more exact than what cancels in them:
     one chunk on each device is enough to tell by how much."""
     size, length = 192, 2 * 160
@@ -388,8 +332,7 @@ def what_has_forgotten_is_right_at_once():
             assert iterations(xs) == 0
 
 
-@check
-def nothing_gathers_the_sequence():
+def test_nothing_gathers_the_sequence():
     """All that goes between devices are summaries, whatever the length; counted from the program
     that the compiler made."""
     size, item = 5, 8
@@ -426,8 +369,7 @@ def nothing_gathers_the_sequence():
             assert all(one.nbytes <= (size**2 + size) * item for one in long), long
 
 
-@check
-def memory_is_shared():
+def test_memory_is_shared(optimised):
     """A device needs little more than its share of what one device needs."""
     cell = prnn.DiagonalGRU(4, 4, key=jax.random.key(0))
     weights, static = eqx.partition(cell, eqx.is_array)
@@ -443,11 +385,20 @@ def memory_is_shared():
             memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         )
 
-    jax.config.update("jax_disable_most_optimizations", False)  # it is they that save memory
     share = needed(prnn.TimeSharded("time"), 8) / needed(None, 1)
-    jax.config.update("jax_disable_most_optimizations", True)
     assert share <= 1.3 / 8, share
 
 
-if __name__ == "__main__":
-    several_devices.run_checks(CHECKS)
+def test_a_mesh_with_that_axis_is_needed():
+    with pytest.raises(ValueError, match="needs a mesh with this axis, but there is no mesh"):
+        prnn.solve(step, jnp.ones((4, 1)), jnp.ones(1), solver=prnn.TimeSharded("time"))
+
+
+def test_wrong_arguments(as_users_run_it):
+    with pytest.raises(TypeError, match="`axis` must be the name"):
+        prnn.TimeSharded(3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="other than TimeSharded"):
+        prnn.TimeSharded("time", prnn.TimeSharded("time"))
+    with pytest.raises(ValueError, match="cut time along different axes"):
+        solver, adjoint = prnn.TimeSharded("a"), prnn.TimeSharded("b")
+        prnn.solve(step, jnp.ones((4, 1)), jnp.ones(1), solver=solver, adjoint=adjoint)
