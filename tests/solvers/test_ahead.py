@@ -12,6 +12,8 @@ from systems import normal, scan
 import pararnn as prnn
 from pararnn.jaxprs._walk import called, open_jaxpr
 
+# Checking the types of calls takes a quarter of the time; other tests do.
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 D = 3
 WEIGHT = normal(0, (D, D), np.float64, 0.4)
 XS = normal(1, (70, D))

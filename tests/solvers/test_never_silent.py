@@ -19,6 +19,8 @@ from systems import assert_right, error, normal, previous, scan, successful, tol
 import pararnn as prnn
 from benchmarks._random_systems import group
 
+# Checking the types of calls takes a quarter of the time; other tests do.
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 SOLVERS = {
     "Newton": prnn.Newton(),
     "Newton 1": prnn.Newton(chunk_size=1),
@@ -512,7 +514,7 @@ def test_throw(solver):
         jax.block_until_ready(batched(jnp.stack([good, bad])))
 
 
-def test_throw_whatever_is_used(as_users_run_it):
+def test_throw_whatever_is_used():
     """The error does not depend on what a caller goes on to use of the states: the compiler must
     not drop it with what is not read."""
     xs, weights = normal(0, (60, 3), np.float32), jnp.linspace(0.5, 1.2, 3, dtype=np.float32)
