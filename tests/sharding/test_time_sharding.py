@@ -132,7 +132,7 @@ def test_a_failure_is_reported():
 
 
 class Alone(prnn.AbstractSolver):
-    """A solver that knows nothing of other devices."""
+    """A solver that does not support sharding."""
 
     def solve(self, recurrence, guess, report=None):
         return prnn.Sequential().solve(recurrence, guess, report)
@@ -141,16 +141,16 @@ class Alone(prnn.AbstractSolver):
         return prnn.Sequential().solve_affine(recurrence)
 
 
-time = prnn.TimeSharded("time")
+SHARDED = prnn.TimeSharded("time")
 
 
 @pytest.mark.parametrize(
     "solver, adjoint",
     [
-        (Alone(), time),
-        (time, Alone()),
-        (time, prnn.adjoints.LinearSolveAdjoint(Alone())),
-        (time, prnn.ClippedAdjoint(1.0, Alone())),
+        (Alone(), SHARDED),
+        (SHARDED, Alone()),
+        (SHARDED, prnn.adjoints.LinearSolveAdjoint(Alone())),
+        (SHARDED, prnn.ClippedAdjoint(1.0, Alone())),
     ],
     ids=["solver", "adjoint", "linear solve", "clipped"],
 )
@@ -173,27 +173,27 @@ def test_a_report_comes_once():
     assert sorted(c[0] for c in calls) == list(range(1, len(calls) + 1))
 
 
-def test_all_modes():
-    def states(solver, adjoint, t):
+def modes(solver, adjoint):
+    """First and second derivatives in both modes, and with rematerialisation."""
+
+    def f(t):
         step = functools.partial(elman, t * WEIGHT)
         return jnp.sum(prnn.solve(step, t * XS, INIT, solver=solver, adjoint=adjoint).states ** 3)
 
-    t = jnp.asarray(0.9)
+    t, one = jnp.asarray(0.9), jnp.asarray(1.0)
+    return (
+        jax.jvp(f, (t,), (one,)),
+        jax.grad(jax.grad(f))(t),
+        jax.jvp(jax.grad(f), (t,), (one,)),
+        jax.grad(jax.checkpoint(f))(t),
+    )
 
-    def modes(solver, adjoint):
-        f = functools.partial(states, solver, adjoint)
-        one = jnp.ones_like(t)
-        return (
-            jax.jvp(f, (t,), (one,)),
-            jax.grad(jax.grad(f))(t),
-            jax.jvp(jax.grad(f), (t,), (one,)),
-            jax.grad(jax.checkpoint(f))(t),
-        )
 
+@pytest.mark.parametrize("adjoint", [None, prnn.Newton(chunk_size=3)], ids=["default", "Newton"])
+def test_all_modes(adjoint):
     expected = jax.jit(functools.partial(modes, prnn.Sequential(), None))()
     with jax.set_mesh(mesh_of(4)):
-        for adjoint in (None, prnn.Newton(chunk_size=3)):
-            close(jax.jit(functools.partial(modes, prnn.TimeSharded("time"), adjoint))(), expected)
+        close(jax.jit(functools.partial(modes, SHARDED, adjoint))(), expected)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -221,42 +221,45 @@ def test_within_a_shard_map(kind, check_vma):
     close((states, final), (expected.states, expected.final))
 
 
-def test_a_batch_on_another_axis():
+@pytest.mark.parametrize(
+    "kind, solver, options",
+    [
+        ("Auto", None, {}),
+        ("Auto", prnn.Newton(chunk_size=2), {"spmd_axis_name": "data"}),
+        ("Explicit", prnn.Newton(chunk_size=2), {}),
+        ("Explicit", None, {"spmd_axis_name": "data"}),
+    ],
+    ids=["Auto, default", "Auto, Newton, named", "Explicit, Newton", "Explicit, default, named"],
+)
+def test_a_batch_on_another_axis(kind, solver, options):
     batch = jnp.stack([XS, 2 * XS[::-1], XS - 1, 0 * XS])
 
-    def states(solver):
-        return lambda w, xs: prnn.solve(functools.partial(elman, w), xs, INIT, solver=solver).states
+    def loss(solver, **options):
+        def states(w, xs):
+            return prnn.solve(functools.partial(elman, w), xs, INIT, solver=solver).states
 
-    def loss(f, **options):
-        batched = jax.vmap(f, in_axes=(None, 0), **options)
+        batched = jax.vmap(states, in_axes=(None, 0), **options)
         return jax.jit(jax.value_and_grad(lambda w, xs: jnp.sum(batched(w, xs) ** 3), (0, 1)))
 
-    expected = loss(states(prnn.Sequential()))(WEIGHT, batch)
-    newton, named = prnn.Newton(chunk_size=2), {"spmd_axis_name": "data"}
-    for kind, cases in {
-        "Auto": ((None, {}), (newton, named)),
-        "Explicit": ((newton, {}), (None, named)),
-    }.items():
-        kinds = (getattr(AxisType, kind),) * 2
-        mesh = jax.make_mesh((2, 4), ("data", "time"), axis_types=kinds)
-        xs = jax.device_put(batch, NamedSharding(mesh, P("data", "time")))
-        for solver, options in cases:
-            with jax.set_mesh(mesh):
-                f = states(prnn.TimeSharded("time", solver))
-                close(loss(f, **options)(WEIGHT, xs), expected)
+    expected = loss(prnn.Sequential())(WEIGHT, batch)
+    mesh = jax.make_mesh((2, 4), ("data", "time"), axis_types=(getattr(AxisType, kind),) * 2)
+    xs = jax.device_put(batch, NamedSharding(mesh, P("data", "time")))
+    with jax.set_mesh(mesh):
+        close(loss(prnn.TimeSharded("time", solver), **options)(WEIGHT, xs), expected)
 
 
-def test_inputs_that_lie_on_a_mesh_need_no_solver():
-    for kind in ("Auto", "Explicit"):
-        xs = jax.device_put(XS, NamedSharding(mesh_of(8, kind), P("time")))
-        step = functools.partial(elman, WEIGHT)
-        run = prnn.solve(step, xs, INIT)
-        close(run.states, prnn.solve(step, XS, INIT, solver=prnn.Sequential()).states)
-        assert run.states.sharding.spec[0] == "time"
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_inputs_that_lie_on_a_mesh_need_no_solver(kind):
+    xs = jax.device_put(XS, NamedSharding(mesh_of(8, kind), P("time")))
+    step = functools.partial(elman, WEIGHT)
+    run = prnn.solve(step, xs, INIT)
+    close(run.states, prnn.solve(step, XS, INIT, solver=prnn.Sequential()).states)
+    assert run.states.sharding.spec[0] == "time"
 
 
-def test_weights_lie_on_the_mesh():
-    """Of a step that is a module, or a method of one, on explicit axes too."""
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_weights_lie_on_the_mesh(kind):
+    """Those of a step that is a module."""
 
     def loss(step, xs, solver):
         return jnp.sum(prnn.solve(step, xs, INIT, solver=solver).states ** 3)
@@ -265,14 +268,13 @@ def test_weights_lie_on_the_mesh():
         return eqx.filter_jit(eqx.filter_value_and_grad(loss))(Elman(weight), xs, solver)
 
     expected = run(WEIGHT, XS, prnn.Sequential())
-    for kind in ("Auto", "Explicit"):
-        mesh = mesh_of(8, kind)
-        weight = jax.device_put(WEIGHT, NamedSharding(mesh, P()))
-        xs = jax.device_put(XS, NamedSharding(mesh, P("time")))
-        with jax.set_mesh(mesh):
-            got = run(weight, xs, prnn.TimeSharded("time"))
-            assert prnn.select_solver(Elman(weight), xs, INIT)[0].axis == "time"
-        close(jax.tree.leaves(got), jax.tree.leaves(expected))
+    mesh = mesh_of(8, kind)
+    weight = jax.device_put(WEIGHT, NamedSharding(mesh, P()))
+    xs = jax.device_put(XS, NamedSharding(mesh, P("time")))
+    with jax.set_mesh(mesh):
+        got = run(weight, xs, SHARDED)
+        assert prnn.select_solver(Elman(weight), xs, INIT)[0].axis == "time"
+    close(jax.tree.leaves(got), jax.tree.leaves(expected))
 
 
 def compiled(step, weights, shapes, init, solver, count):
@@ -332,41 +334,40 @@ def test_what_has_forgotten_is_right_at_once():
             assert iterations(xs) == 0
 
 
-def test_nothing_gathers_the_sequence():
-    """All that goes between devices are summaries, whatever the length; counted from the program
-    that the compiler made."""
+@pytest.mark.parametrize(
+    "step, solver, summary",
+    [
+        (elman, prnn.Newton(chunk_size=4), 5**2 + 5),
+        (diagonal, prnn.Newton(chunk_size=4), 2 * 5),
+        (elman, prnn.Jacobi(chunk_size=4), None),
+    ],
+    ids=["dense, Newton", "diagonal, Newton", "Jacobi"],
+)
+def test_nothing_gathers_the_sequence(step, solver, summary):
+    """Devices exchange summaries alone, of as many numbers whatever the length; counted from the
+    compiled program."""
     size, item = 5, 8
-    for step, numbers in ((elman, size**2 + size), (diagonal, 2 * size)):
-        for solver in (prnn.Newton(chunk_size=4), prnn.Jacobi(chunk_size=4)):
-            solver = prnn.TimeSharded("time", solver)
-            short, long = (
-                collectives(
-                    compiled(
-                        step,
-                        jnp.zeros((size, size)),
-                        jax.ShapeDtypeStruct((length, size), float),
-                        jnp.zeros(size),
-                        solver,
-                        8,
-                    ).as_text()
-                )
-                for length in (256, 512)
-            )
-            assert short == long, (short, long)
-            newton = isinstance(solver.solver, prnn.Newton)
-            turn = [one for one in long if one.loops[-1:] == ("iterations",)]
-            large = [one.nbytes for one in turn if one.nbytes > max(size * item, 9 * 4)]
-            # One exchange of summaries, and one of what the linearization leaves out, four numbers
-            # per element; all else has no more numbers than a state, or a few.
-            expected = [4 * size * item, *[numbers * item] * newton]
-            assert sorted(large) == sorted(expected), turn
-            assert len(turn) <= (9 if newton else 5), turn
-            # Where states are judged, the end of a device and what disturbances make of it.
-            other = [one for one in long if one not in turn and one.kind != "all-reduce"]
-            judging = [one for one in long if one.loops[-1:] == ("attempts",)]
-            assert len(judging) <= 3, judging
-            assert all(one.nbytes <= 2 * size * item for one in other), other
-            assert all(one.nbytes <= (size**2 + size) * item for one in long), long
+    weights, init = jnp.zeros((size, size)), jnp.zeros(size)
+    short, long = (
+        collectives(
+            compiled(step, weights, xs, init, prnn.TimeSharded("time", solver), 8).as_text()
+        )
+        for xs in (jax.ShapeDtypeStruct((length, size), float) for length in (256, 512))
+    )
+    assert short == long, (short, long)
+    turn = [one for one in long if one.loops[-1:] == ("iterations",)]
+    large = [one.nbytes for one in turn if one.nbytes > max(size * item, 9 * 4)]
+    # One exchange of summaries, and one of what the linearization leaves out, four numbers per
+    # element; all else has no more numbers than a state, or a few.
+    expected = [4 * size * item] if summary is None else [4 * size * item, summary * item]
+    assert sorted(large) == sorted(expected), turn
+    assert len(turn) <= (5 if summary is None else 9), turn
+    # Where states are judged, the end of a device and what disturbances make of it.
+    other = [one for one in long if one not in turn and one.kind != "all-reduce"]
+    judging = [one for one in long if one.loops[-1:] == ("attempts",)]
+    assert len(judging) <= 3, judging
+    assert all(one.nbytes <= 2 * size * item for one in other), other
+    assert all(one.nbytes <= (size**2 + size) * item for one in long), long
 
 
 def test_memory_is_shared(optimised):
