@@ -10,11 +10,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, PyTree
 
-from ._devices import place_like, spread
-from ._line import Line
 from ._misc import bool_where, is_symbolic, over_rows
+from ._one_device import OneDevice
+from ._shards import choose_shards
 from .scans import Sequential
-from .scans._named import across
 
 
 def segment_starts(segment_ids: Int[Array | np.ndarray, " L"]) -> Bool[Array, " L"]:
@@ -115,8 +114,10 @@ class Packing(eqx.Module):
     def compact(self, tree: PyTree[Any]) -> PyTree[Array]:
         """From step to place. Zeros if no step is unmasked, because all may be NaN then."""
 
+        shards = choose_shards((tree, self))
+
         def one(x):
-            moved = spread(jnp.asarray(x), self.count)[self.order]
+            moved = shards.spread(jnp.asarray(x), self.count)[self.order]
             return jnp.where(self.count > 0, moved, jnp.zeros_like(moved))
 
         return jtu.tree_map(one, tree)
@@ -138,7 +139,7 @@ class Packing(eqx.Module):
 
     def pieces(self, reset: Bool[Array, " L"]) -> Bool[Array, " L"]:
         """Which places start anew: one, or a masked one since the place before, was to be reset."""
-        moved = jnp.cumsum(spread(reset, self.count))[self.order]
+        moved = jnp.cumsum(choose_shards((reset, self)).spread(reset, self.count))[self.order]
         return jnp.diff(moved, prepend=0) != 0
 
     def resets(self, pieces: Bool[Array, " L"] | None) -> Bool[Array, " L"]:
@@ -148,14 +149,14 @@ class Packing(eqx.Module):
 
 
 def without_moving(
-    line: Line, mask: Bool[Array, " L"], xs: PyTree[Array], reset: Bool[Array, " L"] | None
+    shards: OneDevice, mask: Bool[Array, " L"], xs: PyTree[Array], reset: Bool[Array, " L"] | None
 ) -> tuple[PyTree[Array], Bool[Array, " L"] | None]:
     """`(xs, reset)` for a recurrence whose masked steps stay where they are and change nothing,
     where the steps lie on several devices: plausible inputs in their places, and each reset at the
     next unmasked step."""
     some, place = jnp.any(mask), jnp.argmax(mask)
     here = jtu.tree_map(lambda x: x[place], xs)
-    has_some, firsts = line.all_gather((some, here))
+    has_some, firsts = shards.all_gather((some, here))
     device = jnp.argmax(has_some)
 
     def one(x, first):
@@ -165,11 +166,11 @@ def without_moving(
     xs = jtu.tree_map(one, xs, firsts)
     if reset is None:
         return xs, None
-    scan = across(Sequential(), line)
+    scan = shards.sharded(Sequential())
     passed = scan.cumulative_sum(reset.astype(int))
     # How many resets had passed at the unmasked step before each.
     last = scan.cumulative_max(jnp.where(mask, passed, 0))
-    return xs, mask & (passed > line.shift_right(last, jnp.zeros_like(last[0])))
+    return xs, mask & (passed > shards.shift_right(last, jnp.zeros_like(last[0])))
 
 
 def windows_of_pieces(
@@ -193,7 +194,11 @@ def windows_of_pieces(
 
 
 def passed_inputs(
-    line: Line, past: PyTree[Array], xs: PyTree[Array], count: Int[Array, ""] | int, context: int
+    shards: OneDevice,
+    past: PyTree[Array],
+    xs: PyTree[Array],
+    count: Int[Array, ""] | int,
+    context: int,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
     """`(before, after)`: the last `context` inputs before those of this device, and the last of
     all; `past` are those before the first, and of `xs` the first `count` rows count."""
@@ -202,7 +207,7 @@ def passed_inputs(
         padded = jnp.concatenate([jnp.zeros_like(p), x])
         return jax.lax.dynamic_slice_in_dim(padded, count, context)
 
-    every = line.all_gather((jtu.tree_map(last, past, xs), jnp.minimum(count, context)))
+    every = shards.all_gather((jtu.tree_map(last, past, xs), jnp.minimum(count, context)))
     place = jnp.arange(context)
 
     def follow(held, device):
@@ -215,11 +220,11 @@ def passed_inputs(
         held = jtu.tree_map(one, held, rows)
         return held, held
 
-    past = place_like(past, (past, every))
+    past = shards.place_like(past, (past, every))
     after, held = jax.lax.scan(follow, past, every)
-    index = jnp.maximum(line.index - 1, 0)
+    index = jnp.maximum(shards.index - 1, 0)
     before = jtu.tree_map(lambda h: h[index], held)
-    return bool_where(jnp.asarray(line.is_first), past, before), after
+    return bool_where(jnp.asarray(shards.is_first), past, before), after
 
 
 def zero_unless(flags: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]:

@@ -8,10 +8,10 @@ import jax
 from jaxtyping import Array, Bool, PyTree
 
 from ._algebra import AbstractAlgebra, WithIdentity, WithResets
-from ._devices import typed_slice
-from ._line import Line
 from ._misc import bool_where, make_ravel, num_steps
-from ._traits import lacks_derivative, lacks_transpose, shared_axes
+from ._one_device import OneDevice
+from ._step_properties import lacks_derivative, lacks_transpose, shared_axes
+from ._tracing import typed_slice
 from .scans import AbstractScan
 from .structures import AbstractStructure, detect_structure, is_affine
 
@@ -43,7 +43,8 @@ class Recurrence(eqx.Module):
     - `algebra`: the family of maps that the steps belong to, if it is known, or `None`.
     - `reverse`: whether time runs from the last input to the first: $h_t = \mathrm{step}(h_{t+1},
         x_t)$ with $h_L = \mathrm{init}$. Only a solver that declares `runs_backwards` meets it.
-    - `parts`: where the steps lie. If on several devices, `xs` and all states are those of this
+    - `row_shards`: where the steps lie, in the order of the rows of `xs`; `shards` is the same in
+        the order of time. If on several devices, `xs` and all states are those of this
         device, and `init` is the state before the very first step. Only a solver that declares
         `supports_sharding` meets that.
     """
@@ -53,7 +54,7 @@ class Recurrence(eqx.Module):
     init: PyTree[Any]
     algebra: AbstractAlgebra | None = eqx.field(static=True)
     reverse: bool = eqx.field(static=True)
-    parts: Line = eqx.field(static=True)
+    row_shards: OneDevice = eqx.field(static=True)
     _found: _Found = eqx.field(static=True)
 
     def __init__(
@@ -67,7 +68,7 @@ class Recurrence(eqx.Module):
         structure: AbstractStructure | None = None,
         algebra: AbstractAlgebra | None = None,
         reverse: bool = False,
-        parts: Line = Line(),  # noqa: B008
+        row_shards: OneDevice = OneDevice(),  # noqa: B008
         mask: Bool[Array, " L"] | None = None,
     ):
         """**Arguments:**
@@ -77,7 +78,7 @@ class Recurrence(eqx.Module):
         - `structure`, `algebra`: what is known of the step. The structure is detected otherwise,
             when it is first asked for.
         - `reverse`: whether time runs from the last input to the first.
-        - `parts`: where the steps lie; the order of the devices is that of the rows of `xs`.
+        - `row_shards`: where the steps lie, in the order of the rows of `xs`.
         - `mask`: which steps are made; the others leave the state as it is.
         """
         if resets is not None:
@@ -85,7 +86,7 @@ class Recurrence(eqx.Module):
         if mask is not None:
             step, xs = _MaskedStep(step), (mask, xs)
         self.step, self.xs, self.init = step, xs, init
-        self.algebra, self.reverse, self.parts = algebra, reverse, parts
+        self.algebra, self.reverse, self.row_shards = algebra, reverse, row_shards
         self._found = _Found(structure)
 
     @property
@@ -94,9 +95,9 @@ class Recurrence(eqx.Module):
         return num_steps(self.xs)
 
     @property
-    def line(self) -> Line:
+    def shards(self) -> OneDevice:
         """Where the steps lie, in the order of time."""
-        return self.parts.backwards() if self.reverse else self.parts
+        return self.row_shards.backwards() if self.reverse else self.row_shards
 
     def at(self, times: slice) -> slice:
         """The rows of the inputs and the states at times that are counted in the direction of the
@@ -116,7 +117,7 @@ class Recurrence(eqx.Module):
 
     def previous(self, states: PyTree[Array]) -> PyTree[Array]:
         """The states that the steps start from, `(init, states[0], …, states[L-2])`."""
-        return self.parts.shift_right(states, self.init)
+        return self.row_shards.shift_right(states, self.init)
 
     def images(self, states: PyTree[Array]) -> PyTree[Array]:
         """What all steps make of the states that they start from, side by side."""

@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
-from ._mesh import TimeAxis, find_time_axis, time_axis_of
 from ._misc import is_symbolic
 from ._platform import chosen_platform, kernels_enabled
 from ._recurrence import Recurrence
-from ._traits import listed
+from ._step_properties import listed
+from ._tracing import on_mesh
 from .adjoints import AbstractAdjoint, ClippedAdjoint, LinearSolveAdjoint, OnePassAdjoint
 from .adjoints._wrapped import as_adjoint, default_adjoint
+from .sharding._mesh import TimeAxis, find_time_axis, time_axis_of
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
 from .solvers._base import check_sharding
 from .solvers._time_sharded import default_sharded_solver
@@ -24,9 +25,9 @@ _MAX_DENSE_SIZE = 128
 _MIN_LENGTH = 64
 
 
-def within(policy: Any) -> Any:
-    """A solver, or an adjoint, for what lies on one device or several."""
-    return policy.within() if isinstance(policy, AbstractSolver) else policy
+def inner(policy: Any) -> Any:
+    """The solver inside `TimeSharded`; any other solver or adjoint itself."""
+    return policy.inner if isinstance(policy, AbstractSolver) else policy
 
 
 def time_axis(
@@ -48,6 +49,8 @@ def time_axis(
     axes = {axis for axis in named if axis is not None}
     if len(axes) > 1:
         raise ValueError(f"`solver` and `adjoint` cut time along different axes: {axes}.")
+    if not axes and not on_mesh(arrays):
+        return None
     lies = time_axis_of(arrays[0])
     if not axes and lies is not None and solver is not None:
         raise ValueError(
@@ -93,7 +96,7 @@ def choose(
     platform = chosen_platform(platform)
     _check_shared_axes(recurrence, solver=solver, adjoint=adjoint)
     for name, policy in (("solver", solver), ("adjoint", adjoint)):
-        if policy is not None and recurrence.line.is_sharded:
+        if policy is not None and recurrence.shards.is_sharded:
             check_sharding(name, policy)
     if is_symbolic(recurrence.length):
         return _choose_for_any_length(recurrence, solver, adjoint)
@@ -115,7 +118,7 @@ def _choose_for_any_length(
     adjoint: AbstractSolver | AbstractAdjoint | None,
 ) -> Choice:
     """Of a program that is exported for sequences of all lengths: one step after another."""
-    if recurrence.line.is_sharded or not (solver is None or solver.stepwise):
+    if recurrence.shards.is_sharded or not (solver is None or solver.stepwise):
         name = "TimeSharded" if solver is None else type(solver).__name__
         raise ValueError(
             f"`xs` has the symbolic length {recurrence.length}, but `solver={name}(…)` cuts a "
@@ -132,7 +135,7 @@ def _choose_for_any_length(
 
 
 def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | AbstractAdjoint | None):
-    if recurrence.line.is_sharded and recurrence.shared_axes:
+    if recurrence.shards.is_sharded and recurrence.shared_axes:
         raise ValueError(
             f"`step` exchanges values along {listed(recurrence.shared_axes)}: the sequences of a "
             "batch must go through their steps together, which cannot lie on several devices."
@@ -150,8 +153,8 @@ def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | Abst
 
 def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolver, str]:
     length, size = recurrence.length, recurrence.size
-    where = f" on each of {recurrence.line.count} devices" if recurrence.line.is_sharded else ""
-    if recurrence.line.is_sharded and platform == "cpu":
+    where = f" on each of {recurrence.shards.count} devices" if recurrence.shards.is_sharded else ""
+    if recurrence.shards.is_sharded and platform == "cpu":
         return default_sharded_solver(recurrence, platform), (
             "On CPU devices, the part of each starts 128 steps early: if the state is forgotten by "
             "then, all devices together do the work of one pass of `lax.scan`."
@@ -226,7 +229,7 @@ def _select_adjoint(
         )
     else:
         chosen = as_adjoint(adjoint)
-    if recurrence.line.is_sharded and chosen.stepwise and not recurrence.has_all_tangents:
+    if recurrence.shards.is_sharded and chosen.stepwise and not recurrence.has_all_tangents:
         chosen = LinearSolveAdjoint(default_sharded_solver(recurrence, platform))
     backward = chosen.backward_solver
     if backward is None or recurrence.has_all_tangents:
@@ -234,6 +237,6 @@ def _select_adjoint(
     # There is no map from tangents to tangents to solve with and to transpose; but what flows back
     # can be solved for.
     reason = "The step has no derivative in forward mode: only what flows back can be solved for."
-    if adjoint is None and not recurrence.line.is_sharded:
+    if adjoint is None and not recurrence.shards.is_sharded:
         return OnePassAdjoint(), reason
     return ClippedAdjoint(math.inf, backward), reason

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._line import AxisName
 from .._misc import is_symbolic
+from .._one_device import AxisName
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._line import Line
 from .._misc import num_steps
+from .._one_device import OneDevice
 from ..structures import AbstractStructure
 
 
@@ -32,7 +32,7 @@ class AbstractScan(abc.ABC):
     # overflow either.
     accurate_to: ClassVar[float] = 1024
     # Where the elements lie: on one device, but for what is made of a scan for several.
-    line: ClassVar[Line] = Line()
+    shards: ClassVar[OneDevice] = OneDevice()
 
     @abc.abstractmethod
     def prefixes(
@@ -90,8 +90,7 @@ class AbstractScan(abc.ABC):
         offsets: Float[Array, "length size"],
     ) -> Float[Array, "length size"]:
         """The state before each step of `affine`, $h_{t-1}$."""
-        states = self.affine(structure, matrices, offsets)
-        return self.line.shift_right(states, jnp.zeros_like(offsets[0]))
+        return self.shards.shift_right(self.affine(structure, matrices, offsets))
 
     @property
     def local(self) -> "AbstractScan":

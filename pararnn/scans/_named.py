@@ -2,9 +2,7 @@
 
 from typing import Any, Literal
 
-from .._line import Line
 from .._platform import chosen_platform
-from ._across import ShardedScan
 from ._associative import Associative
 from ._base import AbstractScan
 from ._radix import Radix
@@ -45,11 +43,6 @@ def check_scan(name: str, method: Any) -> None:
     """As `as_scan` raises. Of None it asks nothing: a solver may be made before JAX starts."""
     if method is not None:
         as_scan(name, method)
-
-
-def across(scan: AbstractScan, line: Line) -> AbstractScan:
-    """The scan for elements that lie as `line` says, of which `scan` does those of one device."""
-    return ShardedScan(scan, line) if line.is_sharded else scan
 
 
 def _shown(method: Any) -> str:

@@ -9,8 +9,8 @@ from .._algebra import AbstractAlgebra
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
 from ..scans import AbstractScan, LinearMethod
-from ..scans._named import across, as_scan, check_scan, default_linear_method
-from ._base import AbstractSolver, check_tangents, completed
+from ..scans._named import as_scan, check_scan, default_linear_method
+from ._base import AbstractSolver, check_tangents
 from ._newton import Newton
 from ._shooting import AbstractIterativeSolver
 
@@ -58,9 +58,6 @@ class AssociativeScan(AbstractSolver):
             )
 
     def solve(self, recurrence, guess, report=None):
-        return completed(self.attempt(recurrence, guess, report), recurrence.line)
-
-    def attempt(self, recurrence, guess, report=None):
         check_tangents(self, recurrence)
         algebra = recurrence.algebra if self.algebra is None else self.algebra
         guess = None
@@ -74,7 +71,7 @@ class AssociativeScan(AbstractSolver):
         # An affine recurrence is one correction of Newton's method from anywhere. An algebra may
         # not be the step's, `stop_gradient` can hide a nonlinearity, and the rounding of long
         # products adds up: never trust. What is missing is the next correction, if any is needed.
-        return self._corrector().attempt(recurrence, guess, report)
+        return self._corrector().solve(recurrence, guess, report)
 
     def solve_affine(self, recurrence):
         return self._corrector().solve_affine(recurrence)
@@ -96,5 +93,5 @@ class AssociativeScan(AbstractSolver):
 
     def _composed(self, algebra: AbstractAlgebra, recurrence: Recurrence) -> PyTree[Array]:
         """The states by composition, from the first step on."""
-        scan = across(as_scan("linear_method", self.linear_method), recurrence.line)
+        scan = recurrence.shards.sharded(as_scan("linear_method", self.linear_method))
         return recurrence.composed(algebra, scan)

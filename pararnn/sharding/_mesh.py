@@ -11,8 +11,9 @@ import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, PyTree
 
-from ._line import AxisName, axis_names
-from ._misc import num_steps
+from .._misc import num_steps
+from .._one_device import AxisName
+from ._time import axis_names
 
 # Longer parts that must be filled up anyway are filled up to a multiple of this, so that they can
 # be cut into chunks.
