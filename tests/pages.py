@@ -114,14 +114,14 @@ def agree(shown: str, printed: str) -> bool:
     """Whether a page shows what is printed. The words are the same; numbers are about the same,
     since machines and releases of JAX round in other ways, and errors as small as rounding count
     as none, as do corrections that are below the tolerance, which is their unit."""
-    shown, printed = (_CORRECTION.sub(_fixed_point_over_devices, text) for text in (shown, printed))
+    shown, printed = (_CORRECTION.sub(_settled, text) for text in (shown, printed))
     if _NUMBER.sub("#", shown).split() != _NUMBER.sub("#", printed).split():
         return False
     pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
     return all(_about(*pair) for pair in pairs)
 
 
-def _fixed_point_over_devices(correction: re.Match[str]) -> str:
+def _settled(correction: re.Match[str]) -> str:
     return "0" if float(correction[0]) <= 1 else correction[0]
 
 
