@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Num, PyTree
 
 from .._misc import num_steps
 from .._one_device import OneDevice
@@ -101,7 +101,7 @@ class AbstractScan(abc.ABC):
         """The largest number so far, along the leading axis."""
         return jax.lax.cummax(x)
 
-    def cumulative_sum(self, x: Float[Array, "length *rest"]) -> Float[Array, "length *rest"]:
+    def cumulative_sum(self, x: Num[Array, "length *rest"]) -> Num[Array, "length *rest"]:
         """The sum so far, along the leading axis."""
         return jnp.cumsum(x, axis=0)
 
