@@ -97,7 +97,7 @@ class AbstractScan(abc.ABC):
         """The scan of those elements that lie on one device."""
         return self
 
-    def cumulative_max(self, x: Float[Array, "length *rest"]) -> Float[Array, "length *rest"]:
+    def cumulative_max(self, x: Num[Array, "length *rest"]) -> Num[Array, "length *rest"]:
         """The largest number so far, along the leading axis."""
         return jax.lax.cummax(x)
 

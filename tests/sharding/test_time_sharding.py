@@ -392,7 +392,7 @@ def test_memory_is_shared(optimised):
 
 def test_a_mesh_with_that_axis_is_needed():
     with pytest.raises(ValueError, match="needs a mesh with this axis, but there is no mesh"):
-        prnn.solve(step, jnp.ones((4, 1)), jnp.ones(1), solver=prnn.TimeSharded("time"))
+        prnn.solve(functools.partial(elman, WEIGHT), XS, INIT, solver=prnn.TimeSharded("time"))
 
 
 def test_wrong_arguments(as_users_run_it):
@@ -402,4 +402,4 @@ def test_wrong_arguments(as_users_run_it):
         prnn.TimeSharded("time", prnn.TimeSharded("time"))
     with pytest.raises(ValueError, match="cut time along different axes"):
         solver, adjoint = prnn.TimeSharded("a"), prnn.TimeSharded("b")
-        prnn.solve(step, jnp.ones((4, 1)), jnp.ones(1), solver=solver, adjoint=adjoint)
+        prnn.solve(functools.partial(elman, WEIGHT), XS, INIT, solver=solver, adjoint=adjoint)
