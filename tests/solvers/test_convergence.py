@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
+from pararnn._one_device import OneDevice
 from pararnn.solvers import _convergence as rule
 
 SCAN = prnn.scans.Sequential()
