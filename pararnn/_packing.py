@@ -14,7 +14,7 @@ from ._devices import place_like, spread
 from ._line import Line
 from ._misc import bool_where, is_symbolic, over_rows
 from .scans import Sequential
-from .scans._named import across
+from .scans._default import across
 
 
 def segment_starts(segment_ids: Int[Array | np.ndarray, " L"]) -> Bool[Array, " L"]:

@@ -194,7 +194,7 @@ def manual(count, **options):
     return lambda one: in_shard_map(one, make_mesh(count), **options)
 
 
-associative = prnn.Newton(chunk_size=4, linear_method="associative")
+associative = prnn.Newton(chunk_size=4, linear_method=prnn.scans.Associative())
 agrees("explicit, one device", explicit(1), dense, prnn.Sequential())
 agrees("explicit without set_mesh, Newton", explicit(2, context=False), diagonal, prnn.Newton())
 agrees("explicit, eager", explicit(2, jit=False), diagonal, prnn.Newton(chunk_size=4))
@@ -207,14 +207,14 @@ agrees(
     "manual, Levenberg-Marquardt",
     manual(4, grads="outside"),
     diagonal,
-    prnn.LevenbergMarquardt(chunk_size=2, linear_method="associative"),
+    prnn.LevenbergMarquardt(chunk_size=2, linear_method=prnn.scans.Associative()),
 )
 agrees("manual, Speculative", manual(2, grads="outside"), dense, prnn.Speculative(num_candidates=4))
 agrees(
     "manual, affine",
     manual(4, grads="inside"),
     affine,
-    prnn.AssociativeScan(linear_method="radix"),
+    prnn.AssociativeScan(linear_method=prnn.scans.Radix()),
     prnn.Newton(chunk_size=4),
 )
 agrees(

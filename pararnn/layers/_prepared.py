@@ -16,7 +16,7 @@ from .._misc import num_steps
 from .._packing import Packing, passed_inputs, windows_of_pieces, without_moving, zero_unless
 from ..cells import AbstractCell
 from ..scans import Sequential
-from ..scans._named import across
+from ..scans._default import across
 
 
 class Given(NamedTuple):

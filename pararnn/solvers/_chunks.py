@@ -13,7 +13,7 @@ from .._devices import place_like
 from .._misc import finite_or, make_ravel
 from .._recurrence import Recurrence
 from ..scans import AbstractScan
-from ..scans._named import across
+from ..scans._default import across
 from ..sweeps import AbstractSweep, Rows
 from ..sweeps._base import Step
 from ._convergence import displacements, unexplained

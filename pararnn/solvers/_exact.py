@@ -8,8 +8,8 @@ from jaxtyping import Array, PyTree
 from .._algebra import AbstractAlgebra
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
-from ..scans import AbstractScan, LinearMethod
-from ..scans._named import across, as_scan, check_scan, default_linear_method
+from ..scans import AbstractScan
+from ..scans._default import across, check_scan, default_scan
 from ._base import AbstractSolver, check_tangents, completed
 from ._newton import Newton
 from ._shooting import AbstractIterativeSolver
@@ -32,7 +32,8 @@ class AssociativeScan(AbstractSolver):
 
     - `algebra`: an [`pararnn.AbstractAlgebra`][] that contains the steps; `None` is the one
         that is known of the recurrence, as a cell's, or else for affine steps.
-    - `linear_method`: how the scan runs, as in [`pararnn.linear_recurrence`][].
+    - `linear_method`: the scan that composes the steps, as the `method` of
+        [`pararnn.linear_recurrence`][].
     - `corrector`: the solver of affine recurrences, and of what a composition has left; its
         iterations are few. `None` is [`pararnn.Newton`][] with chunks of one step, which on an
         accelerator are longer.
@@ -42,7 +43,7 @@ class AssociativeScan(AbstractSolver):
     supports_sharding: ClassVar[bool] = True
 
     algebra: AbstractAlgebra | None = None
-    linear_method: LinearMethod | AbstractScan | None = None
+    linear_method: AbstractScan | None = None
     corrector: AbstractIterativeSolver | None = None
 
     def __post_init__(self):
@@ -80,8 +81,8 @@ class AssociativeScan(AbstractSolver):
         return self._corrector().solve_affine(recurrence)
 
     def resolved(self, recurrence, platform=None):
-        method = self.linear_method or default_linear_method(platform)
-        solver = dataclasses.replace(self, linear_method=method)
+        scan = self.linear_method or default_scan(platform)
+        solver = dataclasses.replace(self, linear_method=scan)
         corrector = solver._corrector(platform).resolved(recurrence, platform)
         return dataclasses.replace(solver, corrector=corrector)
 
@@ -96,5 +97,5 @@ class AssociativeScan(AbstractSolver):
 
     def _composed(self, algebra: AbstractAlgebra, recurrence: Recurrence) -> PyTree[Array]:
         """The states by composition, from the first step on."""
-        scan = across(as_scan("linear_method", self.linear_method), recurrence.line)
+        scan = across(self.linear_method or default_scan(), recurrence.line)
         return recurrence.composed(algebra, scan)
