@@ -74,9 +74,9 @@ def _rule(eqn: Any, ins: list[Any]) -> Sequence[Any]:
     name = eqn.primitive.name
     if primitive(name).linear:
         return _apart(eqn, ins)
-    if name not in _RULES:
+    if name not in RULES:
         raise Unsupported(f"uses `{name}` of complex numbers")
-    return [_RULES[name](eqn, *ins)]
+    return [RULES[name](eqn, *ins)]
 
 
 def _apart(eqn: Any, ins: list[Any]) -> list[Any]:
@@ -110,7 +110,7 @@ def _exp(eqn, x):
     return Parts(size * lax.cos(x.imag), size * lax.sin(x.imag))
 
 
-_RULES: dict[str, Callable[..., Any]] = {
+RULES: dict[str, Callable[..., Any]] = {
     "real": lambda eqn, x: x.real,
     "imag": lambda eqn, x: x.imag,
     "complex": lambda eqn, real, imag: Parts(real, imag),

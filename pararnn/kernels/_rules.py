@@ -50,9 +50,9 @@ def _rule(eqn: Any) -> Rule:
             raise Unsupported("has empty arrays")
     if name in NAMES:
         return _elementwise
-    if name not in _RULES:
+    if name not in RULES:
         raise Unsupported(f"uses `{name}`")
-    return _RULES[name]
+    return RULES[name]
 
 
 def _elementwise(writer, eqn, ins):
@@ -209,7 +209,7 @@ def _dot(writer, eqn, ins):
     return [dot_general(writer, eqn, ins, reduced)]
 
 
-_RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(MOVES, _moved),
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
