@@ -197,18 +197,6 @@ class Multiple(prnn.AbstractStructure):
     def compose(self, later, earlier):
         return later * earlier
 
-    def transpose(self, matrix):
-        return matrix
-
-    def identity(self, like):
-        return jnp.ones_like(like)
-
-    def inverse(self, matrix):
-        return 1 / matrix
-
-    def diagonal(self, matrix):
-        return jnp.broadcast_to(matrix, (*matrix.shape[:-1], D))
-
     def to_dense(self, matrix):
         eye = jnp.broadcast_to(jnp.eye(D, dtype=matrix.dtype), (*matrix.shape[:-1], D, D))
         return jnp.expand_dims(matrix, -1) * eye
