@@ -42,8 +42,8 @@ def _solver(rng: np.random.Generator, family: Family) -> prnn.AbstractSolver | N
     solvers = [
         prnn.Sequential(),
         prnn.Newton(**options),
-        prnn.Newton(**options, linear_method="associative"),
-        prnn.Newton(**options, linear_method="radix", min_iters=2),
+        prnn.Newton(**options, linear_method=prnn.scans.Associative()),
+        prnn.Newton(**options, linear_method=prnn.scans.Radix(), min_iters=2),
         prnn.Newton(**options, overlap=overlap),
         prnn.QuasiNewton(**options),
         prnn.Jacobi(**options),

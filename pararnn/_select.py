@@ -16,7 +16,8 @@ from .sharding._mesh import TimeAxis, find_time_axis, time_axis_of
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
 from .solvers._base import check_sharding
 from .solvers._time_sharded import default_sharded_solver
-from .sweeps._named import why_no_kernel
+from .sweeps import Fused
+from .sweeps._default import why_no_kernel
 
 # Beyond this many state elements a dense Newton correction costs more than the sweeps that it
 # saves.
@@ -203,7 +204,7 @@ def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolve
     if solver.overlap:
         reason += f", which start {solver.overlap} steps early: if the state is forgotten by then"
         reason += ", no tangents are needed"
-    if solver.sweep_method == "kernel":
+    if solver.sweep_method == Fused():
         reason += ", in one kernel"
     elif kernels_enabled(platform):
         why = why_no_kernel(recurrence.step, recurrence.init, recurrence.xs)

@@ -25,3 +25,17 @@ def check_tolerance(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be a Python float or None; got {value!r}.")
     if not 0 <= value < float("inf"):
         raise ValueError(f"`{name}` must be finite and not negative; got {value}.")
+
+
+def check_instance(name: str, value: Any, base: type, instances: str) -> None:
+    """Raises a `TypeError` unless `value` is an instance of `base` or None; `instances` tells which
+    ones the package has."""
+    if value is None or isinstance(value, base):
+        return
+    hint = ""
+    if isinstance(value, type) and issubclass(value, base):
+        hint = f" Did you forget the parentheses? Pass `{value.__name__}()`."
+    raise TypeError(
+        f"`{name}` must be {instances}, another instance of {base.__name__}, or None; "
+        f"got {value!r}.{hint}"
+    )

@@ -198,7 +198,7 @@ def test_leaf_of_a_state_is_named():
         (TypeError, "`chunk_size`.*got 'all'", {"chunk_size": "all"}),
         (ValueError, "`chunk_size` must be at least 1; got -2", {"chunk_size": -2}),
         (TypeError, "`fallback` must be True or False; got 1", {"fallback": 1}),
-        (ValueError, "`linear_method` must be.*got 'scan'", {"linear_method": "scan"}),
+        (TypeError, r"`linear_method` must be.*Radix\(\).*got 'radix'", {"linear_method": "radix"}),
     ],
 )
 def test_settings_of_solvers(solver, error, message, settings):
@@ -224,7 +224,7 @@ def test_settings_of_solvers(solver, error, message, settings):
         ),
         (TypeError, "`algebra`.*got 'max'", lambda: prnn.AssociativeScan(algebra="max")),
         (
-            ValueError,
+            TypeError,
             "`linear_method`.*got 'scan'",
             lambda: prnn.AssociativeScan(linear_method="scan"),
         ),

@@ -197,18 +197,6 @@ class Multiple(prnn.AbstractStructure):
     def compose(self, later, earlier):
         return later * earlier
 
-    def transpose(self, matrix):
-        return matrix
-
-    def identity(self, like):
-        return jnp.ones_like(like)
-
-    def inverse(self, matrix):
-        return 1 / matrix
-
-    def diagonal(self, matrix):
-        return jnp.broadcast_to(matrix, (*matrix.shape[:-1], D))
-
     def to_dense(self, matrix):
         eye = jnp.broadcast_to(jnp.eye(D, dtype=matrix.dtype), (*matrix.shape[:-1], D, D))
         return jnp.expand_dims(matrix, -1) * eye
@@ -226,7 +214,7 @@ def test_a_structure():
     structure = Multiple()
     for solver in (
         prnn.Newton(chunk_size=1),
-        prnn.Newton(chunk_size=8, linear_method="radix"),
+        prnn.Newton(chunk_size=8, linear_method=prnn.scans.Radix()),
         prnn.QuasiNewton(chunk_size=4),
         prnn.LevenbergMarquardt(chunk_size=5, damping=1e-6),
         prnn.AssociativeScan(),
@@ -343,7 +331,7 @@ def test_a_scan_in_a_linear_recurrence(length, reverse):
     matrices, offsets = normal(3, (length, D, D), scale=0.5), normal(4, (length, D))
     got, expected = (
         prnn.linear_recurrence(prnn.Dense(), matrices, offsets, reverse=reverse, method=method)
-        for method in (Doubling(), "sequential")
+        for method in (Doubling(), prnn.scans.Sequential())
     )
     np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-12)
 
@@ -370,9 +358,9 @@ def test_prefixes_against_a_loop(method, length, reverse):
 
 
 def test_a_scan_must_be_one(as_users_run_it):
-    with pytest.raises(ValueError, match="`linear_method` must be .*forget the parentheses"):
+    with pytest.raises(TypeError, match="`linear_method` must be .*forget the parentheses"):
         prnn.Newton(linear_method=Doubling)
-    with pytest.raises(ValueError, match="`method` must be .*a scan.*got 3"):
+    with pytest.raises(TypeError, match="`method` must be .*AbstractScan.*got 3"):
         prnn.linear_recurrence(prnn.Dense(), jnp.ones((2, 1, 1)), jnp.ones((2, 1)), method=3)
 
 

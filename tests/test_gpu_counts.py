@@ -170,7 +170,7 @@ def test_settings_are_complete():
         assert isinstance(solver, prnn.Newton) and solver.linear_method is not None
         assert adjoint.solver == solver and solver.chunk_size is not None
         without, _ = _gpu_cases.settings(f"{text}-kernels", problem)
-        assert solver.sweep_method == "kernel" != without.sweep_method
+        assert solver.sweep_method == prnn.sweeps.Fused() != without.sweep_method
     assert "PARARNN_KERNELS" not in os.environ
 
 

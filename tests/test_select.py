@@ -27,7 +27,7 @@ def test_the_choice_of_a_gpu_runs_here(name):
     adjoint, reason = prnn.select_adjoint(step, XS, INIT, platform="gpu")
     assert isinstance(adjoint, prnn.adjoints.LinearSolveAdjoint) and "gpu" in reason
     for chosen in (solver, adjoint.solver):
-        assert chosen.linear_method == "radix"
+        assert chosen.linear_method == prnn.scans.Radix()
         # Nothing is left to this platform.
         recurrence = prnn.Recurrence(step, XS, INIT)
         assert chosen.resolved(recurrence, "cpu") == chosen == chosen.resolved(recurrence, "gpu")
@@ -46,7 +46,11 @@ def test_what_an_accelerator_gets(monkeypatch):
     and for a dense step, chunks that start early."""
     monkeypatch.setenv("PARARNN_KERNELS", "0")
     xs = jax.ShapeDtypeStruct((5000, D), float)
-    common = {"chunk_size": 32, "linear_method": "radix", "sweep_method": "unrolled"}
+    common = {
+        "chunk_size": 32,
+        "linear_method": prnn.scans.Radix(),
+        "sweep_method": prnn.sweeps.Unrolled(),
+    }
     solver, reason = prnn.select_solver(STEPS["diagonal"], xs, INIT, platform="gpu")
     assert solver == prnn.Newton(**common, overlap=0, min_iters=3)
     assert "157 chunks of 32 steps" in reason
@@ -55,13 +59,17 @@ def test_what_an_accelerator_gets(monkeypatch):
     assert "32 steps early" in reason
     solver, _ = prnn.select_solver(STEPS["affine"], xs, INIT, platform="gpu")
     corrector = prnn.Newton(**common, overlap=0, min_iters=2, max_iters=10)
-    assert solver == prnn.AssociativeScan(linear_method="radix", corrector=corrector)
+    assert solver == prnn.AssociativeScan(linear_method=prnn.scans.Radix(), corrector=corrector)
 
 
 def test_what_was_asked_for_stays():
     recurrence = prnn.Recurrence(STEPS["dense"], XS, INIT)
     asked = prnn.Newton(
-        chunk_size=16, linear_method="associative", sweep_method="scan", overlap=4, min_iters=1
+        chunk_size=16,
+        linear_method=prnn.scans.Associative(),
+        sweep_method=prnn.sweeps.Scanned(),
+        overlap=4,
+        min_iters=1,
     )
     for platform in ("cpu", "gpu"):
         assert asked.resolved(recurrence, platform) == asked

@@ -13,15 +13,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Integer
 
+from ..jaxprs._primitives import primitive
 from ..jaxprs._walk import evaluate, evaluate_alone
 
-# These round nothing.
-_EXACT = frozenset(
-    "abs argmax argmin broadcast_in_dim ceil clamp complex concatenate conj copy copy_p cummax "
-    "cummin dynamic_slice dynamic_update_slice expand_dims floor gather imag iota max min neg "
-    "optimization_barrier pad real reduce_max reduce_min reshape rev round scatter select_n sign "
-    "slice sort split squeeze stack stop_gradient tile transpose".split()
-)
 # An integer that these return was not rounded, as a rule: counters and flags stay as they are. That
 # a gate is exactly 1, however, is rounding.
 _KEEPING_INTEGERS = frozenset(
@@ -47,7 +41,7 @@ def rounded_anew(function: Callable[..., Any], salt: Integer[Array, ""]) -> Call
         def rule(eqn, ins):
             outs = evaluate_alone(eqn, ins)
             name = eqn.primitive.name
-            return outs if name in _EXACT else [_round(x, name, state) for x in outs]
+            return outs if primitive(name).exact else [_round(x, name, state) for x in outs]
 
         closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
         results = evaluate(closed.jaxpr, closed.consts, jtu.tree_leaves(args), rule)

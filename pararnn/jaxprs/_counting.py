@@ -1,4 +1,8 @@
-"""Counting operations and bytes of a function from its jaxpr, loops as often as they turn."""
+"""Operations and bytes of a function, counted in its jaxpr, and the trip counts of its loops.
+
+XLA's own `compiled.cost_analysis()` counts the body of every loop once (seen in JAX 0.10.2), so it
+says nothing of a recurrence. `pararnn.benchmark` reports what is counted here.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,18 +14,8 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from ._primitives import Cost, Kind, primitive
 from ._walk import LOOPS, called, evaluate, evaluate_alone, inner_jaxprs, open_jaxpr, scan_parts
-
-# No data moves.
-_FREE = {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "stop_gradient"}
-# Data moves, without arithmetic. Of the operands of a slice, only what is taken or put is touched.
-_SLICES = {"dynamic_slice", "gather", "slice"}
-_UPDATES = {"dynamic_update_slice", "scatter", "scatter-add"}
-_MOVES = {
-    "bitcast_convert_type", "complex", "concatenate", "convert_element_type", "copy", "copy_p",
-    "imag", "iota", "optimization_barrier", "pad", "real", "rev", "select_n", "split", "stack",
-    "tile", "transpose",
-}  # fmt: skip
 
 
 class Counts(NamedTuple):
@@ -241,27 +235,33 @@ def _bytes(var: Any) -> int:
 
 def _primitive(eqn: Any) -> Counts:
     name, outs = eqn.primitive.name, eqn.outvars
+    row = primitive(name)
     inexact = any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in outs if _bytes(v))
-    written = sum(map(_bytes, outs))
-    if name in _FREE:
+    written = float(sum(map(_bytes, outs)))
+    if row.cost is Cost.FREE:
         return Counts(0.0, 0.0)
-    if name in _SLICES:
-        return Counts(0.0, 2.0 * written)
-    if name in _UPDATES:
+    if row.cost is Cost.SLICE:
+        return Counts(0.0, 2 * written)
+    if row.cost is Cost.UPDATE:
         update = eqn.invars[1 if name == "dynamic_update_slice" else 2]
-        adds = _size(update) if name == "scatter-add" and inexact else 0
+        adds = _size(update) if row.kind is Kind.REDUCTION and inexact else 0
         return Counts(float(adds), 2.0 * _bytes(update))
-    moved = float(sum(map(_bytes, eqn.invars)) + written)
-    if name in _MOVES or not inexact:
-        return Counts(0.0, moved)
+    moved = sum(map(_bytes, eqn.invars)) + written
+    computes = row.cost is Cost.COMPUTE and inexact
+    return Counts(_arithmetic(eqn, row.kind) if computes else 0.0, moved)
+
+
+def _arithmetic(eqn: Any, kind: Kind) -> float:
+    """The floating-point operations of a primitive that computes."""
+    name, outs = eqn.primitive.name, eqn.outvars
     if name == "dot_general":
         (contract, _), _ = eqn.params["dimension_numbers"]
         depth = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-        return Counts(2.0 * depth * _size(outs[0]), moved)
+        return 2.0 * depth * _size(outs[0])
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return Counts(2.0 * _size(outs[0]) * math.prod(kernel) / channels, moved)
-    if name == "reduce" or name.startswith(("reduce_", "cum")):
-        return Counts(float(_size(eqn.invars[0])), moved)
-    return Counts(float(sum(map(_size, outs))), moved)
+        return 2.0 * _size(outs[0]) * math.prod(kernel) / channels
+    if kind in (Kind.REDUCTION, Kind.CUMULATIVE) or name == "reduce":
+        return float(_size(eqn.invars[0]))
+    return float(sum(map(_size, outs)))

@@ -1,7 +1,7 @@
 """What the outputs of a jaxpr may depend on, by abstract interpretation.
 
-Calls and control flow are entered here; the rules of all other primitives stand in `_primitives.py`
-or are registered. Outputs that cannot carry a derivative (integers, booleans) are dropped.
+Calls and control flow are entered here; the rules of all other primitives stand in `_rules.py` or
+are registered. Outputs that cannot carry a derivative (integers, booleans) are dropped.
 """
 
 from collections.abc import Callable, Sequence

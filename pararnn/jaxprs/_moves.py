@@ -1,7 +1,7 @@
 """Where the elements of a result come from, for primitives that only move elements.
 
-Each function answers with the *positions* of the elements in the operand (in all operands, one
-after another), as an array of the shape of the result.
+Each function maps an equation to one array for each result, of the result's shape: the *positions*
+of its elements among those of all operands, one operand after another.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,32 @@ import numpy as np
 
 
 def positions(shape: Sequence[int], start: int = 0) -> np.ndarray:
+    """The numbers of the elements of an array in row-major order, from `start` on."""
     return np.arange(start, start + np.prod(shape, dtype=int)).reshape(shape)
+
+
+def _all_positions(eqn: Any) -> list[np.ndarray]:
+    """The positions of the elements of each operand."""
+    shapes = [v.aval.shape for v in eqn.invars]
+    starts = np.cumsum([0, *(np.prod(shape, dtype=int) for shape in shapes)])
+    return [positions(s, int(o)) for s, o in zip(shapes, starts, strict=False)]
+
+
+Move = Callable[[Any], Sequence[np.ndarray]]
+
+
+def _of_one(move: Callable[[np.ndarray, Any, tuple[int, ...]], np.ndarray]) -> Move:
+    """A primitive of one operand and one result, from the operand's positions, the equation's
+    parameters and the result's shape."""
+    return lambda eqn: [
+        move(positions(eqn.invars[0].aval.shape), eqn.params, eqn.outvars[0].aval.shape)
+    ]
 
 
 def _broadcast(index, params, shape):
     aligned = [1] * len(shape)
-    for axis, dim in zip(params["broadcast_dimensions"], index.shape, strict=True):
-        aligned[axis] = dim
+    for axis, size in zip(params["broadcast_dimensions"], index.shape, strict=True):
+        aligned[axis] = size
     return np.broadcast_to(index.reshape(aligned), shape)
 
 
@@ -32,38 +51,19 @@ def _reshape(index, params, shape):
     return (index if order is None else index.transpose(order)).reshape(shape)
 
 
-Move = Callable[[np.ndarray, dict[str, Any], tuple[int, ...]], np.ndarray]
-# From the positions of the only operand, the parameters of the equation and the result's shape.
-MOVES: dict[str, Move] = {
-    "transpose": lambda index, params, shape: index.transpose(params["permutation"]),
-    "rev": lambda index, params, shape: np.flip(index, params["dimensions"]),
-    "reshape": _reshape,
-    "tile": lambda index, params, shape: np.tile(index, params["reps"]),
-    **dict.fromkeys(("squeeze", "expand_dims"), lambda index, params, shape: index.reshape(shape)),
-    "broadcast_in_dim": _broadcast,
-    "slice": _slice,
-}
+def _split(eqn):
+    bounds = np.cumsum(eqn.params["sizes"])[:-1]
+    return np.split(positions(eqn.invars[0].aval.shape), bounds, eqn.params["axis"])
 
 
-def pieces(index: np.ndarray, params: dict[str, Any]) -> list[np.ndarray]:
-    """Of `split`, one for each result."""
-    return np.split(index, np.cumsum(params["sizes"])[:-1], params["axis"])
+def _unstack(eqn):
+    return list(np.moveaxis(positions(eqn.invars[0].aval.shape), eqn.params["axis"], 0))
 
 
-def joined(shapes: Sequence[Sequence[int]], params: dict[str, Any]) -> np.ndarray:
-    """Of `concatenate`, which has a `dimension`, and of `stack`, which has a new `axis`."""
-    offsets = np.cumsum([0, *(np.prod(shape, dtype=int) for shape in shapes)])
-    parts = [positions(s, int(o)) for s, o in zip(shapes, offsets, strict=False)]
-    if "dimension" in params:
-        return np.concatenate(parts, params["dimension"])
-    return np.stack(parts, params["axis"])
-
-
-def padded(shape: Sequence[int], params: dict[str, Any]) -> np.ndarray:
-    """Of `pad`, whose operands are an array of this shape and the number that fills."""
-    config = params["padding_config"]
-    sizes = zip(shape, config, strict=True)
-    out = [low + high + n + max(n - 1, 0) * inner for n, (low, high, inner) in sizes]
+def _pad(eqn):
+    """The fill value, the second operand, has the last position."""
+    shape, config = eqn.invars[0].aval.shape, eqn.params["padding_config"]
+    out = eqn.outvars[0].aval.shape
     index = np.full(out, np.prod(shape, dtype=int))
     source: list[Any] = []
     target: list[Any] = []
@@ -73,4 +73,21 @@ def padded(shape: Sequence[int], params: dict[str, Any]) -> np.ndarray:
         source.append(np.arange(n)[inside])
         target.append(where[inside])
     index[np.ix_(*target)] = positions(shape)[np.ix_(*source)]
-    return index
+    return [index]
+
+
+MOVES: dict[str, Move] = {
+    "transpose": _of_one(lambda index, params, shape: index.transpose(params["permutation"])),
+    "rev": _of_one(lambda index, params, shape: np.flip(index, params["dimensions"])),
+    "reshape": _of_one(_reshape),
+    "tile": _of_one(lambda index, params, shape: np.tile(index, params["reps"])),
+    "squeeze": _of_one(lambda index, params, shape: index.reshape(shape)),
+    "expand_dims": _of_one(lambda index, params, shape: index.reshape(shape)),
+    "broadcast_in_dim": _of_one(_broadcast),
+    "slice": _of_one(_slice),
+    "split": _split,
+    "unstack": _unstack,
+    "concatenate": lambda eqn: [np.concatenate(_all_positions(eqn), eqn.params["dimension"])],
+    "stack": lambda eqn: [np.stack(_all_positions(eqn), eqn.params["axis"])],
+    "pad": _pad,
+}

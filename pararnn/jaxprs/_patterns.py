@@ -12,6 +12,8 @@ import jax.extend.core as jex_core
 import numpy as np
 import scipy.sparse as sp
 
+from ._moves import positions
+
 Pattern: TypeAlias = sp.csr_array | None
 """A boolean matrix (elements of a value, in row-major order × elements of the state) whose entries
 tell what may depend on what, or `None` where nothing depends on the state."""
@@ -89,11 +91,6 @@ def all_to_all(eqn: jex_core.JaxprEqn, patterns: Sequence[Pattern]) -> list[Patt
 
 def num_elements(var: Any) -> int:
     return math.prod(var.aval.shape)
-
-
-def positions(shape: Sequence[int]) -> np.ndarray:
-    """The number of each element of a value."""
-    return np.arange(math.prod(shape)).reshape(shape)
 
 
 def num_rows(pattern: sp.csr_array) -> int:

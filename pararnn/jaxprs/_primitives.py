@@ -1,112 +1,118 @@
-"""How JAX's own primitives carry dependence, beyond those that call or repeat a jaxpr."""
+"""The table of JAX's primitives: which elements they combine, what they cost, whether they round.
 
-from collections.abc import Sequence
-from typing import Any
+Structure detection, counting, the kernels and Monte Carlo arithmetic all read it. Primitives that
+call or repeat a jaxpr are not in it: `_walk.py` enters those.
+"""
 
-import numpy as np
-import scipy.sparse as sp
-
-from ._moves import MOVES, Move, joined, padded, pieces
-from ._patterns import (
-    Pattern,
-    Rule,
-    all_to_all,
-    elementwise,
-    num_columns,
-    num_elements,
-    positions,
-    rows,
-    union,
-    union_over,
-)
-
-# Derivatives are linear in the tangent, but loop bodies and untraced rules may mix in any of these.
-_ELEMENTWISE = (
-    "add add_any sub mul div neg max min select_n clamp convert_element_type reduce_precision copy "
-    "real imag conj complex abs sign pow integer_pow square sqrt rsqrt exp log tanh logistic"
-).split()
+import enum
+from typing import NamedTuple
 
 
-def _moved(move: Move) -> Rule:
-    def rule(eqn, patterns):
-        shape, params = eqn.outvars[0].aval.shape, eqn.params
-        return [rows(patterns[0], move(positions(eqn.invars[0].aval.shape), params, shape))]
+class Kind(enum.Enum):
+    """How the elements of a result come from those of the operands."""
 
-    return rule
-
-
-def _split(eqn, patterns):
-    index = positions(eqn.invars[0].aval.shape)
-    return [rows(patterns[0], piece) for piece in pieces(index, eqn.params)]
+    ELEMENTWISE = "from the elements in the same place"
+    MOVE = "from one element in any place"
+    REDUCTION = "from the elements along some axes"
+    CUMULATIVE = "from the elements before it along an axis"
+    CONTRACTION = "from the elements along the contracted axes of two operands"
+    OTHER = "from any elements"
 
 
-def _unstack(eqn, patterns):
-    parts = np.moveaxis(positions(eqn.invars[0].aval.shape), eqn.params["axis"], 0)
-    return [rows(patterns[0], part) for part in parts]
+class Cost(enum.Enum):
+    """The work and the memory traffic of a primitive."""
+
+    FREE = "neither: the compiler uses the operand where it is"
+    COPY = "reads the operands and writes the results, without arithmetic"
+    SLICE = "reads only the elements that it returns"
+    UPDATE = "reads and writes only the elements that are updated"
+    COMPUTE = "reads the operands, computes, and writes the results"
 
 
-def _joined(eqn, patterns):
-    width = next(num_columns(p) for p in patterns if p is not None)
-    stacked = [
-        sp.csr_array((num_elements(v), width), dtype=bool) if p is None else p
-        for v, p in zip(eqn.invars, patterns, strict=True)
-    ]
-    index = joined([v.aval.shape for v in eqn.invars], eqn.params)
-    return [rows(sp.csr_array(sp.vstack(stacked, format="csr")), index)]
+class Primitive(NamedTuple):
+    """A row of the table.
+
+    **Fields:**
+
+    - `kind`: which elements of the operands an element of a result combines.
+    - `cost`: work and memory traffic.
+    - `exact`: it rounds no floating-point number.
+    - `linear`: it is linear over the reals, jointly in its inexact operands: the real and imaginary
+        parts of complex operands do not mix.
+    """
+
+    kind: Kind = Kind.OTHER
+    cost: Cost = Cost.COMPUTE
+    exact: bool = False
+    linear: bool = False
 
 
-def _pad(eqn, patterns):
-    operand, fill = patterns
-    if fill is not None:
-        return all_to_all(eqn, patterns)
-    index = padded(eqn.invars[0].aval.shape, eqn.params)
-    empty = sp.csr_array((1, num_columns(operand)), dtype=bool)
-    return [rows(sp.csr_array(sp.vstack([operand, empty], format="csr")), index)]
+def _rows(
+    names: str, kind: Kind, cost: Cost = Cost.COMPUTE, *, exact: bool = False, linear: bool = False
+) -> dict[str, Primitive]:
+    return dict.fromkeys(names.split(), Primitive(kind, cost, exact, linear))
 
 
-def _reduction(eqn, patterns):
-    return [union_over(patterns[0], eqn.invars[0].aval.shape, eqn.params["axes"])]
+_PRIMITIVES = {
+    # Moves.
+    **_rows(
+        "broadcast_in_dim expand_dims reshape squeeze",
+        Kind.MOVE, Cost.FREE, exact=True, linear=True,
+    ),
+    **_rows(
+        "concatenate pad rev split stack tile transpose unstack",
+        Kind.MOVE, Cost.COPY, exact=True, linear=True,
+    ),
+    **_rows("dynamic_slice gather slice", Kind.MOVE, Cost.SLICE, exact=True, linear=True),
+    **_rows("dynamic_update_slice scatter", Kind.MOVE, Cost.UPDATE, exact=True, linear=True),
+    # Elementwise.
+    **_rows(
+        "name pcast pvary reshard sharding_constraint stop_gradient",
+        Kind.ELEMENTWISE, Cost.FREE, exact=True, linear=True,
+    ),
+    **_rows(
+        "copy copy_p optimization_barrier select_n",
+        Kind.ELEMENTWISE, Cost.COPY, exact=True, linear=True,
+    ),
+    **_rows("complex imag real", Kind.ELEMENTWISE, Cost.COPY, exact=True),
+    **_rows("convert_element_type reduce_precision", Kind.ELEMENTWISE, Cost.COPY),
+    **_rows("neg", Kind.ELEMENTWISE, exact=True, linear=True),
+    **_rows("add add_any sub", Kind.ELEMENTWISE, linear=True),
+    **_rows(
+        "abs and ceil clamp clz conj eq floor ge gt is_finite le lt max min ne not or "
+        "population_count round shift_left shift_right_arithmetic shift_right_logical sign xor",
+        Kind.ELEMENTWISE, exact=True,
+    ),
+    **_rows(
+        "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma div "
+        "erf erf_inv erfc exp exp2 expm1 igamma igammac integer_pow lgamma log log1p log2 logistic "
+        "mul nextafter one_minus_square polygamma pow regularized_incomplete_beta rem rsqrt sin "
+        "sinh sqrt square tan tanh zeta",
+        Kind.ELEMENTWISE,
+    ),
+    # Over several elements.
+    **_rows("reduce_sum", Kind.REDUCTION, linear=True),
+    **_rows("reduce_prod", Kind.REDUCTION),
+    **_rows(
+        "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_xor",
+        Kind.REDUCTION, exact=True,
+    ),
+    **_rows("scatter-add", Kind.REDUCTION, Cost.UPDATE, linear=True),
+    **_rows("cumsum", Kind.CUMULATIVE, linear=True),
+    **_rows("cumlogsumexp cumprod", Kind.CUMULATIVE),
+    **_rows("cummax cummin", Kind.CUMULATIVE, exact=True),
+    **_rows("conv_general_dilated dot_general ragged_dot_general", Kind.CONTRACTION),
+    # Others of which something is known.
+    **_rows("sort", Kind.OTHER, exact=True),
+    **_rows("bitcast_convert_type iota", Kind.OTHER, Cost.COPY, exact=True),
+}  # fmt: skip
 
 
-def _cumulative(eqn, patterns):
-    shape, axis = eqn.invars[0].aval.shape, eqn.params["axis"]
-    reduced = union_over(patterns[0], shape, (axis,))
-    kept = np.expand_dims(positions([n for i, n in enumerate(shape) if i != axis]), axis)
-    return [rows(reduced, np.broadcast_to(kept, shape))]
+def primitive(name: str) -> Primitive:
+    """The row of a primitive; for one that is not in the table, that of the least knowledge."""
+    return _PRIMITIVES.get(name, Primitive())
 
 
-def _dot_general(eqn, patterns):
-    sides = (_dot_side(eqn, side, p) for side, p in enumerate(patterns) if p is not None)
-    return [union(list(sides))]
-
-
-def _dot_side(eqn: Any, side: int, pattern: sp.csr_array) -> Pattern:
-    """The union over the contracted axes, then a broadcast along the other operand's free axes."""
-    contract, batch = eqn.params["dimension_numbers"]
-
-    def free(side: int) -> Sequence[int]:
-        taken = {*contract[side], *batch[side]}
-        return [i for i in range(len(eqn.invars[side].aval.shape)) if i not in taken]
-
-    shape = eqn.invars[side].aval.shape
-    reduced = union_over(pattern, shape, contract[side])
-    kept = [i for i in range(len(shape)) if i not in contract[side]]
-    index = positions([shape[i] for i in kept])
-    index = index.transpose([kept.index(i) for i in (*batch[side], *free(side))])
-    start = len(batch[0]) if side == 1 else index.ndim
-    index = np.expand_dims(index, tuple(range(start, start + len(free(1 - side)))))
-    return rows(reduced, np.broadcast_to(index, eqn.outvars[0].aval.shape))
-
-
-PRIMITIVES: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, elementwise),
-    **{name: _moved(move) for name, move in MOVES.items()},
-    "split": _split,
-    "concatenate": _joined,
-    "stack": _joined,
-    "unstack": _unstack,
-    "pad": _pad,
-    "dot_general": _dot_general,
-    **dict.fromkeys("reduce_sum reduce_max reduce_min reduce_prod".split(), _reduction),
-    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), _cumulative),
-}
+def names(kind: Kind) -> list[str]:
+    """The primitives of a kind."""
+    return [name for name, row in _PRIMITIVES.items() if row.kind is kind]

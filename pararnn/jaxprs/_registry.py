@@ -1,4 +1,4 @@
-"""The rules by which primitives carry dependence: JAX's, and those that users register."""
+"""The rule of each primitive, JAX's or a user's: how it carries dependence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,17 @@ import jax.extend.core as jex_core
 import numpy as np
 import scipy.sparse as sp
 
-from ._patterns import Pattern, Rule, affordable, all_to_all, num_columns, num_elements
-from ._primitives import PRIMITIVES
+from ._patterns import (
+    Pattern,
+    Rule,
+    affordable,
+    all_to_all,
+    elementwise,
+    num_columns,
+    num_elements,
+)
+from ._primitives import Kind, primitive
+from ._rules import RULES
 from ._walk import ENTERED
 
 _registered: dict[str, Rule] = {}
@@ -61,7 +70,7 @@ def register_rule(primitive: jex_core.Primitive | str, rule: Rule) -> None:
         )
     if not callable(rule) or isinstance(rule, type):
         raise TypeError(f"`rule` must be a function `rule(eqn, patterns)`; got {rule!r}.")
-    if name in ENTERED or name in PRIMITIVES or name in _registered:
+    if name in ENTERED or name in RULES or name in _registered:
         raise ValueError(
             f"`primitive`: there is a rule for `{name}` already. Rules are known by the "
             "primitive's name: if this is another primitive, give it a name of its own."
@@ -73,7 +82,7 @@ def carry(eqn: jex_core.JaxprEqn, patterns: list[Pattern]) -> Sequence[Pattern]:
     """The patterns of the results of an equation, by the rule of its primitive."""
     name = eqn.primitive.name
     if name not in _registered:
-        return PRIMITIVES.get(name, all_to_all)(eqn, patterns)
+        return RULES.get(name, all_to_all)(eqn, patterns)
     try:
         outputs = _registered[name](eqn, list(patterns))
     except Exception as error:
@@ -81,6 +90,16 @@ def carry(eqn: jex_core.JaxprEqn, patterns: list[Pattern]) -> Sequence[Pattern]:
         raise
     _check(eqn, outputs, next(num_columns(p) for p in patterns if p is not None))
     return [None if p is None else _clean(p) for p in outputs]
+
+
+def combines_elements(eqn: jex_core.JaxprEqn) -> bool:
+    """Whether an element of a result may combine several elements of one operand, as those of
+    `dot_general`, convolutions, reductions and cumulative operations do. True for primitives of
+    which nothing is known. Enter an equation that calls or repeats a jaxpr instead."""
+    name = eqn.primitive.name
+    if name in _registered:
+        return _registered[name] is not elementwise
+    return primitive(name).kind not in (Kind.ELEMENTWISE, Kind.MOVE)
 
 
 def _clean(pattern: sp.csr_array) -> sp.csr_array:

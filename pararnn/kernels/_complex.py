@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from .._misc import is_complex
-from ..jaxprs._moves import MOVES
+from ..jaxprs._primitives import primitive
 from ..jaxprs._walk import called, evaluate_alone, open_jaxpr, walk
 from ._program import Unsupported
 
@@ -72,11 +72,11 @@ def _rule(eqn: Any, ins: list[Any]) -> Sequence[Any]:
     if not any(is_complex(v.aval) for v in (*eqn.invars, *eqn.outvars)):
         return evaluate_alone(eqn, ins)
     name = eqn.primitive.name
-    if name in _APART:
+    if primitive(name).linear:
         return _apart(eqn, ins)
-    if name not in _RULES:
+    if name not in RULES:
         raise Unsupported(f"uses `{name}` of complex numbers")
-    return [_RULES[name](eqn, *ins)]
+    return [RULES[name](eqn, *ins)]
 
 
 def _apart(eqn: Any, ins: list[Any]) -> list[Any]:
@@ -110,9 +110,7 @@ def _exp(eqn, x):
     return Parts(size * lax.cos(x.imag), size * lax.sin(x.imag))
 
 
-_APART = {"add", "add_any", "sub", "neg", "select_n", "reduce_sum", "copy", "stop_gradient"}
-_APART |= {"split", "concatenate", "stack", "pad", "dynamic_slice", *MOVES}
-_RULES: dict[str, Callable[..., Any]] = {
+RULES: dict[str, Callable[..., Any]] = {
     "real": lambda eqn, x: x.real,
     "imag": lambda eqn, x: x.imag,
     "complex": lambda eqn, real, imag: Parts(real, imag),

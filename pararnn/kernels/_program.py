@@ -169,14 +169,15 @@ def _evaluated(eqn: Any, ins: Sequence[Known | Fixed]) -> list[Operand]:
     arrays = [jnp.asarray(i.value) if isinstance(i, Fixed) else i.array for i in ins]
     outs = evaluate_alone(eqn, arrays)
     move = MOVES.get(eqn.primitive.name)
-    known = ins[0] if ins else None
-    if move is None or not isinstance(known, Known):
+    if move is None or len(ins) > 1 or not isinstance(ins[0], Known):
         return [_whole(out) for out in outs]
-    index = move(positions(known.array.shape), eqn.params, eqn.outvars[0].aval.shape)
-    index = np.asarray(known.positions.reshape(-1)[index])
-    # A kernel reads what is evenly spaced. A repeated or regrouped weight is not: it is copied.
-    spaced = steps_of(index) is not None
-    return [Known(outs[0], known.base, index) if spaced else _whole(outs[0])]
+    known, moved = ins[0], []
+    for out, index in zip(outs, move(eqn), strict=True):
+        index = np.asarray(known.positions.reshape(-1)[index])
+        # A kernel reads what is evenly spaced. A repeated or regrouped weight is not: it is copied.
+        spaced = steps_of(index) is not None
+        moved.append(Known(out, known.base, index) if spaced else _whole(out))
+    return moved
 
 
 def steps_of(index: np.ndarray) -> tuple[int, ...] | None:

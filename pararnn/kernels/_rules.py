@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..jaxprs._moves import MOVES, Move, joined, padded, pieces, positions
+from ..jaxprs._moves import MOVES, positions
 from ._elementwise import NAMES, elementwise, maximum, minimum, widened
 from ._layout import Writer, laid, masked, number, rearranged, stand_in, stretched, tilewise
 from ._products import dot_general
@@ -50,9 +50,9 @@ def _rule(eqn: Any) -> Rule:
             raise Unsupported("has empty arrays")
     if name in NAMES:
         return _elementwise
-    if name not in _RULES:
+    if name not in RULES:
         raise Unsupported(f"uses `{name}`")
-    return _RULES[name]
+    return RULES[name]
 
 
 def _elementwise(writer, eqn, ins):
@@ -66,29 +66,8 @@ def _positions(eqn: Any) -> np.ndarray:
     return positions(eqn.invars[0].aval.shape)
 
 
-def _moved(move: Move) -> Rule:
-    def rule(writer, eqn, ins):
-        shape = eqn.outvars[0].aval.shape
-        return [rearranged(writer, ins, move(_positions(eqn), eqn.params, shape))]
-
-    return rule
-
-
-def _split(writer, eqn, ins):
-    return [rearranged(writer, ins, piece) for piece in pieces(_positions(eqn), eqn.params)]
-
-
-def _unstack(writer, eqn, ins):
-    parts = np.moveaxis(_positions(eqn), eqn.params["axis"], 0)
-    return [rearranged(writer, ins, part) for part in parts]
-
-
-def _joined(writer, eqn, ins):
-    return [rearranged(writer, ins, joined([v.aval.shape for v in eqn.invars], eqn.params))]
-
-
-def _pad(writer, eqn, ins):
-    return [rearranged(writer, ins, padded(eqn.invars[0].aval.shape, eqn.params))]
+def _moved(writer, eqn, ins):
+    return [rearranged(writer, ins, index) for index in MOVES[eqn.primitive.name](eqn)]
 
 
 def _starts(eqn: Any, atoms: Sequence[Any], shape: Sequence[int]) -> list[slice]:
@@ -230,12 +209,8 @@ def _dot(writer, eqn, ins):
     return [dot_general(writer, eqn, ins, reduced)]
 
 
-_RULES: dict[str, Rule] = {
-    **{name: _moved(move) for name, move in MOVES.items()},
-    "split": _split,
-    "unstack": _unstack,
-    **dict.fromkeys(("concatenate", "stack"), _joined),
-    "pad": _pad,
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(MOVES, _moved),
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
     **dict.fromkeys(_REDUCTIONS, _reduce),

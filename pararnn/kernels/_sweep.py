@@ -16,6 +16,7 @@ from ._kernel import Geometry, Kernel
 from ._pallas import launch, missing
 from ._plan import make_plan
 from ._program import Program, Unsupported, trace, without_empty
+from ._registry import expand
 
 _MOST_ELEMENTS = 2**31 - 1
 
@@ -107,7 +108,8 @@ def fused_sweep(
 
 
 def _real(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]):
-    """The same sweep in real numbers."""
+    """The sweep in real numbers, with the primitives replaced for which users registered rules."""
+    step = expand(step)
     if not any(map(is_complex, jtu.tree_leaves((starts, xs)))):
         return step, starts, xs
     return of_parts(step), as_parts(starts), as_parts(xs)

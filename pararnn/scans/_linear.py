@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ..structures import AbstractStructure
 from ._base import AbstractScan
-from ._named import LinearMethod, as_scan
+from ._default import check_scan, default_scan
 
 
 def linear_recurrence(
@@ -17,7 +17,7 @@ def linear_recurrence(
     offsets: Float[Array, "length size"],
     *,
     reverse: bool = False,
-    method: LinearMethod | AbstractScan | None = None,
+    method: AbstractScan | None = None,
 ) -> Float[Array, "length size"]:
     r"""All $h_t$ of $h_t = A_t h_{t-1} + b_t$; an initial state belongs into `offsets[0]`.
 
@@ -26,11 +26,9 @@ def linear_recurrence(
     - `structure`: says how `matrices` are stored and multiplied.
     - `matrices`, `offsets`: $A_t$ and $b_t$ along the leading axis.
     - `reverse`: run from the last element to the first: $h_t = A_t h_{t+1} + b_t$.
-    - `method`: `"sequential"` is one `jax.lax.scan`; `"associative"` one
-        `jax.lax.associative_scan`; `"radix"` goes through blocks of 16 elements side by side,
-        then through their summaries in the same way, then through the blocks again, all unrolled:
-        the fewest kernels on an accelerator. Or a scan of your own
-        ([`pararnn.scans.AbstractScan`][]). `None` picks by platform.
+    - `method`: the scan: [`pararnn.scans.Sequential`][], [`pararnn.scans.Associative`][],
+        [`pararnn.scans.Radix`][], or your own [`pararnn.scans.AbstractScan`][]. `None` is
+        `Sequential()` on a CPU and `Radix()` elsewhere.
 
     **Returns:**
 
@@ -38,7 +36,7 @@ def linear_recurrence(
 
     **Raises:**
 
-    `ValueError` for any other `method`.
+    `TypeError` if `method` is not a scan.
     """
-    scan = as_scan("method", method)
-    return scan.affine(structure, matrices, offsets, reverse=reverse)
+    check_scan("method", method)
+    return (method or default_scan()).affine(structure, matrices, offsets, reverse=reverse)

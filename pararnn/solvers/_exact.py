@@ -8,8 +8,8 @@ from jaxtyping import Array, PyTree
 from .._algebra import AbstractAlgebra
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
-from ..scans import AbstractScan, LinearMethod
-from ..scans._named import as_scan, check_scan, default_linear_method
+from ..scans import AbstractScan
+from ..scans._default import check_scan, default_scan
 from ._base import AbstractSolver, check_tangents
 from ._newton import Newton
 from ._shooting import AbstractIterativeSolver
@@ -42,7 +42,7 @@ class AssociativeScan(AbstractSolver):
     supports_sharding: ClassVar[bool] = True
 
     algebra: AbstractAlgebra | None = None
-    linear_method: LinearMethod | AbstractScan | None = None
+    linear_method: AbstractScan | None = None
     corrector: AbstractIterativeSolver | None = None
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ class AssociativeScan(AbstractSolver):
         return self._corrector().solve_affine(recurrence)
 
     def resolved(self, recurrence, platform=None):
-        method = self.linear_method or default_linear_method(platform)
+        method = self.linear_method or default_scan(platform)
         solver = dataclasses.replace(self, linear_method=method)
         corrector = solver._corrector(platform).resolved(recurrence, platform)
         return dataclasses.replace(solver, corrector=corrector)
@@ -93,5 +93,5 @@ class AssociativeScan(AbstractSolver):
 
     def _composed(self, algebra: AbstractAlgebra, recurrence: Recurrence) -> PyTree[Array]:
         """The states by composition, from the first step on."""
-        scan = recurrence.shards.sharded(as_scan("linear_method", self.linear_method))
+        scan = recurrence.shards.sharded(self.linear_method or default_scan())
         return recurrence.composed(algebra, scan)

@@ -7,8 +7,8 @@ import jax.tree_util as jtu
 from .._recurrence import Recurrence, scan_states
 from .._solution import Stats
 from ..scans import Sequential as Scan
-from ..sweeps import AbstractSweep, Rows, SweepMethod
-from ..sweeps._named import as_sweep, uses_kernel
+from ..sweeps import AbstractSweep, Fused, Rows, Scanned
+from ..sweeps._default import check_sweep, uses_kernel
 from ._base import AbstractSolver, SolverOutput
 from ._chunks import Chunks
 from ._finish import finish_sequentially
@@ -35,21 +35,21 @@ class Sequential(AbstractSolver):
     runs_backwards: ClassVar[bool] = True
     supports_sharding: ClassVar[bool] = True
 
-    sweep_method: SweepMethod | AbstractSweep | None = None
+    sweep_method: AbstractSweep | None = None
 
     def __post_init__(self):
-        as_sweep("sweep_method", self.sweep_method)
+        check_sweep("sweep_method", self.sweep_method)
 
     def resolved(self, recurrence, platform=None):
         asked = self.sweep_method is not None
         if asked or not uses_kernel(recurrence.step, recurrence.init, recurrence.xs, platform):
             return self
-        return Sequential(sweep_method="kernel")
+        return Sequential(sweep_method=Fused())
 
     def solve(self, recurrence, guess, report=None):
         length = recurrence.length * recurrence.shards.count
         states, made_again = self.solve_affine(recurrence), jnp.asarray(0)
-        sweep = as_sweep("sweep_method", self.sweep_method)
+        sweep = self.sweep_method or Scanned()
         if not sweep.plain and not recurrence.shards.is_sharded:
             one = Chunks(recurrence, Linearization.zero(), length, Scan(), sweep, None, 0.0)
             wrong = jnp.expand_dims(is_wrong(one, one.first_start, states), 0)
@@ -69,9 +69,9 @@ class Sequential(AbstractSolver):
             nothing = jtu.tree_map(lambda h: jnp.zeros((length, *h.shape), h.dtype), init)
             nothing = recurrence.shards.place_like(nothing, (init, xs))
             return finish_sequentially(recurrence, nothing, jnp.ones(1, bool), length)[0]
-        if self.sweep_method is None:
+        sweep = self.sweep_method
+        if sweep is None:
             return scan_states(step, xs, init, reverse=recurrence.reverse)
-        sweep = as_sweep("sweep_method", self.sweep_method)
         rows = Rows(length, 1, length, length, reverse=recurrence.reverse)
         starts = jtu.tree_map(lambda h: jnp.expand_dims(h, 0), init)
         return sweep.run(step, starts, sweep.prepare(xs, rows), rows, keep=True)[1]

@@ -25,11 +25,11 @@ from .._platform import chosen_platform
 from .._recurrence import Recurrence
 from .._solution import Stats
 from .._validate import check_count, check_positive_int, check_tolerance
-from ..scans import AbstractScan, LinearMethod
-from ..scans._named import as_scan, check_scan, default_linear_method
+from ..scans import AbstractScan
+from ..scans._default import check_scan, default_scan
 from ..structures import AbstractStructure
-from ..sweeps import AbstractSweep, Scanned, SweepMethod
-from ..sweeps._named import as_sweep, default_sweep_method, uses_kernel
+from ..sweeps import AbstractSweep, Fused, Scanned
+from ..sweeps._default import check_sweep, default_sweep, uses_kernel
 from ._affine import shoot_once
 from ._base import AbstractSolver, Report, SolverOutput, check_tangents
 from ._chunks import Chunks, Point
@@ -78,12 +78,13 @@ class AbstractIterativeSolver(AbstractSolver):
         the structure.
     - `fallback`: whether to finish sequentially from the first chunk that did not converge. With
         `False` the result says `not_converged` instead.
-    - `linear_method`: how the linear recurrence over the chunks is solved: `"sequential"`,
-        `"associative"`, `"radix"`, a scan of your own, or `None` to pick by platform.
-    - `sweep_method`: how the steps of the chunks are made: `"scan"`, `"unrolled"`, `"kernel"`, a
-        sweep of your own, or `None` to pick by platform and chunk size. Kernels are picked on a
-        CUDA device, if JAX has only this one; with the environment variable `PARARNN_KERNELS` 0
-        when the first program is made, never, and with 1 also if there are several.
+    - `linear_method`: the scan that solves the linear recurrence over the chunks, as the `method`
+        of [`pararnn.linear_recurrence`][]; `None` picks by platform.
+    - `sweep_method`: how the steps of the chunks are made: [`pararnn.sweeps.Scanned`][],
+        [`pararnn.sweeps.Unrolled`][], [`pararnn.sweeps.Fused`][], or your own
+        [`pararnn.sweeps.AbstractSweep`][]. `None` picks by platform and chunk size: `Fused()`
+        if JAX has exactly one CUDA device. The environment variable `PARARNN_KERNELS`, read when
+        a program is traced, changes that: 0 disables kernels, 1 enables them with several devices.
     - `overlap`: how many steps early every chunk starts for the first time, at most `chunk_size`: a
         recurrence that forgets its state within these steps needs no iteration. `None` is 0, but
         `min(32, chunk_size)` on an accelerator if the structure is dense.
@@ -100,8 +101,8 @@ class AbstractIterativeSolver(AbstractSolver):
     max_iters: int = 100
     chunk_size: int | None = None
     fallback: bool = True
-    linear_method: LinearMethod | AbstractScan | None = None
-    sweep_method: SweepMethod | AbstractSweep | None = None
+    linear_method: AbstractScan | None = None
+    sweep_method: AbstractSweep | None = None
     overlap: int | None = None
     min_iters: int | None = None
 
@@ -115,7 +116,7 @@ class AbstractIterativeSolver(AbstractSolver):
         if not isinstance(self.fallback, bool):
             raise TypeError(f"`fallback` must be True or False; got {self.fallback!r}.")
         check_scan("linear_method", self.linear_method)
-        as_sweep("sweep_method", self.sweep_method)
+        check_sweep("sweep_method", self.sweep_method)
         for name in ("overlap", "min_iters"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -167,11 +168,11 @@ class AbstractIterativeSolver(AbstractSolver):
         structure, length, size = recurrence.structure, recurrence.length, recurrence.size
         chunk_size, sweep = self.chunk_size, self.sweep_method
         if sweep is None and uses_kernel(recurrence.step, recurrence.init, recurrence.xs, platform):
-            sweep = "kernel"
+            sweep = Fused()
         seeds = structure.num_seeds(size)
         if chunk_size is None and not on_cpu and self.accelerator_chunk_size is not None:
             chunk_size = self.accelerator_chunk_size
-            if sweep == "kernel":  # a loop, whose program does not grow with its turns
+            if sweep == Fused():  # a loop, whose program does not grow with its turns
                 chunk_size *= 2
             elif seeds < min(size, _FEW_SEEDS + 1):  # written out, each takes long to compile
                 chunk_size //= seeds
@@ -188,8 +189,8 @@ class AbstractIterativeSolver(AbstractSolver):
         return dataclasses.replace(
             self,
             chunk_size=chunk_size,
-            linear_method=self.linear_method or default_linear_method(platform),
-            sweep_method=sweep or default_sweep_method(chunk_size, platform),
+            linear_method=self.linear_method or default_scan(platform),
+            sweep_method=sweep or default_sweep(chunk_size, platform),
             overlap=overlap,
             min_iters=min_iters if self.min_iters is None else self.min_iters,
         )
@@ -214,7 +215,7 @@ class AbstractIterativeSolver(AbstractSolver):
         first = iterate_fixed(method, chunks, iterate, ahead)
 
         def resume(_):
-            sweep = as_sweep("sweep_method", solver.sweep_method)
+            sweep = solver.sweep_method or Scanned()
             # Many tangents become no kernel, and to write their steps out takes long to compile.
             dense = recurrence.structure.num_seeds(recurrence.size) > _FEW_SEEDS
             sweep = Scanned(in_place=True) if dense else sweep.small()
@@ -267,8 +268,8 @@ class AbstractIterativeSolver(AbstractSolver):
             recurrence,
             self.linearization(recurrence.structure, recurrence.size),
             self.chunk_size,
-            as_scan("linear_method", self.linear_method),
-            as_sweep("sweep_method", self.sweep_method),
+            self.linear_method or default_scan(),
+            self.sweep_method or Scanned(),
             self.rtol,
             self.atol,
             window,

@@ -1,4 +1,4 @@
-"""Structures of a step's Jacobian: what is known of its zeros, and how it is found."""
+"""Structures of a step's Jacobian: its zero pattern, and detecting it."""
 
 from ._base import AbstractStructure as AbstractStructure
 from ._block_diagonal import BlockDiagonal as BlockDiagonal

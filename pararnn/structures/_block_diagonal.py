@@ -63,7 +63,7 @@ class BlockDiagonal(AbstractStructure):
     @functools.cached_property
     def _layout(self) -> tuple[np.ndarray, np.ndarray, bool]:
         """`members[g, j]`: the j-th element of group g (`size` where padded); `position[i]`:
-        where element `i` stands in the flattened `members`; whether anything is padded."""
+        the index of element `i` in the flattened `members`; whether any group is padded."""
         size, k = sum(map(len, self.groups)), max(map(len, self.groups))
         members = np.full((len(self.groups), k), size)
         position = np.empty(size, int)

@@ -9,7 +9,7 @@ from ._products import gauss_jordan, identity_like, matmul, matvec
 
 @dataclasses.dataclass(frozen=True)
 class Dense(AbstractStructure):
-    """Nothing is known: every element may depend on every other. Stored as `(size, size)`."""
+    """Every element may depend on every other. Stored as `(size, size)`."""
 
     def num_seeds(self, size):
         return size
@@ -34,9 +34,6 @@ class Dense(AbstractStructure):
 
     def inverse(self, matrix):
         return gauss_jordan(matrix)
-
-    def diagonal(self, matrix):
-        return jnp.diagonal(matrix, axis1=-2, axis2=-1)
 
     def restrict(self, source, matrix):
         return source.to_dense(matrix)

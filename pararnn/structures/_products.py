@@ -32,8 +32,8 @@ def identity_like(like: Float[Array, "... k k"]) -> Float[Array, "... k k"]:
 def gauss_jordan(matrix: Float[Array, "... k k"]) -> Float[Array, "... k k"]:
     """The inverse of symmetric positive definite matrices, for which elimination needs no pivoting.
 
-    By hand, because several batched LAPACK solves in one program can deadlock on the CPU, and
-    because on a GPU they are a library call per matrix size.
+    Not `jnp.linalg`: several batched LAPACK solves in one program can deadlock on the CPU (seen in
+    JAX 0.10.2), and on a GPU each matrix size is a library call of its own.
     """
     k = matrix.shape[-1]
     index = jnp.arange(k)

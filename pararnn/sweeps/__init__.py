@@ -3,6 +3,5 @@
 from ._base import AbstractSweep as AbstractSweep
 from ._base import Rows as Rows
 from ._fused import Fused as Fused
-from ._named import SweepMethod as SweepMethod
 from ._scanned import Scanned as Scanned
 from ._unrolled import Unrolled as Unrolled

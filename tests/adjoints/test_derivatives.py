@@ -20,11 +20,11 @@ METHODS: dict[str, tuple[prnn.AbstractSolver, prnn.AbstractSolver | None]] = {
     "Newton 1, Newton 1": (prnn.Newton(chunk_size=1), prnn.Newton(chunk_size=1)),
     "Newton 4, Newton 4 associative": (
         prnn.Newton(chunk_size=4),
-        prnn.Newton(chunk_size=4, linear_method="associative"),
+        prnn.Newton(chunk_size=4, linear_method=prnn.scans.Associative()),
     ),
     "Sequential, Newton 1 radix": (
         prnn.Sequential(),
-        prnn.Newton(chunk_size=1, linear_method="radix"),
+        prnn.Newton(chunk_size=1, linear_method=prnn.scans.Radix()),
     ),
     "Jacobi 3, Jacobi 3": (prnn.Jacobi(chunk_size=3), prnn.Jacobi(chunk_size=3)),
     "QuasiNewton 3, Sequential": (prnn.QuasiNewton(chunk_size=3), prnn.Sequential()),
@@ -385,9 +385,9 @@ def check_linear_adjoint(matrix, cotangents, adjoint):
 
 ADJOINTS = {
     "Newton 1": prnn.Newton(chunk_size=1),
-    "Newton 1 associative": prnn.Newton(chunk_size=1, linear_method="associative"),
+    "Newton 1 associative": prnn.Newton(chunk_size=1, linear_method=prnn.scans.Associative()),
     "Newton 64": prnn.Newton(chunk_size=64),
-    "Newton 16 associative": prnn.Newton(chunk_size=16, linear_method="associative"),
+    "Newton 16 associative": prnn.Newton(chunk_size=16, linear_method=prnn.scans.Associative()),
     "Jacobi 1": prnn.Jacobi(chunk_size=1),
     "Jacobi 16": prnn.Jacobi(chunk_size=16),
     "one iteration": prnn.Jacobi(chunk_size=8, max_iters=1),

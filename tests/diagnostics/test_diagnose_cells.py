@@ -49,7 +49,7 @@ def test_select_solver_is_that_of_the_layer():
     assert of_step == prnn.select_solver(prnn.RNN(CELL), shape, platform="gpu")
     solver, reason = prnn.select_solver(prnn.RNN(CELL, prnn.Picard()), shape)
     assert solver == prnn.Picard().resolved(prnn.Recurrence(CELL.step, us, init), "cpu")
-    assert solver.chunk_size == 1 and solver.linear_method == "sequential"
+    assert solver.chunk_size == 1 and solver.linear_method == prnn.scans.Sequential()
     assert "layer" in reason
     solver, reason = prnn.select_solver(CELL, shape, platform="gpu", batch_size=8)
     assert solver == of_step[0] and "tune(…, batch_size=8)" in reason

@@ -174,7 +174,7 @@ def test_turns_of_a_newton_solve_and_of_its_derivative():
     """They are what the solve reports; the derivative, being linear, does not iterate."""
     cell = prnn.DiagonalGRU(3, 3, key=jax.random.key(0))
     us = cell.project(jax.random.normal(jax.random.key(1), (40, 3)))
-    solver = prnn.Newton(chunk_size=4, linear_method="sequential")
+    solver = prnn.Newton(chunk_size=4, linear_method=prnn.scans.Sequential())
 
     def solve(us, solver):
         return prnn.solve(
@@ -193,7 +193,7 @@ def test_turns_of_a_newton_solve_and_of_its_derivative():
     assert ends["finish/while"] == 0
     assert not any("iterations" in path for path, _ in turns if "transpose" in path)
     # One that is not exact iterates there, too.
-    jacobi = prnn.Jacobi(chunk_size=4, linear_method="sequential")
+    jacobi = prnn.Jacobi(chunk_size=4, linear_method=prnn.scans.Sequential())
     turns = loop_turns(jax.grad(lambda us: jnp.sum(solve(us, jacobi).states ** 2)), us)
     backward = [n for path, n in turns if "transpose" in path and "iterations" in path]
     assert len(backward) == 1 and backward[0] > 1

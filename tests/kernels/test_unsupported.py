@@ -163,6 +163,6 @@ def test_a_release_of_jax_without_the_backend(monkeypatch):
     monkeypatch.setattr("pararnn.kernels._pallas.plt", None)
     why = unsupported(lambda h, x: 0.5 * h + x, STARTS, XS)
     assert why is not None and "this release of JAX lacks" in why
-    solver = prnn.Newton(chunk_size=3, sweep_method="kernel")
+    solver = prnn.Newton(chunk_size=3, sweep_method=prnn.sweeps.Fused())
     solution = prnn.solve(lambda h, x: 0.5 * h + x, XS, STARTS[0], solver=solver)
     assert solution.result == prnn.RESULTS.successful

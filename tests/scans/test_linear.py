@@ -16,7 +16,7 @@ STRUCTURES = {
     "unequal blocks": (prnn.BlockDiagonal(((0, 2), (1,))), 3, (2, 2, 2)),
     "dense": (prnn.Dense(), 3, (3, 3)),
 }
-METHODS = ["sequential", "associative", "radix"]
+METHODS = [prnn.scans.Sequential(), prnn.scans.Associative(), prnn.scans.Radix()]
 over_structures = pytest.mark.parametrize("name", STRUCTURES)
 over_methods = pytest.mark.parametrize("method", METHODS)
 
@@ -97,6 +97,6 @@ def test_default_method_and_errors():
     structure, matrices, offsets = problem("diagonal", 7)
     got = prnn.linear_recurrence(structure, matrices, offsets)
     np.testing.assert_allclose(got, loop(structure, matrices, offsets, False), rtol=1e-12)
-    with pytest.raises(ValueError, match="`method` must be \"sequential\".*got 'parallel'"):
+    with pytest.raises(TypeError, match=r"`method` must be .*Sequential\(\).*got 'parallel'"):
         # Past the type check of the tests, which refuses it first.
         prnn.linear_recurrence.__wrapped__(structure, matrices, offsets, method="parallel")

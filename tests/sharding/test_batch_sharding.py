@@ -172,7 +172,7 @@ def manual(count, **options):
     return lambda one: in_shard_map(one, make_mesh(count), **options)
 
 
-associative = prnn.Newton(chunk_size=4, linear_method="associative")
+associative = prnn.Newton(chunk_size=4, linear_method=prnn.scans.Associative())
 CASES = {
     "explicit, one device": (explicit(1), dense, prnn.Sequential(), None),
     "explicit without set_mesh": (explicit(2, context=False), diagonal, prnn.Newton(), None),
@@ -195,7 +195,7 @@ CASES = {
     "manual, Levenberg-Marquardt": (
         manual(4, grads="outside"),
         diagonal,
-        prnn.LevenbergMarquardt(chunk_size=2, linear_method="associative"),
+        prnn.LevenbergMarquardt(chunk_size=2, linear_method=prnn.scans.Associative()),
         None,
     ),
     "manual, Speculative": (
@@ -207,7 +207,7 @@ CASES = {
     "manual, affine": (
         manual(4, grads="inside"),
         affine,
-        prnn.AssociativeScan(linear_method="radix"),
+        prnn.AssociativeScan(linear_method=prnn.scans.Radix()),
         prnn.Newton(chunk_size=4),
     ),
     "manual without types": (

@@ -40,8 +40,8 @@ SOLVERS = {
     "picard": prnn.Picard(),
     "speculative": prnn.Speculative(chunk_size=3, num_candidates=4),
     "sequential": prnn.Sequential(),
-    "associative": prnn.Newton(chunk_size=1, linear_method="associative"),
-    "radix": prnn.Newton(chunk_size=1, linear_method="radix"),
+    "associative": prnn.Newton(chunk_size=1, linear_method=prnn.scans.Associative()),
+    "radix": prnn.Newton(chunk_size=1, linear_method=prnn.scans.Radix()),
 }
 ADJOINTS = {
     "default": None,

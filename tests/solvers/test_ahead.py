@@ -25,9 +25,9 @@ STEPS = {
 SOLVERS = {
     "one ahead": prnn.Newton(chunk_size=8, min_iters=1),
     "ahead": prnn.Newton(chunk_size=8, min_iters=2),
-    "far ahead": prnn.Newton(chunk_size=8, min_iters=5, sweep_method="unrolled"),
+    "far ahead": prnn.Newton(chunk_size=8, min_iters=5, sweep_method=prnn.sweeps.Unrolled()),
     "early": prnn.Newton(chunk_size=16, overlap=5),
-    "a chunk early": prnn.Newton(chunk_size=16, overlap=16, linear_method="radix"),
+    "a chunk early": prnn.Newton(chunk_size=16, overlap=16, linear_method=prnn.scans.Radix()),
     "both": prnn.Newton(chunk_size=8, overlap=8, min_iters=1),
     "Jacobi": prnn.Jacobi(chunk_size=16, overlap=16),
     "Jacobi ahead": prnn.Jacobi(chunk_size=16, min_iters=3),

@@ -27,7 +27,7 @@ def _elman(gain):
         prnn.LevenbergMarquardt(chunk_size=1),
         prnn.LevenbergMarquardt(chunk_size=5, diagonal=True),
         prnn.LevenbergMarquardt(chunk_size=1, damping=1e-6),
-        prnn.LevenbergMarquardt(chunk_size=4, linear_method="associative"),
+        prnn.LevenbergMarquardt(chunk_size=4, linear_method=prnn.scans.Associative()),
         prnn.Speculative(chunk_size=8, num_candidates=3),
         prnn.Speculative(chunk_size=8, num_candidates=3, corrector=prnn.Jacobi()),
     ],
@@ -75,17 +75,13 @@ def test_quasi_newton_rejects_blocks_that_do_not_fit():
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-3, 10.0])
-@pytest.mark.parametrize(
-    "method",
-    [prnn.scans.Sequential(), prnn.scans.Associative()],
-    ids=["sequential", "associative"],
-)
+@pytest.mark.parametrize("scan", [prnn.scans.Sequential(), prnn.scans.Associative()])
 @pytest.mark.parametrize(
     "structure",
     [prnn.Diagonal(), prnn.BlockDiagonal(((0, 2), (1,), (3, 4, 5))), prnn.Dense()],
     ids=lambda s: type(s).__name__,
 )
-def test_damped_correction_against_normal_equations(structure, method, damping):
+def test_damped_correction_against_normal_equations(structure, scan, damping):
     n, size = 5, 6
     rng = np.random.default_rng(0)
     full = rng.normal(size=(n, size, size))
@@ -100,8 +96,7 @@ def test_damped_correction_against_normal_equations(structure, method, damping):
         m[i * size : (i + 1) * size, (i - 1) * size : i * size] = -full[i]
     lhs = m.T @ m + damping * np.eye(n * size)
     expected = np.linalg.solve(lhs, m.T @ defects.reshape(-1)).reshape(n, size)
-    damping = jnp.asarray(damping)
-    got = damped_correction(structure, matrices, jnp.asarray(defects), damping, method)
+    got = damped_correction(structure, matrices, jnp.asarray(defects), jnp.asarray(damping), scan)
     np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9 * np.abs(expected).max())
 
 
@@ -205,7 +200,7 @@ def _latch(length, noise=0.0):
     return (lambda h, x: jnp.tanh(3 * h * x[0] + x[1])), xs, jnp.ones(3) * jnp.array([1.0, -1, 1])
 
 
-@pytest.mark.parametrize("linear_method", ["sequential", "associative"])
+@pytest.mark.parametrize("linear_method", [prnn.scans.Sequential(), prnn.scans.Associative()])
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_speculation_solves_a_latch_that_newton_cannot(noise, linear_method):
     step, xs, init = _latch(512, noise)

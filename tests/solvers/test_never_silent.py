@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("as_users_run_it")
 SOLVERS = {
     "Newton": prnn.Newton(),
     "Newton 1": prnn.Newton(chunk_size=1),
-    "Newton 16": prnn.Newton(chunk_size=16, linear_method="associative"),
+    "Newton 16": prnn.Newton(chunk_size=16, linear_method=prnn.scans.Associative()),
     "QuasiNewton 1": prnn.QuasiNewton(chunk_size=1),
     "QuasiNewton 8": prnn.QuasiNewton(chunk_size=8),
     "Picard": prnn.Picard(),
@@ -431,7 +431,7 @@ def rotation(params, h, x):
     return jnp.stack([c * h[0] - s * h[1], s * h[0] + c * h[1]]) + x
 
 
-@pytest.mark.parametrize("method", ["associative", "radix"])
+@pytest.mark.parametrize("method", [prnn.scans.Associative(), prnn.scans.Radix()])
 def test_long_products(method):
     """What rounding does to products of many matrices does not stay in the result, nor in the
     gradient: over some sequences, both are as exact as those of the scan, judged by float64."""

@@ -1,5 +1,7 @@
 """The arithmetic of structured matrices against the same with full ones in NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,49 @@ def test_arithmetic(case, batch):
     )
     for got, want in zip(run(stored_a, stored_b, jnp.asarray(v)), expected, strict=True):
         close(got, want)
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimal(prnn.AbstractStructure):
+    """A structure with the required methods only, for the defaults of the others."""
+
+    full: prnn.AbstractStructure
+
+    def num_seeds(self, size):
+        return self.full.num_seeds(size)
+
+    def seeds(self, size, dtype):
+        return self.full.seeds(size, dtype)
+
+    def compress(self, tangents):
+        return self.full.compress(tangents)
+
+    def apply(self, matrix, vector):
+        return self.full.apply(matrix, vector)
+
+    def compose(self, later, earlier):
+        return self.full.compose(later, earlier)
+
+    def to_dense(self, matrix):
+        return self.full.to_dense(matrix)
+
+
+@over_cases
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_defaults(case, batch):
+    structure, size, groups = case
+    a, stored = matrices(case, 0, batch)
+    positive, _ = matrices(case, 1, batch)
+    positive = positive @ np.swapaxes(positive, -1, -2) + np.eye(size)
+    seeds = structure.seeds(size, np.dtype("float64"))
+    stored_positive = structure.compress(jnp.einsum("...ij,sj->...si", positive, seeds))
+    minimal = Minimal(structure)
+    close(minimal.diagonal(stored), np.diagonal(a, axis1=-2, axis2=-1))
+    close(minimal.to_dense(minimal.transpose(stored)), np.swapaxes(a, -1, -2))
+    eye = minimal.to_dense(minimal.identity(stored))
+    close(eye, np.broadcast_to(np.eye(size), (*batch, size, size)))
+    inverse = minimal.to_dense(minimal.inverse(stored_positive))
+    np.testing.assert_allclose(inverse, np.linalg.inv(positive), rtol=1e-10, atol=1e-11)
 
 
 @over_cases

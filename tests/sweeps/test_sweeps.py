@@ -75,7 +75,7 @@ def test_rows(name, which, reverse):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), kept, states)
 
 
-@pytest.mark.parametrize("method", ["scan", "unrolled", Fused(interpret=INTERPRET)])
+@pytest.mark.parametrize("method", [Scanned(), Unrolled(), Fused(interpret=INTERPRET)])
 @pytest.mark.parametrize("batched", [False, True])
 def test_in_a_solve(method, batched):
     """Values, and gradients both ways through a linear solve, with weights of their own for each
@@ -131,18 +131,18 @@ def test_the_switch(monkeypatch):
     long = jnp.zeros((1000, 2))
     diagonal = prnn.Recurrence(lambda h, x: jnp.tanh(0.5 * h + x), long, jnp.zeros(2))
     monkeypatch.setenv("PARARNN_KERNELS", "0")
-    assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == "unrolled"
+    assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == Unrolled()
     monkeypatch.delenv("PARARNN_KERNELS")
     with monkeypatch.context() as several:
         several.setattr(jax, "device_count", lambda: 2)
-        assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == "unrolled"
+        assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == Unrolled()
         several.setenv("PARARNN_KERNELS", "1")
-        assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == "kernel"
+        assert prnn.Newton().resolved(recurrence, "cuda").sweep_method == Fused()
     solver = prnn.Newton().resolved(diagonal, "cuda")
-    assert solver.sweep_method == "kernel" and solver.chunk_size == 64
-    assert prnn.Newton().resolved(odd, "cuda").sweep_method == "unrolled"
-    assert prnn.Newton().resolved(recurrence, "cpu").sweep_method == "scan"
-    assert prnn.Sequential().resolved(recurrence, "cuda").sweep_method == "kernel"
+    assert solver.sweep_method == Fused() and solver.chunk_size == 64
+    assert prnn.Newton().resolved(odd, "cuda").sweep_method == Unrolled()
+    assert prnn.Newton().resolved(recurrence, "cpu").sweep_method == Scanned()
+    assert prnn.Sequential().resolved(recurrence, "cuda").sweep_method == Fused()
     assert prnn.Sequential().resolved(recurrence, "tpu").sweep_method is None
     _, reason = prnn.select_solver(diagonal.step, long, jnp.zeros(2), platform="cuda")
     assert reason.endswith("16 chunks of 64 steps, in one kernel.")
@@ -154,9 +154,10 @@ def test_the_switch(monkeypatch):
 
 
 def test_refusals(as_users_run_it):
-    with pytest.raises(ValueError, match="`sweep_method` must be .*got 'loop'"):
-        prnn.Newton(sweep_method="loop")
-    with pytest.raises(ValueError, match="forget the parentheses"):
+    message = r"`sweep_method` must be .*`Fused\(\)` \(one kernel\).*got 'kernel'"
+    with pytest.raises(TypeError, match=message):
+        prnn.Newton(sweep_method="kernel")
+    with pytest.raises(TypeError, match="forget the parentheses"):
         prnn.Sequential(sweep_method=Scanned)
     for name in ("overlap", "min_iters"):
         with pytest.raises(ValueError, match=f"`{name}` must not be negative; got -1"):
