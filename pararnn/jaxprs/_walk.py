@@ -104,8 +104,8 @@ def _shapes(atoms: Sequence[Any]) -> list[Any]:
 def scan_parts(eqn: Any) -> tuple[int, int]:
     """The numbers of constants and of carried values of a scan; the other operands are slices.
 
-    Derived from ranks, as the parameters differ between supported versions of JAX: only slices lose an axis
-    in the body, and only stacked results gain one.
+    Derived from ranks, as the parameters differ between supported versions of JAX: only slices lose
+    an axis in the body, and only stacked results gain one.
     """
     body, _ = open_jaxpr(eqn.params["jaxpr"])
 
