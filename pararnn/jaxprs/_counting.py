@@ -80,7 +80,7 @@ def _observed(function: Callable[..., Any], args: Any) -> tuple[Any, list[int]]:
     closed = jax.make_jaxpr(on_arrays)(arrays)
     if not _num_loops(closed.jaxpr):
         return closed.jaxpr, []
-    # Constants are passed as arguments: XLA would fold them while it compiles.
+    # Constants are passed as arguments, so that XLA does not embed them in the program.
     observed = jax.jit(lambda consts, xs: _run(closed.jaxpr, consts, xs)[1])
     return closed.jaxpr, [int(n) for n in observed(closed.consts, jtu.tree_leaves(arrays))]
 
