@@ -24,8 +24,8 @@ _BYTES_OF_A_WARP = 12 * 1024
 _PRODUCT_ELEMENTS = 32
 # The most elements of the carry and the inputs per thread, as long as more threads can share them.
 _CARRY_ELEMENTS = 12
-# So many steps' inputs are prefetched, as a load takes longer than an elementwise step; unless they
-# are more elements per thread, or more operations, than compile in a few seconds.
+# The inputs of this many steps are prefetched, as a load takes longer than an elementwise step: up
+# to so many elements per thread, and so many operations, which compile in a few seconds.
 _PREFETCH, _PREFETCH_ELEMENTS, _PREFETCH_OPERATIONS = 4, 24, 800
 # The number of programs that fill a large device.
 _FULL_GRID = 264
@@ -57,7 +57,7 @@ class Kernel:
         self.prefetched = self._prefetched_steps()
 
     def _prefetched_steps(self) -> int:
-        """The number of steps whose inputs are prefetched; 0 if the weights fit no registers."""
+        """The number of steps whose inputs are prefetched; 0 if weights stay in memory."""
         lanes = self.rows * sum(lanes_of(*span.widths) for span in self.inputs)
         few = _PREFETCH * lanes <= _PREFETCH_ELEMENTS * 32 * self.warps
         short = _PREFETCH * self.plan.operations <= _PREFETCH_OPERATIONS
