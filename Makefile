@@ -20,7 +20,7 @@ INSTALLS := import jax.numpy as jnp, pararnn as prnn; \
   print("pararnn", prnn.__version__, "works from", prnn.__file__)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs dist gpu-check clean
+.PHONY: help demo test test-all lint format bench docs dist gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -29,8 +29,16 @@ demo: $(INSTALLED) ## train a character-level language model (options in ARGS)
 	@$(RUN) examples.char_lm $(ARGS)
 
 # The tests run on the CPU unless JAX_PLATFORMS says otherwise. What they compile is kept in $(VENV).
+# Without ARGS, a second process runs those of several devices (alone: `ARGS=tests/sharding`).
+PYTEST := JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(RUN) pytest -n auto --dist worksteal
+
 test: $(INSTALLED) ## run the tests (options of pytest in ARGS)
-	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(RUN) pytest -n auto --dist worksteal $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(if $(ARGS),,$(PYTEST) tests/sharding)
+
+test-all: $(INSTALLED) ## run the slow tests too: the programs, and the pages' examples
+	@$(PYTEST)
+	@$(PYTEST) tests/sharding
 
 lint: $(INSTALLED) ## check style, format and types
 	@$(RUN) ruff check .
@@ -44,7 +52,7 @@ format: $(INSTALLED) ## sort the imports, mend what Ruff can mend, format the co
 bench: $(INSTALLED) ## run the speed benchmark (another one, or options: in ARGS)
 	@$(RUN) benchmarks $(or $(ARGS),speed)
 
-# Without the network, once installed. Opened by a test, if Chromium is there.
+# Without the network, once installed.
 docs: $(DOCS_VENV)/.installed ## build the documentation in site/ (options of MkDocs in ARGS)
 	@JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict $(ARGS)
 

@@ -37,7 +37,7 @@ class AbstractAlgebra(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class WithResets(AbstractAlgebra):
-    """The same family, of steps that start from `reset_state` where a flag is set.
+    """This family with resets: a step starts from `reset_state` where a flag is set.
 
     Its `us` are pairs of the flag and what the `algebra` is given.
     """
@@ -63,7 +63,7 @@ class WithResets(AbstractAlgebra):
 
 @dataclasses.dataclass(frozen=True)
 class WithIdentity(AbstractAlgebra):
-    """The same family and the map that changes nothing, which a step is where a flag is not set.
+    """This family with the identity, which a step is where its flag is not set.
 
     Its `us` are pairs of the flag and what the `algebra` is given.
     """

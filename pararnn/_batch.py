@@ -1,4 +1,4 @@
-"""How many sequences are solved at once.
+"""The size of the batch around a solve.
 
 What is best for one sequence is not for sixty, and code under `jax.vmap` is written for one. But a
 function with a batching rule of its own is told how large the batch is.
@@ -7,8 +7,8 @@ function with a batching rule of its own is told how large the batch is.
 import threading
 from typing import Any
 
-import equinox as eqx
 import jax
+import jax.core
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -40,7 +40,8 @@ def batch_size(tree: PyTree[Any]) -> int:
 
     Only a hint: what depends on it may change how a result is computed, never the result.
     """
-    arrays = [x for x in jtu.tree_leaves(tree) if eqx.is_array(x)]
+    traced = [x for x in jtu.tree_leaves(tree) if isinstance(x, jax.core.Tracer)]
     _seen.batch = 1
-    _probe(jax.lax.stop_gradient(arrays))  # no derivative of it will be asked for
+    if traced:
+        _probe(jax.lax.stop_gradient(traced))  # no derivative of it will be asked for
     return _seen.batch

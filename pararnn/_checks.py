@@ -1,4 +1,4 @@
-"""What `solve` and the layers refuse, and the remedy."""
+"""Checks of the arguments of `solve` and the layers; errors name the argument and the remedy."""
 
 import dataclasses
 from collections.abc import Callable
@@ -115,7 +115,7 @@ def pytree_hint(leaf: Any) -> str:
 
 
 def _list_hint(xs: Any) -> str:
-    """The remedy where the inputs of the steps may have come one by one."""
+    """The remedy where `xs` may be a list of the steps' inputs."""
     if not isinstance(xs, (list, tuple)) or len(xs) < 2:
         return ""
     if len({jnp.shape(x) if jtu.all_leaves([x]) else None for x in xs}) > 1:
@@ -210,7 +210,7 @@ def check_projected(us: PyTree[Any], length: int) -> None:
 
 
 class ExplainedStep(eqx.Module):
-    """A step that tells what it was called with when it fails. Costs nothing once traced."""
+    """A step whose errors name the state and input of its trace. Costs nothing once traced."""
 
     step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
 
@@ -238,8 +238,8 @@ class ExplainedStep(eqx.Module):
 
 
 def _check_is_projected(cell: AbstractCell, x: PyTree[Array]) -> None:
-    """Raises if `x` is one array although `project` makes several of such an array. Three features
-    would be taken for three gates, without any error."""
+    """Raises if `x` is one array although `project` makes several of it: three features would be
+    taken for three gates, without any error."""
     if not eqx.is_array(x):
         return
     try:
@@ -262,7 +262,7 @@ class StateDtypeError(ValueError):
 
 
 def check_new_state(new: PyTree[Any], old: PyTree[Any]) -> None:
-    """Raises unless `new`, what a step returned, is like `old`."""
+    """Raises unless the new state has the structure, shapes and dtypes of the old one."""
     got, expected = jtu.tree_structure(new), jtu.tree_structure(old)
     if got != expected:
         hint = ""
@@ -306,7 +306,7 @@ def _batch_hint(old: tuple[int, ...], new: tuple[int, ...]) -> str:
 
 
 def blame_slice(error: Exception, cell: AbstractCell, x: PyTree[Array]) -> None:
-    """Raises in place of `error` if what was to be one time slice is a sequence."""
+    """Raises a plainer error than `error` if `x`, one time slice, is a sequence."""
     try:
         check_xs(x)
         length = num_steps(x)
@@ -321,7 +321,7 @@ def blame_slice(error: Exception, cell: AbstractCell, x: PyTree[Array]) -> None:
 
 
 def blame_inputs(error: StateDtypeError, cell: AbstractCell, xs: PyTree[Array]) -> None:
-    """Raises in place of `error`, in terms of what the user of a layer wrote, if it is that."""
+    """Raises a plainer error than `error` if the inputs have a wider dtype than the cell."""
     parameters, inputs = _widest(cell), _widest(xs)
     if parameters is None or inputs is None or _bits(inputs) <= _bits(parameters):
         return

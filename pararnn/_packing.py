@@ -10,15 +10,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, PyTree
 
-from ._devices import place_like, spread
-from ._line import Line
 from ._misc import bool_where, is_symbolic, over_rows
+from ._one_device import OneDevice
+from ._shards import choose_shards
 from .scans import Sequential
-from .scans._default import across
 
 
 def segment_starts(segment_ids: Int[Array | np.ndarray, " L"]) -> Bool[Array, " L"]:
-    """Where a packed sequence starts anew: the steps whose id differs from that of the step before.
+    """The starts of the pieces of a packed sequence: steps whose id differs from the previous one.
 
     For `reset` of [`pararnn.solve`][] and of the layers. The first step is no start: it continues
     from the state that is passed, the initial one if there is none.
@@ -47,7 +46,7 @@ def segment_starts(segment_ids: Int[Array | np.ndarray, " L"]) -> Bool[Array, " 
 def mask_of(
     lengths: Integer[Array | np.ndarray, "..."] | int, total: int
 ) -> Bool[Array, "... total"]:
-    """Which steps count in sequences that are padded behind: the first `length` of each.
+    """The mask of sequences that are padded at the end: true for the first `length` steps of each.
 
     For `mask` of [`pararnn.solve`][] and of the layers: of one sequence, or of a batch to be mapped
     over, as in `jax.vmap(lambda xs, mask: rnn(xs, mask=mask))(xs, mask_of(lengths, L))`.
@@ -91,14 +90,13 @@ def mask_of(
 class Packing(eqx.Module):
     """The unmasked steps of a sequence, moved to its front in their order.
 
-    A solver then meets no padding among the steps that count. The places behind them repeat the
-    first unmasked input and start from the reset state: plausible numbers, so that no derivative of
-    what is dropped is infinite, which times 0 would be NaN; and nothing to iterate for, as they do
-    not depend on the steps before.
+    A solver then meets no padding among the steps that count. The trailing slots repeat the first
+    unmasked input and start from the reset state, so that they stay finite (0 * inf is NaN in the
+    gradient) and need no iterations.
 
-    - `order`: which step is at each place.
-    - `places`: at which place the last unmasked step up to each step is; -1 if there is none.
-    - `count`: how many steps are unmasked.
+    - `order`: the step in each slot.
+    - `places`: the slot of the last unmasked step up to each step; -1 if there is none.
+    - `count`: the number of unmasked steps.
     """
 
     order: Int[Array, " L"]
@@ -113,16 +111,18 @@ class Packing(eqx.Module):
         self.order = jnp.where(jnp.arange(length) < self.count, order, order[:1])
 
     def compact(self, tree: PyTree[Any]) -> PyTree[Array]:
-        """From step to place. Zeros if no step is unmasked, because all may be NaN then."""
+        """Reorders steps to slots. Zeros if no step is unmasked, because all may be NaN then."""
+
+        shards = choose_shards((tree, self))
 
         def one(x):
-            moved = spread(jnp.asarray(x), self.count)[self.order]
+            moved = shards.spread(jnp.asarray(x), self.count)[self.order]
             return jnp.where(self.count > 0, moved, jnp.zeros_like(moved))
 
         return jtu.tree_map(one, tree)
 
     def expand(self, tree: PyTree[Array], before: PyTree[Array]) -> PyTree[Array]:
-        """From place to step: that of the last unmasked step, or `before` if there is none."""
+        """Reorders slots to steps: the row of the last unmasked step, or `before` if none."""
         front = jnp.maximum(self.places, 0)
 
         def one(x, start):
@@ -132,30 +132,29 @@ class Packing(eqx.Module):
         return jtu.tree_map(one, tree, before)
 
     def last(self, tree: PyTree[Array], before: PyTree[Array]) -> PyTree[Array]:
-        """That of the last unmasked step, or `before` if there is none."""
+        """The row of the last unmasked step, or `before` if there is none."""
         some, place = self.count > 0, jnp.maximum(self.count - 1, 0)
         return bool_where(some, jtu.tree_map(lambda x: x[place], tree), before)
 
     def pieces(self, reset: Bool[Array, " L"]) -> Bool[Array, " L"]:
-        """Which places start anew: one, or a masked one since the place before, was to be reset."""
-        moved = jnp.cumsum(spread(reset, self.count))[self.order]
+        """The slots to reset: the step, or a masked one since the previous slot, is reset."""
+        moved = jnp.cumsum(choose_shards((reset, self)).spread(reset, self.count))[self.order]
         return jnp.diff(moved, prepend=0) != 0
 
     def resets(self, pieces: Bool[Array, " L"] | None) -> Bool[Array, " L"]:
-        """As `pieces`, and all places behind the unmasked steps."""
+        """Like `pieces`, and all trailing slots."""
         behind = jnp.arange(self.order.shape[0]) >= self.count
         return behind if pieces is None else behind | pieces
 
 
 def without_moving(
-    line: Line, mask: Bool[Array, " L"], xs: PyTree[Array], reset: Bool[Array, " L"] | None
+    shards: OneDevice, mask: Bool[Array, " L"], xs: PyTree[Array], reset: Bool[Array, " L"] | None
 ) -> tuple[PyTree[Array], Bool[Array, " L"] | None]:
-    """`(xs, reset)` for a recurrence whose masked steps stay where they are and change nothing,
-    where the steps lie on several devices: plausible inputs in their places, and each reset at the
-    next unmasked step."""
+    """`(xs, reset)` for a sharded recurrence, whose masked steps stay in place and keep the state:
+    their inputs are replaced by an unmasked one, and each reset moves to the next unmasked step."""
     some, place = jnp.any(mask), jnp.argmax(mask)
     here = jtu.tree_map(lambda x: x[place], xs)
-    has_some, firsts = line.all_gather((some, here))
+    has_some, firsts = shards.all_gather((some, here))
     device = jnp.argmax(has_some)
 
     def one(x, first):
@@ -165,11 +164,11 @@ def without_moving(
     xs = jtu.tree_map(one, xs, firsts)
     if reset is None:
         return xs, None
-    scan = across(Sequential(), line)
+    scan = shards.sharded(Sequential())
     passed = scan.cumulative_sum(reset.astype(int))
     # How many resets had passed at the unmasked step before each.
     last = scan.cumulative_max(jnp.where(mask, passed, 0))
-    return xs, mask & (passed > line.shift_right(last, jnp.zeros_like(last[0])))
+    return xs, mask & (passed > shards.shift_right(last, jnp.zeros_like(last[0])))
 
 
 def windows_of_pieces(
@@ -193,7 +192,11 @@ def windows_of_pieces(
 
 
 def passed_inputs(
-    line: Line, past: PyTree[Array], xs: PyTree[Array], count: Int[Array, ""] | int, context: int
+    shards: OneDevice,
+    past: PyTree[Array],
+    xs: PyTree[Array],
+    count: Int[Array, ""] | int,
+    context: int,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
     """`(before, after)`: the last `context` inputs before those of this device, and the last of
     all; `past` are those before the first, and of `xs` the first `count` rows count."""
@@ -202,7 +205,7 @@ def passed_inputs(
         padded = jnp.concatenate([jnp.zeros_like(p), x])
         return jax.lax.dynamic_slice_in_dim(padded, count, context)
 
-    every = line.all_gather((jtu.tree_map(last, past, xs), jnp.minimum(count, context)))
+    every = shards.all_gather((jtu.tree_map(last, past, xs), jnp.minimum(count, context)))
     place = jnp.arange(context)
 
     def follow(held, device):
@@ -215,11 +218,11 @@ def passed_inputs(
         held = jtu.tree_map(one, held, rows)
         return held, held
 
-    past = place_like(past, (past, every))
+    past = shards.place_like(past, (past, every))
     after, held = jax.lax.scan(follow, past, every)
-    index = jnp.maximum(line.index - 1, 0)
+    index = jnp.maximum(shards.index - 1, 0)
     before = jtu.tree_map(lambda h: h[index], held)
-    return bool_where(jnp.asarray(line.is_first), past, before), after
+    return bool_where(jnp.asarray(shards.is_first), past, before), after
 
 
 def zero_unless(flags: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]:

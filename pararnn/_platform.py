@@ -1,4 +1,4 @@
-"""The one place that asks JAX where it runs."""
+"""The platform that JAX runs on."""
 
 import os
 

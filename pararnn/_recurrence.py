@@ -1,4 +1,4 @@
-"""The problem, as one thing: what every solver and every derivative is given."""
+"""The problem that every solver and every adjoint gets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,17 @@ import jax
 from jaxtyping import Array, Bool, PyTree
 
 from ._algebra import AbstractAlgebra, WithIdentity, WithResets
-from ._devices import typed_slice
-from ._line import Line
 from ._misc import bool_where, make_ravel, num_steps
-from ._traits import lacks_derivative, lacks_transpose, shared_axes
+from ._one_device import OneDevice
+from ._step_properties import lacks_derivative, lacks_transpose, shared_axes
+from ._tracing import typed_slice
 from .scans import AbstractScan
 from .structures import AbstractStructure, detect_structure, is_affine
 
 
 class _Found:
-    """What has been found out about a step so far: each question is asked once per solve, wherever
-    JAX's transformations carry the recurrence."""
+    """A cache of the properties of a step: each is computed once per solve, wherever JAX's
+    transformations carry the recurrence."""
 
     def __init__(self, structure: AbstractStructure | None):
         self.answers: dict[str, Any] = {} if structure is None else {"structure": structure}
@@ -43,7 +43,8 @@ class Recurrence(eqx.Module):
     - `algebra`: the family of maps that the steps belong to, if it is known, or `None`.
     - `reverse`: whether time runs from the last input to the first: $h_t = \mathrm{step}(h_{t+1},
         x_t)$ with $h_L = \mathrm{init}$. Only a solver that declares `runs_backwards` meets it.
-    - `parts`: where the steps lie. If on several devices, `xs` and all states are those of this
+    - `row_shards`: where the steps lie, in the order of the rows of `xs`; `shards` is the same in
+        the order of time. If on several devices, `xs` and all states are those of this
         device, and `init` is the state before the very first step. Only a solver that declares
         `supports_sharding` meets that.
     """
@@ -53,7 +54,7 @@ class Recurrence(eqx.Module):
     init: PyTree[Any]
     algebra: AbstractAlgebra | None = eqx.field(static=True)
     reverse: bool = eqx.field(static=True)
-    parts: Line = eqx.field(static=True)
+    row_shards: OneDevice = eqx.field(static=True)
     _found: _Found = eqx.field(static=True)
 
     def __init__(
@@ -67,17 +68,17 @@ class Recurrence(eqx.Module):
         structure: AbstractStructure | None = None,
         algebra: AbstractAlgebra | None = None,
         reverse: bool = False,
-        parts: Line = Line(),  # noqa: B008
+        row_shards: OneDevice = OneDevice(),  # noqa: B008
         mask: Bool[Array, " L"] | None = None,
     ):
         """**Arguments:**
 
         - `step`, `xs`, `init`: as for [`pararnn.solve`][]; all arrays of `step` must be its leaves.
         - `resets`: which steps start from `reset_state` and not from the state before them.
-        - `structure`, `algebra`: what is known of the step. The structure is detected otherwise,
-            when it is first asked for.
+        - `structure`, `algebra`: those of the step, if known. The structure is detected otherwise,
+            when it is first used.
         - `reverse`: whether time runs from the last input to the first.
-        - `parts`: where the steps lie; the order of the devices is that of the rows of `xs`.
+        - `row_shards`: where the steps lie, in the order of the rows of `xs`.
         - `mask`: which steps are made; the others leave the state as it is.
         """
         if resets is not None:
@@ -85,7 +86,7 @@ class Recurrence(eqx.Module):
         if mask is not None:
             step, xs = _MaskedStep(step), (mask, xs)
         self.step, self.xs, self.init = step, xs, init
-        self.algebra, self.reverse, self.parts = algebra, reverse, parts
+        self.algebra, self.reverse, self.row_shards = algebra, reverse, row_shards
         self._found = _Found(structure)
 
     @property
@@ -94,13 +95,13 @@ class Recurrence(eqx.Module):
         return num_steps(self.xs)
 
     @property
-    def line(self) -> Line:
-        """Where the steps lie, in the order of time."""
-        return self.parts.backwards() if self.reverse else self.parts
+    def shards(self) -> OneDevice:
+        """The shards of time, in the order of time."""
+        return self.row_shards.backwards() if self.reverse else self.row_shards
 
     def at(self, times: slice) -> slice:
-        """The rows of the inputs and the states at times that are counted in the direction of the
-        recurrence; the slice has all of its bounds, and goes forward."""
+        """The rows of the inputs and states at `times`, which count in the direction of the
+        recurrence: a slice with all of its bounds, in steps forward."""
         if not self.reverse:
             return times
         start, stop, step = times.indices(self.length)
@@ -116,20 +117,20 @@ class Recurrence(eqx.Module):
 
     def previous(self, states: PyTree[Array]) -> PyTree[Array]:
         """The states that the steps start from, `(init, states[0], …, states[L-2])`."""
-        return self.parts.shift_right(states, self.init)
+        return self.row_shards.shift_right(states, self.init)
 
     def images(self, states: PyTree[Array]) -> PyTree[Array]:
-        """What all steps make of the states that they start from, side by side."""
+        """The states after all steps, each from the state before it."""
         return jax.vmap(self.step)(self.previous(states), self.xs)
 
     def composed(self, algebra: AbstractAlgebra, scan: AbstractScan) -> PyTree[Array]:
-        """The states by composition of the steps, which the `algebra` contains."""
+        """The states by composition of the steps as elements of the `algebra`."""
         algebra = _lifted(algebra, self.step)
         elements = jax.vmap(algebra.element)(self.xs)
         composed = scan.prefixes(lambda earlier, later: algebra.compose(later, earlier), elements)
         return jax.vmap(algebra.apply, in_axes=(0, None))(composed, self.init)
 
-    # --- what is found by tracing the step once -----------------------------------------------
+    # --- properties found by tracing the step once --------------------------------------------
 
     @property
     def structure(self) -> AbstractStructure:
@@ -170,7 +171,7 @@ class Recurrence(eqx.Module):
 
 
 def _lifted(algebra: AbstractAlgebra, step: Callable[..., Any]) -> AbstractAlgebra:
-    """The algebra of a step with resets and a mask, from that of the step without."""
+    """The algebra of a step with resets and a mask."""
     if isinstance(step, _MaskedStep):
         return WithIdentity(_lifted(algebra, step.step))
     if isinstance(step, _ResettingStep):
@@ -179,7 +180,7 @@ def _lifted(algebra: AbstractAlgebra, step: Callable[..., Any]) -> AbstractAlgeb
 
 
 class _MaskedStep(eqx.Module):
-    """A step that is made only where a flag is set."""
+    """A step that keeps the state where its flag is not set."""
 
     step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
 
@@ -206,7 +207,7 @@ def scan_states(
     *,
     reverse: bool = False,
 ) -> PyTree[Array]:
-    """All states by `jax.lax.scan`, with products at full precision: the definition of a
+    """All states by `jax.lax.scan`, with matrix products at full precision: the definition of a
     solution."""
 
     def body(state, x):
@@ -218,7 +219,7 @@ def scan_states(
 
 
 def precise(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with matrix products at full precision on every platform."""
+    """The function with matrix products at full precision on every platform."""
 
     def run(*args):
         with jax.default_matmul_precision("highest"):

@@ -1,17 +1,18 @@
-"""Choosing what runs from what is known before running anything; refusing what cannot be right."""
+"""Selects solver and adjoint from platform, structure and shapes; rejects invalid combinations."""
 
 import math
 from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
-from ._mesh import TimeAxis, find_time_axis, time_axis_of
 from ._misc import is_symbolic
 from ._platform import chosen_platform, kernels_enabled
 from ._recurrence import Recurrence
-from ._traits import listed
+from ._step_properties import listed
+from ._tracing import on_mesh
 from .adjoints import AbstractAdjoint, ClippedAdjoint, LinearSolveAdjoint, OnePassAdjoint
 from .adjoints._wrapped import as_adjoint, default_adjoint
+from .sharding._mesh import TimeAxis, find_time_axis, time_axis_of
 from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
 from .solvers._base import check_sharding
 from .solvers._time_sharded import default_sharded_solver
@@ -25,9 +26,9 @@ _MAX_DENSE_SIZE = 128
 _MIN_LENGTH = 64
 
 
-def within(policy: Any) -> Any:
-    """A solver, or an adjoint, for what lies on one device or several."""
-    return policy.within() if isinstance(policy, AbstractSolver) else policy
+def inner(policy: Any) -> Any:
+    """The solver inside `TimeSharded`; any other solver or adjoint itself."""
+    return policy.inner if isinstance(policy, AbstractSolver) else policy
 
 
 def time_axis(
@@ -35,20 +36,22 @@ def time_axis(
     adjoint: AbstractSolver | AbstractAdjoint | None,
     arrays: tuple[PyTree[Any], PyTree[Any]],
 ) -> TimeAxis | None:
-    """Where time is cut: as `solver` or `adjoint` say, or, if there is no solver, as the inputs lie
-    already.
+    """The mesh axis along which time is sharded: that of `solver` or `adjoint`, or without a solver
+    that of the inputs; `None` for one device.
 
     Raises a `ValueError` if they contradict each other.
 
     **Arguments:**
 
-    - `solver`, `adjoint`: what was asked for.
+    - `solver`, `adjoint`: as passed by the user.
     - `arrays`: the inputs of the recurrence, and the state before the first step.
     """
     named = [policy.axis for policy in (solver, adjoint) if policy is not None]
     axes = {axis for axis in named if axis is not None}
     if len(axes) > 1:
         raise ValueError(f"`solver` and `adjoint` cut time along different axes: {axes}.")
+    if not axes and not on_mesh(arrays):
+        return None
     lies = time_axis_of(arrays[0])
     if not axes and lies is not None and solver is not None:
         raise ValueError(
@@ -61,7 +64,8 @@ def time_axis(
 
 
 class Choice(NamedTuple):
-    """What runs: complete, so that nothing depends on the platform any more; and why."""
+    """Solver and adjoint with all options resolved, so that nothing depends on the platform any
+    more; and the reasons."""
 
     solver: AbstractSolver
     adjoint: AbstractAdjoint
@@ -77,7 +81,8 @@ def choose(
     platform: str | None = None,
     batch: int = 1,
 ) -> Choice:
-    """What stands for `None`, or for what such a step needs something else for; all resolved.
+    """Replaces `None` by defaults, replaces adjoints that the step does not support, and resolves
+    all options.
 
     Raises a `ValueError` for a step that exchanges values with other sequences and anything but
     one step after another: under `jax.vmap`, loops that turn a different number of times for each
@@ -86,15 +91,15 @@ def choose(
 
     **Arguments:**
 
-    - `recurrence`: whose arrays may be abstract.
-    - `solver`, `adjoint`: what was asked for.
+    - `recurrence`: the problem; its arrays may be abstract.
+    - `solver`, `adjoint`: as passed by the user.
     - `platform`: `None` is that of JAX.
-    - `batch`: a hint: how many sequences `jax.vmap` makes of this one.
+    - `batch`: the number of sequences under `jax.vmap`, a hint.
     """
     platform = chosen_platform(platform)
     _check_shared_axes(recurrence, solver=solver, adjoint=adjoint)
     for name, policy in (("solver", solver), ("adjoint", adjoint)):
-        if policy is not None and recurrence.line.is_sharded:
+        if policy is not None and recurrence.shards.is_sharded:
             check_sharding(name, policy)
     if is_symbolic(recurrence.length):
         return _choose_for_any_length(recurrence, solver, adjoint)
@@ -115,8 +120,8 @@ def _choose_for_any_length(
     solver: AbstractSolver | None,
     adjoint: AbstractSolver | AbstractAdjoint | None,
 ) -> Choice:
-    """Of a program that is exported for sequences of all lengths: one step after another."""
-    if recurrence.line.is_sharded or not (solver is None or solver.stepwise):
+    """The choice for a symbolic length, as of an export: one step after another."""
+    if recurrence.shards.is_sharded or not (solver is None or solver.stepwise):
         name = "TimeSharded" if solver is None else type(solver).__name__
         raise ValueError(
             f"`xs` has the symbolic length {recurrence.length}, but `solver={name}(…)` cuts a "
@@ -133,7 +138,7 @@ def _choose_for_any_length(
 
 
 def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | AbstractAdjoint | None):
-    if recurrence.line.is_sharded and recurrence.shared_axes:
+    if recurrence.shards.is_sharded and recurrence.shared_axes:
         raise ValueError(
             f"`step` exchanges values along {listed(recurrence.shared_axes)}: the sequences of a "
             "batch must go through their steps together, which cannot lie on several devices."
@@ -151,8 +156,8 @@ def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | Abst
 
 def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolver, str]:
     length, size = recurrence.length, recurrence.size
-    where = f" on each of {recurrence.line.count} devices" if recurrence.line.is_sharded else ""
-    if recurrence.line.is_sharded and platform == "cpu":
+    where = f" on each of {recurrence.shards.count} devices" if recurrence.shards.is_sharded else ""
+    if recurrence.shards.is_sharded and platform == "cpu":
         return default_sharded_solver(recurrence, platform), (
             "On CPU devices, the part of each starts 128 steps early: if the state is forgotten by "
             "then, all devices together do the work of one pass of `lax.scan`."
@@ -227,7 +232,7 @@ def _select_adjoint(
         )
     else:
         chosen = as_adjoint(adjoint)
-    if recurrence.line.is_sharded and chosen.stepwise and not recurrence.has_all_tangents:
+    if recurrence.shards.is_sharded and chosen.stepwise and not recurrence.has_all_tangents:
         chosen = LinearSolveAdjoint(default_sharded_solver(recurrence, platform))
     backward = chosen.backward_solver
     if backward is None or recurrence.has_all_tangents:
@@ -235,6 +240,6 @@ def _select_adjoint(
     # There is no map from tangents to tangents to solve with and to transpose; but what flows back
     # can be solved for.
     reason = "The step has no derivative in forward mode: only what flows back can be solved for."
-    if adjoint is None and not recurrence.line.is_sharded:
+    if adjoint is None and not recurrence.shards.is_sharded:
         return OnePassAdjoint(), reason
     return ClippedAdjoint(math.inf, backward), reason

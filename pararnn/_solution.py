@@ -1,4 +1,4 @@
-"""What `solve` returns."""
+"""The result of `solve`."""
 
 import textwrap
 from typing import Any
@@ -38,7 +38,7 @@ def _as_count(number: Any) -> Int[Array, ""]:
 
 
 class Stats(eqx.Module):
-    """What happened during a solve.
+    """The report of a solve.
 
     - `iterations`: how many sweep-and-correct iterations were made; 0 for `Sequential`.
     - `correction`: the largest change that the last iteration made to any chunk's start, in

@@ -1,5 +1,6 @@
-"""The one entry: check the arguments, choose, run, report."""
+"""`solve`: checks the arguments, selects solver and adjoint, runs, and reports."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._algebra import AbstractAlgebra
 from ._batch import batch_size
+from ._checked_solve import CheckedSolve, call_site, errors_of_steps, fail_unless_successful
 from ._checks import (
     ExplainedStep,
     check_adjoint,
@@ -24,19 +26,19 @@ from ._checks import (
     check_xs,
     to_arrays,
 )
-from ._devices import convert_step, mesh_context, place, typed_slice, varying_axes
-from ._jit import is_traced, run_jitted
-from ._line import AxisName, Line
-from ._mesh import TimeAxis, both, over_devices
 from ._misc import make_ravel, num_steps, struct
 from ._norms import all_finite
-from ._outcome import Solve, call_site, errors_of_steps, fail_unless_successful
 from ._packing import Packing, without_moving
+from ._program_cache import is_traced, run_jitted
 from ._recurrence import Recurrence, precise
-from ._select import choose, time_axis, within
+from ._select import choose, inner, time_axis
+from ._shards import choose_shards
 from ._solution import RESULTS, Solution, Stats
-from ._traits import check_unmasked
+from ._step_properties import check_unmasked
+from ._tracing import on_mesh, typed_slice
 from .adjoints import AbstractAdjoint
+from .sharding._mesh import TimeAxis, both, over_devices
+from .sharding._placement import mesh_context
 from .solvers import AbstractSolver, Report
 from .structures import AbstractStructure
 
@@ -142,21 +144,55 @@ def solve(
     if not (isinstance(verbose, bool) or callable(verbose)):
         raise TypeError(f"`verbose` must be True, False or a function; got {verbose!r}.")
     report = (_print_progress if verbose else None) if isinstance(verbose, bool) else verbose
-    known = {"structure": structure, "algebra": algebra}
+    arrays = _Arrays(xs, init, guess, reset, reset_state, mask)
+    # On one device, nothing of `pararnn.sharding` runs.
+    mesh = on_mesh((step, arrays))
     time = time_axis(solver, adjoint, (xs, init)) if length else None
-    policy = _Policy(within(solver), within(adjoint), report, batch_size((step, xs, init)), time)
-    args = (xs, init, reset, reset_state, mask, guess, known, policy)
-    return _run(step, args, throw)
+    options = _Options(
+        inner(solver),
+        inner(adjoint),
+        structure,
+        algebra,
+        report,
+        batch_size((step, xs, init)),
+        time,
+    )
+    return _run(step, arrays, options, throw, mesh)
 
 
-def _run(step, args, throw) -> Solution:
-    def run(where):
-        with mesh_context((step, args)):
-            return run_jitted(_solve, step, *args, where)
+class _Arrays(NamedTuple):
+    """The arrays of a problem, of one sequence or this device's shard of it."""
+
+    xs: PyTree[Array]
+    init: PyTree[Array]
+    guess: PyTree[Array] | None
+    reset: Bool[Array, " L"] | None
+    reset_state: PyTree[Array]
+    mask: Bool[Array, " L"] | None
+
+
+class _Options(NamedTuple):
+    """The caller's choices, the batch size, and the mesh axis along which time is sharded."""
+
+    solver: AbstractSolver | None
+    adjoint: AbstractSolver | AbstractAdjoint | None
+    structure: AbstractStructure | None
+    algebra: AbstractAlgebra | None
+    report: Report | None
+    batch: int
+    time: TimeAxis | None
+
+
+def _run(step, arrays: _Arrays, options: _Options, throw: bool, mesh: bool) -> Solution:
+    """Runs the compiled solve, and raises where it has failed."""
+
+    def run(throw_from):
+        with mesh_context((step, arrays)) if mesh else contextlib.nullcontext():
+            return run_jitted(_solve_on_devices, step, arrays, options, throw_from)
 
     if not throw:
         return run(None)
-    if is_traced((step, args)):
+    if is_traced((step, arrays)):
         return run(call_site())
     # Outside of all transformations no program needs to raise: the error comes from here.
     with errors_of_steps():
@@ -169,78 +205,66 @@ def _run(step, args, throw) -> Solution:
     return solution
 
 
-class _Policy(NamedTuple):
-    """How to solve, as far as it was said; and where time is cut, if it is."""
+def _solve_on_devices(step, arrays: _Arrays, options: _Options, throw_from) -> Solution:
+    """Solves on this device; or on each device of a mesh, over which time is not sharded yet."""
+    time = options.time
+    if time is None or time.mesh is None:
+        return _solve(step, arrays, options, throw_from)
 
-    solver: AbstractSolver | None
-    adjoint: AbstractSolver | AbstractAdjoint | None
-    report: Report | None
-    batch: int
-    time: TimeAxis | None
+    # Arguments as far as possible: on explicit axes JAX 0.10.2 lets nothing be closed over.
+    leaves, rest = eqx.partition(step, eqx.is_array)
 
-    @property
-    def axis(self) -> AxisName | None:
-        return None if self.time is None else self.time.axis
-
-
-def _solve(step, xs, init, reset, reset_state, mask, guess, known, policy, throw) -> Solution:
-    if policy.time is None or policy.time.mesh is None:
-        return _solve_here(step, xs, init, reset, reset_state, mask, guess, known, policy, throw)
-
-    # Arguments as far as they can be: on explicit axes JAX lets nothing be closed over.
-    arrays, rest = eqx.partition(step, eqx.is_array)
-
-    def solve_part(cut, whole, real):
-        (xs, reset, mask, guess), (arrays, init, reset_state) = cut, whole
-        step, mask = eqx.combine(arrays, rest), both(mask, real)
-        solution = _solve_here(
-            step, xs, init, reset, reset_state, mask, guess, known, policy, throw
-        )
+    def solve_shard(sharded, replicated, real):
+        (xs, reset, mask, guess), (leaves, init, reset_state) = sharded, replicated
+        shard = _Arrays(xs, init, guess, reset, reset_state, both(mask, real))
+        solution = _solve(eqx.combine(leaves, rest), shard, options, throw_from)
         return solution.states, (solution.final, solution.result, solution.stats)
 
-    cut, whole = (xs, reset, mask, guess), (arrays, init, reset_state)
-    states, rest = over_devices(policy.time, solve_part, cut, whole)
-    return Solution(states, *rest)
+    sharded = arrays.xs, arrays.reset, arrays.mask, arrays.guess
+    states, others = over_devices(
+        time, solve_shard, sharded, (leaves, arrays.init, arrays.reset_state)
+    )
+    return Solution(states, *others)
 
 
-def _solve_here(step, xs, init, reset, reset_state, mask, guess, known, policy, throw) -> Solution:
-    """The part of a solve that lies on this device, or all of it."""
-    length, line = num_steps(xs), Line(policy.axis)
+def _solve(step, arrays: _Arrays, options: _Options, throw_from) -> Solution:
+    """Solves a sequence, or this device's shard of it."""
+    shards = choose_shards((step, arrays), None if options.time is None else options.time.axis)
     # Hoists whatever `step` closes over, so that derivative rules see it as an argument.
-    data = xs, init, guess, reset, reset_state, mask
     step = precise(ExplainedStep(step))
-    converted, new, axes = convert_step(step, xs, init, varying_axes(data))
+    step, new, arrays = shards.convert_step(step, arrays.xs, arrays.init, arrays)
+    xs, init, guess, reset, reset_state, mask = arrays
     check_new_state(new, init)
-    xs, init, guess, reset, reset_state, mask = place(data, axes)
-    if length == 0:
+    if num_steps(xs) == 0:
         states = jtu.tree_map(lambda h: jnp.zeros((0, *h.shape), h.dtype), init)
         return Solution(states, init, RESULTS.successful, _no_stats())
     packing = None
     if mask is not None:
-        check_unmasked(converted, init, typed_slice(xs))
-    if mask is not None and line.is_sharded:
-        xs, reset = without_moving(line, mask, xs, reset)
+        check_unmasked(step, init, typed_slice(xs))
+    if mask is not None and shards.is_sharded:
+        xs, reset = without_moving(shards, mask, xs, reset)
     elif mask is not None:
         packing, mask = Packing(mask), None
         xs, guess = packing.compact((xs, guess))
         reset = packing.resets(None if reset is None else packing.pieces(reset))
     recurrence = Recurrence(
-        converted,
+        step,
         xs,
         init,
         resets=reset,
         reset_state=reset_state,
+        structure=options.structure,
+        algebra=options.algebra,
+        row_shards=shards,
         mask=mask,
-        parts=line,
-        **known,
     )
-    choice = choose(recurrence, policy.solver, policy.adjoint, batch=policy.batch)
-    forward = Solve(choice.solver, policy.report, throw)
+    choice = choose(recurrence, options.solver, options.adjoint, batch=options.batch)
+    forward = CheckedSolve(choice.solver, options.report, throw_from)
     states, result, stats = choice.adjoint.solve(forward, recurrence, guess)
     if packing is None:
-        final = line.from_last(jtu.tree_map(lambda h: h[-1], states))
-        return Solution(states, final, *line.replicate((result, stats)))
-    return _unpacked(packing, Solution(states, init, result, stats), init, throw)
+        final = shards.from_last(jtu.tree_map(lambda h: h[-1], states))
+        return Solution(states, final, *shards.replicate((result, stats)))
+    return _unpacked(packing, Solution(states, init, result, stats), init, throw_from)
 
 
 def _unpacked(packing: Packing, solution: Solution, init, throw) -> Solution:

@@ -66,7 +66,7 @@ def optimised():
 
 @pytest.fixture
 def as_users_run_it():
-    """Without the type checks of the tests, which would refuse most of this first."""
+    """Without the type checks of the tests, which take time and refuse wrong arguments first."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import pytest
 
 import pararnn as prnn
 
@@ -49,6 +50,27 @@ def error(got, expected) -> float:
 
     assert jtu.tree_structure(got) == jtu.tree_structure(expected)
     return max(map(one, jtu.tree_leaves(got), jtu.tree_leaves(expected)))
+
+
+def successful(solution) -> bool:
+    return bool(solution.result == prnn.RESULTS.successful)
+
+
+def assert_right(solution, expected):
+    """The states are the scan's, and the final one is the last of them."""
+    __tracebackhide__ = True
+    assert successful(solution), solution.result
+    first = jtu.tree_leaves(expected)[0]
+    assert error(solution.states, expected) <= tolerance(first.dtype)
+    if first.shape[0]:
+        last = jtu.tree_map(lambda h: h[-1], solution.states)
+        assert error(solution.final, last) == 0
+
+
+def over(solvers, *names):
+    """Parametrizes a test by solvers of a table: by all, or by those named."""
+    names = names or tuple(solvers)
+    return pytest.mark.parametrize("solver", [solvers[name] for name in names], ids=names)
 
 
 def previous(init, states, xs):

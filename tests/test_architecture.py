@@ -14,25 +14,26 @@ PACKAGE = pathlib.Path(pararnn.__file__).parent
 ROOMS = [
     "jaxprs",
     "_misc",
-    "_devices",
-    "_line",
-    "_mesh",
+    "_tracing",
+    "_one_device",
     "_norms",
     "_platform",
-    "_settings",
+    "_validate",
     "_batch",
     "kernels",
-    "_traits",
+    "_step_properties",
     "structures",
     "_algebra",
     "scans",
     "sweeps",
+    "sharding",
+    "_shards",
     "_recurrence",
     "_solution",
-    "_jit",
+    "_program_cache",
     "cells",
     "solvers",
-    "_outcome",
+    "_checked_solve",
     "adjoints",
     "_checks",
     "_select",
@@ -48,13 +49,13 @@ FOLDERS = sorted(folder.name for folder in PACKAGE.iterdir() if (folder / "__ini
 MAX_LINES = 400
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-over_files = pytest.mark.parametrize(
-    "file", FILES, ids=[str(file.relative_to(PACKAGE)) for file in FILES]
-)
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 
-def parse(file: pathlib.Path) -> ast.Module:
-    return ast.parse(file.read_text())
+def at(file: pathlib.Path, node: ast.AST | None = None) -> str:
+    """Where an offender stands."""
+    line = "" if node is None else f":{node.lineno}"  # pyright: ignore[reportAttributeAccessIssue]
+    return f"{file.relative_to(PACKAGE)}{line}"
 
 
 def room(file: pathlib.Path) -> str:
@@ -66,33 +67,23 @@ def room(file: pathlib.Path) -> str:
 def own_imports(file: pathlib.Path) -> list[pathlib.Path]:
     """The files of the package that a file imports, at any depth of its syntax tree."""
     found = []
-    for node in ast.walk(parse(file)):
-        if isinstance(node, ast.Import):
-            assert not any(a.name.split(".")[0] == "pararnn" for a in node.names), (
-                f"{file.name}:{node.lineno}: import from within the package relatively"
-            )
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        if node.level == 0:
-            assert (node.module or "").split(".")[0] != "pararnn", (
-                f"{file.name}:{node.lineno}: import from within the package relatively"
-            )
+    for node in ast.walk(TREES[file]):
+        if not (isinstance(node, ast.ImportFrom) and node.level):
             continue
         base = file.parents[node.level - 1]
         target = base.joinpath(*(node.module or "").split(".")) if node.module else base
         for alias in node.names:
-            for candidate in (
+            candidates = (
                 target / f"{alias.name}.py",
                 target / alias.name / "__init__.py",
                 target.with_suffix(".py"),
                 target / "__init__.py",
-            ):
-                if candidate.exists():
-                    found.append(candidate)
-                    break
-            else:
-                raise AssertionError(f"{file.name}:{node.lineno}: cannot tell what {alias.name} is")
+            )
+            found.append(next(file for file in candidates if file.exists()))
     return found
+
+
+IMPORTS = {file: own_imports(file) for file in FILES}
 
 
 def test_the_rooms_are_described():
@@ -104,74 +95,97 @@ def test_the_rooms_are_described():
     assert [*named, "__init__"] == ROOMS
 
 
-@over_files
-def test_imports_run_downwards(file):
-    own = room(file)
-    assert own in ROOMS, f"add {own} to the list of rooms"
-    for target in own_imports(file):
-        other = room(target)
-        if other == own:
-            continue
-        assert ROOMS.index(other) < ROOMS.index(own), f"{file.name} imports {target.name}"
-        assert {own, other} != STRANGERS, f"{own} and {other} must not know each other"
+def test_imports_run_downwards():
+    assert {room(file) for file in FILES} <= set(ROOMS), "add to the list of rooms"
+    upwards = [
+        f"{at(file)} imports {at(target)}"
+        for file, targets in IMPORTS.items()
+        for target in targets
+        if (own := room(file)) != (other := room(target))
+        and (ROOMS.index(other) > ROOMS.index(own) or {own, other} == STRANGERS)
+    ]
+    assert not upwards
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_no_circles_inside_a_folder(folder):
-    files = sorted((PACKAGE / folder).glob("*.py"))
-    waiting = {f: [t for t in own_imports(f) if t.parent == f.parent] for f in files}
-    while waiting:
-        ready = [f for f, targets in waiting.items() if not set(targets) & set(waiting)]
-        assert ready, f"a circle among {sorted(f.name for f in waiting)}"
-        waiting = {f: targets for f, targets in waiting.items() if f not in ready}
+def test_no_circles_inside_a_folder():
+    waiting = {
+        file: {target for target in targets if target.parent == file.parent != PACKAGE}
+        for file, targets in IMPORTS.items()
+    }
+    while ready := [file for file, targets in waiting.items() if not targets & waiting.keys()]:
+        for file in ready:
+            del waiting[file]
+    assert not list(map(at, waiting))
 
 
-@over_files
-def test_form(file):
-    source, tree = file.read_text(), parse(file)
-    assert len(source.splitlines()) <= MAX_LINES
-    assert file.name not in ("utils.py", "_utils.py", "helpers.py")
-    assert file.name.startswith("_"), "public names are re-exported; files are private"
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            # What another package may lack (a plotting library) is imported where it is used.
-            inner = [n for n in ast.walk(node) if isinstance(n, ast.ImportFrom) and n.level]
-            assert not inner, f"line {node.lineno}: a delayed import of our own"
-        if isinstance(node, ast.Import):
-            assert not any("_src" in alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            assert "_src" not in (node.module or "").split(".")
-        if isinstance(node, ast.Attribute):
-            assert node.attr != "_src", f"line {node.lineno}: a private name of JAX"
+def test_files():
+    """Short and private: public names are re-exported."""
+    wrong = [
+        at(file)
+        for file in FILES
+        if len(file.read_text().splitlines()) > MAX_LINES
+        or file.name in ("utils.py", "_utils.py", "helpers.py")
+        or not file.name.startswith("_")
+    ]
+    assert not wrong
+
+
+def is_misplaced(node: ast.AST) -> bool:
+    """A delayed import of our own, one by absolute name, or a private module of JAX. (What another
+    package may lack, a plotting library, is imported where it is used.)"""
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+            return any(isinstance(n, ast.ImportFrom) and n.level for n in ast.walk(node))
+        case ast.Import(names=names):
+            return any(
+                "_src" in name.name or name.name.split(".")[0] == "pararnn" for name in names
+            )
+        case ast.ImportFrom(module=module, level=level):
+            parts = (module or "").split(".")
+            return "_src" in parts or (level == 0 and parts[0] == "pararnn")
+        case ast.Attribute(attr=name):
+            return name == "_src"
+    return False
+
+
+def test_imports_stand_at_the_top_and_are_relative():
+    wrong = [
+        at(f, node) for f, tree in TREES.items() for node in ast.walk(tree) if is_misplaced(node)
+    ]
+    assert not wrong
 
 
 def public_names(file: pathlib.Path) -> set[str]:
-    """What a file defines itself, without an underscore."""
-    names = set()
-    for node in parse(file).body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            names.add(node.name)
-    return {name for name in names if not name.startswith("_")}
+    """The functions and classes that a file defines, without an underscore."""
+    body = (n for n in TREES[file].body if isinstance(n, (ast.ClassDef, ast.FunctionDef)))
+    return {node.name for node in body if not node.name.startswith("_")}
 
 
 def reexports(file: pathlib.Path) -> dict[str, str]:
     """`{name: name it is given}` of the relative imports of an `__init__.py`."""
     pairs = {}
-    for node in parse(file).body:
+    for node in TREES[file].body:
         if isinstance(node, ast.ImportFrom) and node.level:
             for alias in node.names:
                 pairs[alias.name] = alias.asname
     return pairs
 
 
-@pytest.mark.parametrize("folder", ["", *FOLDERS])
-def test_reexports_are_redundant(folder):
-    """`from ._x import y as y` is what type checkers take for public."""
-    folder = PACKAGE / folder
-    for name, given in reexports(folder / "__init__.py").items():
-        assert name == given, f"write `{name} as {name}`"
-    for node in parse(folder / "__init__.py").body:
-        assert not isinstance(node, (ast.ClassDef, ast.FunctionDef)), "only re-exports live here"
+def test_reexports_are_redundant():
+    """`from ._x import y as y` is what type checkers take for public; no more stands there."""
+    files = [PACKAGE / folder / "__init__.py" for folder in ["", *FOLDERS]]
+    assert not [
+        f"{at(file)}: write `{name} as {name}`"
+        for file in files
+        for name, given in reexports(file).items()
+        if name != given
+    ]
+    assert not [
+        at(file, node)
+        for file in files
+        for node in TREES[file].body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+    ]
 
 
 @pytest.mark.parametrize("folder", sorted(STRANGERS))
@@ -193,7 +207,7 @@ def test_every_family_is_exported_by_its_folder(folder):
     inner = reexports(PACKAGE / folder / "__init__.py")
     base = {"cells": "AbstractCell", "solvers": "AbstractSolver"}[folder]
     for file in (PACKAGE / folder).glob("_*.py"):
-        for node in parse(file).body:
+        for node in TREES[file].body:
             if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
                 continue
             bases = {b.id for b in node.bases if isinstance(b, ast.Name)}
@@ -226,7 +240,7 @@ def test_one_place_asks_for_the_platform():
     asking = [
         file.name
         for file in FILES
-        for node in ast.walk(parse(file))
+        for node in ast.walk(TREES[file])
         if isinstance(node, ast.Attribute) and node.attr == "default_backend"
     ]
     assert asking == ["_platform.py"]
@@ -241,7 +255,7 @@ def test_nobody_asks_which_solver_or_structure_it_is():
         if isinstance(value, type) and not name.startswith("Abstract")
     }
     for file in FILES:
-        for node in ast.walk(parse(file)):
+        for node in ast.walk(TREES[file]):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
                 continue
             if node.func.id == "isinstance":

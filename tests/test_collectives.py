@@ -9,7 +9,7 @@ import pytest
 from systems import error, normal, scan
 
 import pararnn as prnn
-from pararnn._traits import shared_axes
+from pararnn._step_properties import shared_axes
 
 BATCH, LENGTH, SIZE = 3, 8, 2
 ARGS = normal(0, (SIZE, SIZE)), normal(1, (BATCH, LENGTH, SIZE)), normal(2, (BATCH, SIZE))

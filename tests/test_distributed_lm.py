@@ -34,6 +34,8 @@ from examples._launch import LOST, STOPPED, free_port
 from examples._mesh import make_mesh, windows
 from examples._text import load_text
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(distributed_lm.__file__).parents[1]
 LENGTH, BATCH, STEPS = 64, 32, 40
 TINY = f"--width 8 --depth 1 --length {LENGTH} --batch {BATCH} --save-every 0.001"

@@ -7,19 +7,12 @@ import traceback
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
 import pararnn as prnn
 
-
-@pytest.fixture(autouse=True)
-def as_users_run_it():
-    """Without the type checks of the tests, which would refuse most of this first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def step(h, x):

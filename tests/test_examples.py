@@ -16,6 +16,8 @@ from examples._cells import CELLS
 from examples._language_model import LanguageModel, load
 from examples._text import all_windows, load_text
 
+pytestmark = pytest.mark.slow
+
 TINY = "--width 8 --depth 1 --length 20 --batch 2 --steps 3 --sample 5".split()
 
 

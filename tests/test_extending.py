@@ -150,7 +150,7 @@ class Relaxed(prnn.solvers.AbstractIterativeSolver):
     factor: float = 0.8
 
     def linearization(self, structure, size):
-        return prnn.solvers.Linearization(None, None)
+        return prnn.solvers.Linearization.zero()
 
     def default_chunk_size(self, structure, length, size):
         return 10
@@ -239,7 +239,7 @@ class ScalarNewton(prnn.solvers.AbstractIterativeSolver):
     """Newton's method with the mean of the diagonal: an own linearization by an own structure."""
 
     def linearization(self, structure, size):
-        return prnn.solvers.Linearization(structure, Multiple())
+        return prnn.solvers.Linearization.restricted(structure, Multiple())
 
     def default_chunk_size(self, structure, length, size):
         return 5

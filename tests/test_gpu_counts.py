@@ -174,6 +174,7 @@ def test_settings_are_complete():
     assert "PARARNN_KERNELS" not in os.environ
 
 
+@pytest.mark.slow
 def test_programs_are_those_of_the_scan():
     """Values and gradients, and the turns of the loops."""
     found = {}
@@ -264,6 +265,7 @@ def interpreter():
     return str(found) if (found.parents[1] / ".installed").exists() else None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(interpreter() is None, reason="needs the extra `gpu-check`: make gpu-check")
 def test_no_program_of_a_gpu_takes_more_than_before():
     """If it does on purpose: `make gpu-check ARGS=--fresh`, and commit the file."""
@@ -282,6 +284,7 @@ def test_no_program_of_a_gpu_takes_more_than_before():
     assert "no count has grown" in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="nothing is missing here"
 )

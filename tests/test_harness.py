@@ -23,6 +23,8 @@ from examples._harness import (
 )
 from examples.tasks import _train
 
+pytestmark = pytest.mark.slow
+
 # Two lengths, and a threshold that the first block meets: a resumed run must know its stage.
 OPTIONS = _train.Options(
     "parity", cell="elman", width=4, lengths=(3, 5), batch=4, steps=100, threshold=0.01

@@ -18,6 +18,8 @@ import pytest
 from examples import _launch
 from examples._launch import LOST, STOPPED, TOLD, Place
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
     import os, signal, sys, time
     from examples._launch import own_place

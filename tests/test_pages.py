@@ -22,6 +22,7 @@ SHARED = [page for page in BLOCKS if page not in APART]
 GROUPS = [*(SHARED[i::4] for i in range(4)), *([page] for page in sorted(APART))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("some", GROUPS, ids=lambda some: some[0])
 def test_examples_of_pages(some):
     """If what is printed has changed for a reason: `python -m tests.pages docs/PAGE`."""
@@ -130,6 +131,7 @@ def test_every_picture_is_drawn_by_the_script():
     assert drawn() == there == shown
 
 
+@pytest.mark.slow
 def test_the_pictures_can_be_drawn(tmp_path):
     """Whatever they look like: a machine rounds the curves in its own way."""
     pages.python("docs/_scripts/pictures.py", "--folder", str(tmp_path))

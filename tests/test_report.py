@@ -71,6 +71,7 @@ def measured(tmp_path_factory):
     return folder, options
 
 
+@pytest.mark.slow
 def test_speed_measures_and_compares(measured):
     (path,) = measured[0].iterdir()
     content = json.loads(path.read_text())
@@ -83,6 +84,7 @@ def test_speed_measures_and_compares(measured):
     assert record["floor_bytes"] == {"forward": 2 * 256, "gradient": 3 * 256}
 
 
+@pytest.mark.slow
 def test_speed_goes_on_where_it_was(measured, monkeypatch, capsys):
     folder, options = measured
     (path,) = folder.iterdir()
@@ -100,6 +102,7 @@ def test_speed_goes_on_where_it_was(measured, monkeypatch, capsys):
     assert path.read_text() == before
 
 
+@pytest.mark.slow
 def test_speed_keeps_within_its_budget(measured, monkeypatch, capsys):
     folder, options = measured
     monkeypatch.setattr(_cases, "measure", None)
@@ -107,6 +110,7 @@ def test_speed_keeps_within_its_budget(measured, monkeypatch, capsys):
     assert "did not fit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_results_of_another_machine_are_not_mixed(measured, tmp_path):
     (path,) = measured[0].iterdir()
     content = json.loads(path.read_text())

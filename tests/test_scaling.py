@@ -77,6 +77,7 @@ def test_the_model_by_hand():
     assert _scaling.speed_up(1e-3, 1 << 30, 64, near, made) == pytest.approx(64, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_part_runs_on_devices_of_its_own():
     case = {"cell": "Elman", "size": 4, "length": 512, "solver": "Newton"}
     found = on_devices(2, _sharded_parts.agreement, dtype="float32", **case)

@@ -14,6 +14,8 @@ from examples.tasks import TASKS, __main__, make_group
 from examples.tasks import _recall as recall
 from examples.tasks._train import Options, advance, start
 
+pytestmark = pytest.mark.slow
+
 BATCH, LENGTH = 7, 29
 
 sample = jax.jit(lambda task, *args: task(*args), static_argnums=(0, 2, 3))

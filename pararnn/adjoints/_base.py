@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._line import AxisName
 from .._misc import is_symbolic
+from .._one_device import AxisName
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver
 
@@ -33,10 +33,10 @@ Forward = Callable[[Recurrence, PyTree[Array] | None], tuple[PyTree[Array], Any,
 
 
 class AbstractAdjoint(abc.ABC):
-    """How the states of a solve depend on what they are made of: an immutable, hashable record,
-    such as a frozen dataclass."""
+    """The derivative of the states of a solve: an immutable, hashable record, such as a frozen
+    dataclass."""
 
-    # Whether it makes one step after another and does nothing else, as for a solver.
+    # Whether it makes one step after another and does nothing else, like `AbstractSolver.stepwise`.
     stepwise: ClassVar[bool] = False
 
     @property
@@ -53,31 +53,30 @@ class AbstractAdjoint(abc.ABC):
     def solve(
         self, forward: Forward, recurrence: Recurrence, guess: PyTree[Array] | None
     ) -> tuple[PyTree[Array], Any, Any]:
-        """What `forward(recurrence, guess)` returns, `(states, result, stats)`; differentiable with
-        respect to all arrays of the recurrence, and not to the `guess`, which the solution does not
-        depend on."""
+        """The result of `forward(recurrence, guess)`, `(states, result, stats)`, differentiable
+        with respect to all arrays of the recurrence; not to the `guess`, on which the solution does
+        not depend."""
 
     def resolved(
         self, recurrence: Recurrence, platform: str | None = None, batch: int = 1
     ) -> "AbstractAdjoint":
-        """This adjoint with all that it leaves open chosen for a recurrence, a platform (`None` is
-        that of JAX), and for so many sequences at once, which is a hint. By default itself."""
+        """This adjoint with all options resolved for a recurrence, a platform (`None` is that of
+        JAX), and the size of the batch, a hint. By default itself."""
         return self
 
     def exact(self) -> "AbstractAdjoint":
-        """The one of its kind that gives the true derivative. By default itself."""
+        """The adjoint of this kind that gives the true derivative. By default itself."""
         return self
 
     @property
     def backward_solver(self) -> AbstractSolver | None:
-        """Of an adjoint that pushes tangents of inputs and parameters through the steps: what would
-        solve for that which flows back, for a step through which they cannot be pushed. `None`, the
-        default, for one that works all the same."""
+        """The solver to use for reverse mode if the step has no forward-mode derivative; `None`,
+        the default, if the adjoint needs none."""
         return None
 
 
 class AbstractLinearAdjoint(AbstractAdjoint):
-    """An adjoint that knows the tangents, in a way that JAX can transpose: then all modes work."""
+    """An adjoint that computes tangents in a way that JAX can transpose: all modes work."""
 
     @abc.abstractmethod
     def tangents(
@@ -123,14 +122,14 @@ def check_length(solver: AbstractSolver, recurrence: Recurrence) -> None:
 
 
 def with_opaque_constants(recurrence: Recurrence, tangents: PyTree[Any]) -> Recurrence:
-    """The same recurrence; but the compiler does not know to be constants what its step closes over
-    and what has no tangent: `tangents` are those of the step, `None` for zero.
+    """The recurrence with the constants of its step hidden from the compiler: the arrays that have
+    no tangent. `tangents` are those of the step, `None` for zero.
 
-    Where it learns of a constant only late, which a `jax.checkpoint` has hidden from it, it makes
-    a kernel that breaks down of a sum over many steps: XLA's CPU library YNNPACK crashes on a
-    reduction over `y[:, None, None] + constant`, as on others (jax-ml/jax, issues 39257 and 40412).
-    It takes no `reduce_precision`, which changes nothing here. Hence to be called within any
-    `jax.checkpoint`.
+    XLA's CPU library YNNPACK crashes on a reduction over `y[:, None, None] + constant`, among
+    others, if a `jax.checkpoint` has hidden the constant for a while
+    (https://github.com/jax-ml/jax/issues/39257, https://github.com/jax-ml/jax/issues/40412). It
+    takes no `reduce_precision`, which changes nothing here. To be called within the
+    `jax.checkpoint`; can go once both issues are closed in the oldest JAX supported.
     """
 
     def one(tangent, x):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._checked_solve import CheckedSolve
 from .._misc import flip_time, is_complex, or_zeros
-from .._outcome import Solve
 from .._recurrence import Recurrence
 from ..solvers import AbstractSolver, Sequential
 from ._base import AbstractAdjoint, Forward, check_length, with_opaque_constants
@@ -115,13 +115,17 @@ def _solve_clipped_bwd(states, cotangents, perturbed, recurrence, guess, forward
     inputs = recurrence.previous(states), recurrence.xs, cotangents
     nothing = jtu.tree_map(jnp.zeros_like, recurrence.init)
     # A derivative has no place to report a failure: it must always be finished.
-    forward = Solve(adjoint.solver.finishing())
+    forward = CheckedSolve(adjoint.solver.with_fallback())
     # Turned around, as the derivatives of what this computes need it.
     backward = Recurrence(
-        step, flip_time(inputs), nothing, structure=structure, parts=recurrence.parts.backwards()
+        step,
+        flip_time(inputs),
+        nothing,
+        structure=structure,
+        row_shards=recurrence.row_shards.backwards(),
     )
     pulled, _, _ = default_adjoint().solve(forward, backward, None)
-    pulled = recurrence.parts.shift_left(flip_time(pulled), nothing)
+    pulled = recurrence.row_shards.shift_left(flip_time(pulled), nothing)
     clipped = step.clipped(jtu.tree_map(jnp.add, pulled, cotangents))
     flags = jtu.tree_map(lambda flag: flag or None, perturbed.step)
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._devices import typed_slice
 from .._misc import flip_time, or_zeros
 from .._recurrence import Recurrence
-from .._traits import why_no_transpose
+from .._step_properties import why_no_transpose
+from .._tracing import typed_slice
 from ..solvers import AbstractSolver, Newton
 from ._base import AbstractLinearAdjoint, check_length, with_opaque_constants
 
@@ -62,7 +62,7 @@ class LinearSolveAdjoint(AbstractLinearAdjoint):
 
 
 def tied(offsets: PyTree[Array], tangents: PyTree[Array | None]) -> PyTree[Array]:
-    """The same numbers, each of which depends on all `tangents` as far as JAX can tell.
+    """The `offsets`, each of which depends on all `tangents` as far as JAX can tell.
 
     `custom_linear_solve` can be transposed only with respect to all leaves of its right-hand side
     at once; that of a leaf which depends on nothing but the state (a delay line, a clock) is a
@@ -82,7 +82,7 @@ def _linear_solve(
     zero = jtu.tree_map(jnp.zeros_like, recurrence.init)
     # A Jacobian that has the structure has its transpose in the structure, too.
     structure = recurrence.structure
-    line = recurrence.parts
+    shards = recurrence.row_shards
 
     def push(state: Any, x: Any, tangent: Any):
         return jax.jvp(lambda s: step(s, x), (state,), (tangent,))[1]
@@ -100,10 +100,10 @@ def _linear_solve(
 
     def through(linear_step, inputs, reverse=False):
         turned = reverse and not solver.runs_backwards
-        inputs, parts = (flip_time(inputs), line.backwards()) if turned else (inputs, line)
+        inputs, row_shards = (flip_time(inputs), shards.backwards()) if turned else (inputs, shards)
         reverse = reverse and not turned
         linear = Recurrence(
-            linear_step, inputs, zero, structure=structure, reverse=reverse, parts=parts
+            linear_step, inputs, zero, structure=structure, reverse=reverse, row_shards=row_shards
         )
         states = solver.solve_affine(linear)
         return flip_time(states) if turned else states
@@ -113,7 +113,7 @@ def _linear_solve(
 
     @jax.checkpoint
     def residual(v):
-        pushed = jax.vmap(push)(recurrence.previous(states), xs, line.shift_right(v, zero))
+        pushed = jax.vmap(push)(recurrence.previous(states), xs, shards.shift_right(v, zero))
         return jtu.tree_map(jnp.subtract, v, pushed)
 
     @functools.partial(jax.checkpoint, static_argnums=0)
@@ -123,7 +123,7 @@ def _linear_solve(
     @functools.partial(jax.checkpoint, static_argnums=0)
     def transpose_solve(_, g):
         pulled = through(pull_step, (recurrence.previous(states), xs, g), reverse=True)
-        return jtu.tree_map(jnp.add, g, line.shift_left(pulled, zero))
+        return jtu.tree_map(jnp.add, g, shards.shift_left(pulled, zero))
 
     # JAX traces the transposed solve at once, also where it only pushes tangents.
     if recurrence.has_cotangents:

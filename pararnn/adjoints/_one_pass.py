@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._devices import typed_slice, typed_struct
 from .._misc import bool_where, or_zeros, previous_states
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
-from .._settings import check_positive_int
+from .._tracing import typed_slice, typed_struct
+from .._validate import check_positive_int
 from ..jaxprs._dependence import reaches
 from ._base import AbstractLinearAdjoint, with_opaque_constants
-from ._passed_on import Tangents, across_devices
+from ._one_pass_sharded import Tangents, sharded_tangents
 
 # Bounds on the steps of a block, and the bytes of its states: with more, what is computed from them
 # would not fit a processor's caches.
@@ -76,8 +76,8 @@ class OnePassAdjoint(AbstractLinearAdjoint):
         assert block_size is not None
         tangents = Tangents(tangents.step, tangents.xs, tangents.init)
         one_pass = functools.partial(_one_pass, block_size)
-        if recurrence.line.is_sharded:
-            return across_devices(one_pass, block_size, recurrence, states, tangents)
+        if recurrence.shards.is_sharded:
+            return sharded_tangents(one_pass, block_size, recurrence, states, tangents)
         return one_pass(recurrence, states, tangents)[1]
 
 

@@ -13,7 +13,7 @@ def as_adjoint(adjoint: AbstractSolver | AbstractAdjoint) -> AbstractAdjoint:
 
 
 def default_adjoint(platform: str | None = None) -> AbstractLinearAdjoint:
-    """What `adjoint=None` stands for.
+    """The default adjoint of a platform.
 
     On a CPU, one pass over all steps, which stores no Jacobians. Elsewhere Newton's method, whose
     single correction is exact here.

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from .._line import AxisName
 from .._misc import make_ravel, num_steps, time_slice
 from .._norms import agreement_tolerance
+from .._one_device import AxisName
 from .._recurrence import scan_states
-from .._settings import check_tolerance
+from .._validate import check_tolerance
 from ..solvers import (
     AbstractSolver,
     AssociativeScan,

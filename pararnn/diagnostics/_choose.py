@@ -8,14 +8,14 @@ from jaxtyping import PyTree
 
 from .._algebra import AbstractAlgebra
 from .._checks import ExplainedStep
-from .._devices import convert_step, mesh_context, place, varying_axes
-from .._line import Line
-from .._mesh import TimeAxis, over_devices
 from .._misc import num_steps
 from .._platform import check_platform
 from .._recurrence import Recurrence, precise
-from .._select import Choice, choose, time_axis, within
+from .._select import Choice, choose, inner, time_axis
 from ..adjoints import AbstractAdjoint
+from ..sharding._mesh import TimeAxis, over_devices
+from ..sharding._placement import mesh_context
+from ..sharding._time import TimeShards
 from ..solvers import AbstractSolver, TimeSharded
 from ..structures import AbstractStructure
 from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
@@ -77,7 +77,7 @@ def select_solver(
         batch_size=batch_size,
     )
     reason, alone = choice.reason, choice.solver.axis is None
-    if within(problem.solver) is not None:
+    if inner(problem.solver) is not None:
         reason = "The layer was made with this solver."
     elif batch_size is not None and batch_size > 1 and alone and not choice.solver.stepwise:
         reason += (
@@ -119,7 +119,7 @@ def select_adjoint(
     problem, choice = _choose(
         recurrence, xs, init, structure=structure, platform=platform, batch_size=batch_size
     )
-    if within(problem.adjoint) is not None:
+    if inner(problem.adjoint) is not None:
         return choice.adjoint, "The layer was made with this adjoint."
     return choice.adjoint, choice.adjoint_reason
 
@@ -157,18 +157,18 @@ def _choose_across(problem: Problem, time: TimeAxis, platform: str, batch: int) 
     def choose_part(us, whole, real):
         arrays, init = whole
         step = precise(ExplainedStep(eqx.combine(arrays, rest)))
-        step, _, axes = convert_step(step, us, init, varying_axes((us, init)))
-        us, init = place((us, init), axes)
+        shards = TimeShards(time.axis)
+        step, _, (us, init) = shards.convert_step(step, us, init, (us, init))
         part = Recurrence(
             step,
             us,
             init,
             structure=problem.structure,
             algebra=problem.algebra,
-            parts=Line(time.axis),
+            row_shards=shards,
             mask=real,
         )
-        solver, adjoint = within(problem.solver), within(problem.adjoint)
+        solver, adjoint = inner(problem.solver), inner(problem.adjoint)
         choices.append(choose(part, solver, adjoint, platform=platform, batch=batch))
         return (), ()
 

@@ -18,11 +18,11 @@ from jax.sharding import (
 )
 from jaxtyping import PyTree
 
-from .._devices import mesh_context
-from .._line import AxisName
-from .._mesh import TimeAxis, find_time_axis, time_axis_of
 from .._misc import num_steps
+from .._one_device import AxisName
 from ..adjoints import AbstractAdjoint
+from ..sharding._mesh import TimeAxis, find_time_axis, time_axis_of
+from ..sharding._placement import mesh_context
 from ..solvers import AbstractSolver
 from ._problem import AnyRecurrence, Problem, make_problem
 

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from .._misc import make_ravel, num_steps, previous_states, time_slice
 from .._recurrence import scan_states
 from .._solution import RESULTS
-from .._traits import check_alone
+from .._step_properties import check_alone
 from ..adjoints import AbstractAdjoint
 from ..solvers import AbstractSolver
 from ..structures import AbstractStructure

@@ -10,7 +10,6 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._devices import varying_axes
 from .._misc import is_complex, struct
 from ._complex import as_numbers, as_parts, of_parts
 from ._kernel import Geometry, Kernel
@@ -153,7 +152,8 @@ def _check_placement(arrays: PyTree[Any]) -> None:
     kinds = set(jax.sharding.get_abstract_mesh().axis_types)
     for x in arrays:
         kinds |= set(jax.typeof(x).sharding.mesh.axis_types)
-    if varying_axes(arrays) or jax.sharding.AxisType.Manual in kinds:
+    varying = any(jax.typeof(x).manual_axis_type.varying for x in arrays)
+    if varying or jax.sharding.AxisType.Manual in kinds:
         raise Unsupported("runs inside `jax.shard_map`")
     if jax.sharding.AxisType.Explicit in kinds:
         raise Unsupported("runs on a mesh with explicit axes")

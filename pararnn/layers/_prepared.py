@@ -11,12 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .._checks import check_flags, check_projected, check_xs, to_arrays
-from .._line import Line
 from .._misc import num_steps
+from .._one_device import OneDevice
 from .._packing import Packing, passed_inputs, windows_of_pieces, without_moving, zero_unless
 from ..cells import AbstractCell
 from ..scans import Sequential
-from ..scans._default import across
 
 
 class Given(NamedTuple):
@@ -75,7 +74,7 @@ def _projected(cell: AbstractCell, xs: PyTree[Array], starts: Any) -> PyTree[Arr
 def prepare(
     cell: AbstractCell,
     initial: PyTree[Array],
-    line: Line,
+    line: OneDevice,
     xs: Any,
     state: Any,
     reset: Any = None,
@@ -126,7 +125,7 @@ def prepare(
     return Prepared(xs, given, start, _past(rows, seen), reset, packing)
 
 
-def _starts(line: Line, seen, reset, mask, length: int, count):
+def _starts(line: OneDevice, seen, reset, mask, length: int, count):
     """At which steps a sequence begins, and whether there has been an input up to the last of them:
     at resets, and at the first step that is not masked, if none was `seen` before.
 
@@ -140,18 +139,18 @@ def _starts(line: Line, seen, reset, mask, length: int, count):
         first = line.positions(length) == 0
         some = jnp.asarray(count > 0)
     else:
-        number = across(Sequential(), line).cumulative_sum(mask.astype(int))
+        number = line.sharded(Sequential()).cumulative_sum(mask.astype(int))
         first, some = mask & (number == 1), line.pmax(number[-1]) > 0
     starts = first & ~seen
     return starts if reset is None else starts | reset, seen | some
 
 
-def _on_a_line(context: int, line: Line, xs, past, reset, mask):
+def _on_a_line(context: int, line: OneDevice, xs, past, reset, mask):
     """What `project` sees on this device, where past inputs come from other devices; the last
     inputs of all; and where padding stands between the inputs, the place of each step's."""
     length = num_steps(xs)
     reset = jnp.zeros(length, bool) if reset is None else reset
-    piece = across(Sequential(), line).cumulative_sum(reset.astype(int))
+    piece = line.sharded(Sequential()).cumulative_sum(reset.astype(int))
     total = line.pmax(piece[-1])
     inputs, count, packing = (xs, piece), length, None if mask is None else Packing(mask)
     if packing is not None:

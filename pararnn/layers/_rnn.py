@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
+from .._checked_solve import checked
 from .._checks import (
     StateDtypeError,
     blame_inputs,
@@ -22,22 +23,23 @@ from .._checks import (
     step_hint,
     to_arrays,
 )
-from .._devices import mesh_context, typed_slice
-from .._line import AxisName, Line
-from .._mesh import TimeAxis, both, is_manual, over_devices
 from .._misc import is_symbolic, num_steps, struct
 from .._norms import all_finite
-from .._outcome import checked
+from .._one_device import AxisName, OneDevice
 from .._packing import zero_unless
 from .._platform import chosen_platform
 from .._recurrence import precise
 from .._select import time_axis
-from .._settings import check_positive_int
+from .._shards import choose_shards
 from .._solution import RESULTS, Solution
 from .._solve import solve
-from .._traits import check_unmasked
+from .._step_properties import check_unmasked
+from .._tracing import typed_slice
+from .._validate import check_positive_int
 from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, from_equinox
+from ..sharding._mesh import TimeAxis, both, is_manual, over_devices
+from ..sharding._placement import mesh_context
 from ..solvers import AbstractSolver, TimeSharded
 from ._chunks import apply_chunks, steps_at_once
 from ._prepared import Prepared, no_past, prepare
@@ -234,11 +236,10 @@ class RNN(eqx.Module, Generic[Cell]):
         return new if learned is None else eqx.tree_at(lambda r: r.learned_state, new, learned)
 
     @property
-    def _line(self) -> Line:
+    def _line(self) -> OneDevice:
         """Where the steps lie that are seen here."""
-        policies = [p for p in (self.solver, self.adjoint) if p is not None and p.axis is not None]
-        axis = policies[0].axis if policies else None
-        return Line(axis if is_manual(axis) else None)
+        axes = [p.axis for p in (self.solver, self.adjoint) if p is not None and p.axis is not None]
+        return choose_shards(self, axes[0] if axes and is_manual(axes[0]) else None)
 
     def __call__(
         self,
@@ -335,8 +336,7 @@ class RNN(eqx.Module, Generic[Cell]):
 
     @property
     def goes_through_chunks(self) -> bool:
-        """Whether a call makes chunks of steps at once, as the cell can, instead of solving for the
-        states: someone who names a solver wants these."""
+        """Whether a call uses the cell's chunkwise form: not if a solver is asked for."""
         chosen = (self.solver, self.adjoint, self.segment_size)
         return self.cell.chunk_size is not None and all(x is None for x in chosen)
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._line import Line
 from .._misc import num_steps
+from .._one_device import OneDevice
 from ..structures import AbstractStructure
 
 
@@ -30,7 +30,7 @@ class AbstractScan(abc.ABC):
     # ones once. Infinite if no products of matrices are formed, which cannot overflow then either.
     accurate_to: ClassVar[float] = 1024
     # The devices over which the elements are sharded.
-    line: ClassVar[Line] = Line()
+    shards: ClassVar[OneDevice] = OneDevice()
 
     @abc.abstractmethod
     def prefixes(
@@ -89,8 +89,7 @@ class AbstractScan(abc.ABC):
         offsets: Float[Array, "length size"],
     ) -> Float[Array, "length size"]:
         """The state before each step of `affine`, $h_{t-1}$."""
-        states = self.affine(structure, matrices, offsets)
-        return self.line.shift_right(states, jnp.zeros_like(offsets[0]))
+        return self.shards.shift_right(self.affine(structure, matrices, offsets))
 
     @property
     def local(self) -> "AbstractScan":

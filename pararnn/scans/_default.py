@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from .._line import Line
 from .._platform import chosen_platform
-from .._settings import check_instance
-from ._across import ShardedScan
+from .._validate import check_instance
 from ._base import AbstractScan
 from ._radix import Radix
 from ._sequential import Sequential
@@ -21,9 +19,3 @@ def check_scan(name: str, scan: Any) -> None:
     """Raises a `TypeError` that calls the argument `name` unless `scan` is a scan or None."""
     instances = "`pararnn.scans.Sequential()`, `Associative()` or `Radix()`"
     check_instance(name, scan, AbstractScan, instances)
-
-
-def across(scan: AbstractScan, line: Line) -> AbstractScan:
-    """`scan` for elements that are sharded over the devices of `line`; each device runs `scan` on
-    its own shard."""
-    return ShardedScan(scan, line) if line.is_sharded else scan

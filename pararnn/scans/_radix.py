@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._misc import flip_time, num_steps
-from .._settings import check_positive_int
+from .._validate import check_positive_int
 from ..structures import AbstractStructure
 from ._base import AbstractScan, compose_affine
 

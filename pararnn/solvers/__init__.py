@@ -2,9 +2,10 @@
 
 from ._base import AbstractSolver as AbstractSolver
 from ._base import Report as Report
+from ._base import SolverOutput as SolverOutput
 from ._chunks import Chunks as Chunks
 from ._chunks import Point as Point
-from ._convergence import Vouched as Vouched
+from ._convergence import StepReport as StepReport
 from ._damped import LevenbergMarquardt as LevenbergMarquardt
 from ._exact import AssociativeScan as AssociativeScan
 from ._fixed_point import Jacobi as Jacobi

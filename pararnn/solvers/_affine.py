@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._devices import place_like
 from .._norms import all_finite
 from ._chunks import Chunks
 from ._finish import finish_sequentially
@@ -15,21 +14,21 @@ def shoot_once(chunks: Chunks) -> PyTree[Array]:
     correction."""
     recurrence, scan = chunks.recurrence, chunks.scan
     starts = jnp.zeros((chunks.num_chunks, chunks.size), chunks.dtype)
-    starts = place_like(starts, chunks.first_start)
+    starts = chunks.shards.place_like(starts, chunks.first_start)
     point = chunks.sweep(starts)
     if chunks.chunk_size > 1:
-        moved = chunks.moved(point)
-        starts = chunks.safeguarded(point, point.incoming + moved)
+        propagated = chunks.propagate_defects(point)
+        starts = chunks.safeguarded(point, point.incoming + propagated)
         _, states = chunks.trajectory(starts)
-        bad = chunks.overflown(point, moved)
+        bad = chunks.overflown(point, propagated)
         return finish_sequentially(recurrence, states, bad, chunks.chunk_size)[0]
-    kept = chunks.linearization.kept
-    assert kept is not None and point.jacobians is not None  # an exact method has both
-    solution = scan.affine(kept, point.jacobians, point.ends)
+    used = chunks.linearization.used
+    assert used is not None and point.jacobians is not None  # an exact method has both
+    solution = scan.affine(used, point.jacobians, point.ends)
     if chunks.length >= scan.accurate_to:
         # The rounding of products grows with their length: once more, for what is missing.
         point = chunks.sweep(chunks.incoming(solution))
-        starts = chunks.safeguarded(point, point.incoming + chunks.moved(point))
+        starts = chunks.safeguarded(point, point.incoming + chunks.propagate_defects(point))
         _, states = chunks.trajectory(starts)
     else:
         solution = jnp.flip(solution, 0) if recurrence.reverse else solution

@@ -1,24 +1,44 @@
-"""What every solver does."""
+"""The interface of solvers."""
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Array, Bool, PyTree
 
-from .._devices import once_where
-from .._line import AxisName, Line
+from .._one_device import AxisName, OneDevice
 from .._recurrence import Recurrence
 from .._solution import Stats
 
 # Called with `(iteration, correction, chunks at rest, chunks)` in every iteration.
 Report = Callable[[int, float, int, int], Any]
-# `(states, converged, stats)`, and what makes a better one of its states.
-Outcome = tuple[PyTree[Array], Bool[Array, ""], Stats]
-Rest = Callable[[PyTree[Array]], Outcome]
-# The name of the loop that does the rest. It carries the states: it would copy what it closes over
-# and replaces.
-REST = "pararnn_rest"
+# The name of the loop that continues a solve which has not converged.
+FALLBACK = "pararnn_rest"
+
+
+class SolverOutput(NamedTuple):
+    """The output of a solver.
+
+    - `states`: all states, shape `(L, ...)`.
+    - `converged`: whether they are those of the recurrence, judged on the states themselves.
+    - `stats`: the report.
+    - `resume`: `resume(states)` continues from the states where they have not converged, and
+        returns the final output; `None` if there is nothing to continue. It gets the states as an
+        argument, because a loop would copy what it closes over.
+    """
+
+    states: PyTree[Array]
+    converged: Bool[Array, ""]
+    stats: Stats
+    resume: "Callable[[PyTree[Array]], SolverOutput] | None" = None
+
+    def completed(self, shards: OneDevice) -> "SolverOutput":
+        """The output after `resume`, which runs only if it has not converged."""
+        resume = self.resume
+        if resume is None:
+            return self
+        first = SolverOutput(self.states, self.converged, self.stats)
+        return shards.once_where(~self.converged, first, lambda last: resume(last[0]), FALLBACK)
 
 
 class AbstractSolver(abc.ABC):
@@ -29,20 +49,20 @@ class AbstractSolver(abc.ABC):
     from [`pararnn.solvers.AbstractIterativeSolver`][], which has both.
     """
 
-    # Whether it makes one step after another and does nothing else: then the sequences of a batch
-    # may meet in their steps, and nothing is asked of a step but to be called.
+    # Whether it makes one step after another and does nothing else: then steps may use collectives
+    # over the batch, and need no derivative.
     stepwise: ClassVar[bool] = False
-    # Whether `solve_affine` heeds `recurrence.reverse`; the inputs of others are turned around.
+    # Whether `solve_affine` supports `recurrence.reverse`; for others the inputs are reversed.
     runs_backwards: ClassVar[bool] = False
     # Whether it solves a recurrence whose steps lie on several devices.
     supports_sharding: ClassVar[bool] = False
-    # Along which axis of a mesh it asks for that.
+    # The mesh axis along which it wants time to be sharded.
     axis: ClassVar[AxisName | None] = None
 
     @abc.abstractmethod
     def solve(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
-    ) -> Outcome:
+    ) -> SolverOutput:
         """Solves a recurrence of at least one step.
 
         **Arguments:**
@@ -54,46 +74,31 @@ class AbstractSolver(abc.ABC):
 
         **Returns:**
 
-        `(states, converged, stats)`: all states; whether they are those of the recurrence, which
-        must be judged on the states that are returned; and what happened.
+        The output. A solver of which a first part is enough in common cases returns that part, and
+        `resume` for the others.
         """
-
-    def attempt(
-        self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
-    ) -> tuple[Outcome, Rest | None]:
-        """The part of `solve` that is enough in common cases, and a function that from its states
-        makes the final outcome where they have not converged, or `None` if there is no more to do.
-        By default `solve` and nothing else."""
-        return self.solve(recurrence, guess, report), None
 
     @abc.abstractmethod
     def solve_affine(self, recurrence: Recurrence) -> PyTree[Array]:
-        """All states of a recurrence of at least one step that is affine in the state and starts
-        from zero: that of a derivative, which has no place to report a failure. Must always end
-        with the solution; `pararnn.Sequential().solve_affine(recurrence)` is one way."""
+        """Solves a recurrence of at least one step that is affine in the state and starts from
+        zero: that of a derivative, which cannot report a failure. Must always return the solution;
+        `pararnn.Sequential().solve_affine(recurrence)` is one way."""
 
-    def within(self) -> "AbstractSolver | None":
-        """What it solves with, `None` if that is to be chosen. By default itself."""
+    @property
+    def inner(self) -> "AbstractSolver | None":
+        """The solver that runs on one device or several, `None` if it is to be chosen. By default
+        this one."""
         return self
 
-    def finishing(self) -> "AbstractSolver":
-        """This solver, such that it always ends with the solution, for what cannot report a
-        failure. By default itself."""
+    def with_fallback(self) -> "AbstractSolver":
+        """This solver, such that it always ends with the solution: for derivatives, which cannot
+        report a failure. By default this one."""
         return self
 
     def resolved(self, recurrence: Recurrence, platform: str | None = None) -> "AbstractSolver":
-        """This solver with all that it leaves open chosen for a recurrence and a platform (`None`
-        is that of JAX): what runs depends on nothing else then. By default itself."""
+        """This solver with all options resolved for a recurrence and a platform (`None` is that of
+        JAX). By default itself."""
         return self
-
-
-def completed(attempted: tuple[Outcome, Rest | None], line: Line) -> Outcome:
-    """The outcome of an `attempt`, with the rest where it has not converged; the steps lie as
-    `line` says."""
-    outcome, rest = attempted
-    if rest is None:
-        return outcome
-    return once_where(~outcome[1], outcome, lambda last: rest(last[0]), REST, line.while_loop)
 
 
 def check_sharding(name: str, policy: Any) -> None:

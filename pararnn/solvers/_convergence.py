@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._line import Line
 from .._misc import finite_or
+from .._one_device import OneDevice
 from ..scans import AbstractScan
 from ..structures import Diagonal
 
@@ -47,8 +47,8 @@ _LOWER = 0.05
 _HOPELESS = 1e30
 
 
-class Vouched(NamedTuple):
-    """What a method reports about its correction.
+class StepReport(NamedTuple):
+    """The report of a method about its correction.
 
     - `accepted`: the correction starts from the point that was swept last, not an earlier one.
     - `descended`: a merit function of the method decreased.
@@ -83,8 +83,8 @@ def displacements(
 
 
 class Unexplained(NamedTuple):
-    """What a correction does not account for, at each start: a bound of $|ε|$; and the rounding of
-    all chunks before, as far as it is retained, and the linearization knows it."""
+    """The error that a correction leaves at each start, a bound of $|ε|$; and the rounding of all
+    previous chunks, as far as it is retained and the linearization is confirmed."""
 
     error: Float[Array, "chunks size"]
     rounding: Float[Array, "chunks size"]
@@ -125,7 +125,7 @@ def unexplained(
 
 
 class Progress(NamedTuple):
-    """How far an iteration has come.
+    """The progress of an iteration.
 
     - `front`: the first chunk whose start is not accepted.
     - `level`: the mean logarithm of the errors behind what is exact by induction, the smallest so
@@ -175,20 +175,20 @@ def summarize(
     errors: Float[Array, " chunks"],
     correction: Float[Array, ""],
     pinned: Bool[Array, " chunks"],
-    line: Line,
+    shards: OneDevice,
 ) -> Summary:
     """Reduces the errors, in units of the tolerance, in one exchange between devices; `pinned` are
     the starts that are exact by induction."""
     count = len(errors)
-    positions = line.positions(count)
+    positions = shards.positions(count)
     uncertain = (~pinned).astype(jnp.float32)
     logs = uncertain * jnp.log(jnp.minimum(jnp.maximum(errors, 1), _HOPELESS))
     # Counted from behind, so that a maximum finds the first.
-    behind = (errors > 1).astype(int) * (line.count * count - positions)
+    behind = (errors > 1).astype(int) * (shards.count * count - positions)
     maxima = [jnp.max(behind).astype(jnp.float32), jnp.max(errors), correction]
-    whole, _ = line.reduce_with_prefix(maxima, [jnp.sum(logs), jnp.sum(uncertain)])
+    whole = shards.reduce(maxima, [jnp.sum(logs), jnp.sum(uncertain)])
     behind, largest, correction = whole.maxima
-    front = line.count * count - behind.astype(int)
+    front = shards.count * count - behind.astype(int)
     return Summary(front, whole.sums[0] / jnp.maximum(whole.sums[1], 1), largest, correction)
 
 

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._line import Line
 from .._misc import bool_where
-from .._settings import check_tolerance
+from .._one_device import OneDevice
+from .._validate import check_tolerance
 from ..scans import AbstractScan
 from ..structures import AbstractStructure, Diagonal
 from ._chunks import Chunks, Point, where_finite
-from ._convergence import Vouched
+from ._convergence import StepReport
 from ._iteration import Correction
 from ._linearization import Linearization
 from ._shooting import AbstractIterativeSolver
@@ -70,7 +70,7 @@ class LevenbergMarquardt(AbstractIterativeSolver):
             raise TypeError(f"`diagonal` must be True or False; got {self.diagonal!r}.")
 
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
-        return Linearization(structure, Diagonal() if self.diagonal else structure)
+        return Linearization.restricted(structure, Diagonal() if self.diagonal else structure)
 
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
         return max(1, math.isqrt(length)) if structure.num_seeds(size) > 1 else 1
@@ -88,14 +88,14 @@ class LevenbergMarquardt(AbstractIterativeSolver):
         if self.damping is not None:
             damping = jnp.asarray(self.damping, point.starts.dtype)
             return Correction(point, _damped_starts(chunks, point, damping), state)
-        merit = _merit(point, chunks.line)
+        merit = _merit(point, chunks.shards)
         accepted = merit < state.merit
         point, merit = bool_where(accepted, (point, merit), (state.best, state.merit))
         factor = jnp.where(accepted, _DOWN, _UP).astype(state.damping.dtype)
         damping = jnp.clip(state.damping * factor, _LEAST, _MOST)
         starts = _damped_starts(chunks, point, damping)
-        vouched = Vouched(accepted, descended=accepted)
-        return Correction(point, starts, _Search(damping, point, merit), vouched)
+        step_report = StepReport(accepted, descended=accepted)
+        return Correction(point, starts, _Search(damping, point, merit), step_report)
 
 
 class _Search(NamedTuple):
@@ -106,18 +106,18 @@ class _Search(NamedTuple):
     merit: Float[Array, ""]
 
 
-def _merit(point: Point, line: Line) -> Float[Array, ""]:
+def _merit(point: Point, shards: OneDevice) -> Float[Array, ""]:
     """The sum of squared defects; infinite if any is not finite."""
-    merit = line.psum(jnp.sum(jnp.square(point.defects)))
+    merit = shards.psum(jnp.sum(jnp.square(point.defects)))
     return jnp.where(jnp.isfinite(merit), merit, jnp.inf)
 
 
 def _damped_starts(chunks: Chunks, point: Point, damping: Float[Array, ""]) -> Array:
-    kept = chunks.linearization.kept
-    assert kept is not None and point.jacobians is not None  # `linearization` above has both
+    used = chunks.linearization.used
+    assert used is not None and point.jacobians is not None  # `linearization` above has both
     jacobians, defects = where_finite(point.jacobians, 0), where_finite(point.defects, 0)
-    matrices = chunks.line.shift_right(jacobians, jnp.zeros_like(jacobians[0]))
-    delta = damped_correction(kept, matrices, defects, damping, chunks.scan)
+    matrices = chunks.shards.shift_right(jacobians)
+    delta = damped_correction(used, matrices, defects, damping, chunks.scan)
     return chunks.safeguarded(point, point.starts + delta)
 
 
@@ -142,7 +142,7 @@ def damped_correction(
     the first of all is without effect, because $δ_0 = 0$."""
     identity = structure.identity(matrices)
     gain = damping / (1 + damping)
-    first = scan.line.positions(defects.shape[0]) == 0
+    first = scan.shards.positions(defects.shape[0]) == 0
     first = jnp.expand_dims(first, tuple(range(1, matrices.ndim)))
     a = jnp.where(first, 0, matrices)
     transposed = structure.transpose(a)
@@ -163,7 +163,7 @@ def damped_correction(
     # Smoother: δ_i = m_i + G_i (δ_{i+1} - A_i m_i - r_{i+1}), with G_i = P_i A_iᵀ (A_i P_i A_iᵀ +
     # I)⁻¹.
     # Nothing follows the last.
-    a, r = (scan.line.shift_left(x, jnp.zeros_like(x[0])) for x in (matrices, defects))
+    a, r = (scan.shards.shift_left(x, jnp.zeros_like(x[0])) for x in (matrices, defects))
     cross = structure.compose(covariances, structure.transpose(a))
     predicted = structure.compose(a, cross) + identity
     gains = structure.compose(cross, structure.inverse(predicted))

@@ -9,8 +9,8 @@ from .._algebra import AbstractAlgebra
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
 from ..scans import AbstractScan
-from ..scans._default import across, check_scan, default_scan
-from ._base import AbstractSolver, check_tangents, completed
+from ..scans._default import check_scan, default_scan
+from ._base import AbstractSolver, check_tangents
 from ._newton import Newton
 from ._shooting import AbstractIterativeSolver
 
@@ -32,8 +32,7 @@ class AssociativeScan(AbstractSolver):
 
     - `algebra`: an [`pararnn.AbstractAlgebra`][] that contains the steps; `None` is the one
         that is known of the recurrence, as a cell's, or else for affine steps.
-    - `linear_method`: the scan that composes the steps, as the `method` of
-        [`pararnn.linear_recurrence`][].
+    - `linear_method`: how the scan runs, as in [`pararnn.linear_recurrence`][].
     - `corrector`: the solver of affine recurrences, and of what a composition has left; its
         iterations are few. `None` is [`pararnn.Newton`][] with chunks of one step, which on an
         accelerator are longer.
@@ -59,9 +58,6 @@ class AssociativeScan(AbstractSolver):
             )
 
     def solve(self, recurrence, guess, report=None):
-        return completed(self.attempt(recurrence, guess, report), recurrence.line)
-
-    def attempt(self, recurrence, guess, report=None):
         check_tangents(self, recurrence)
         algebra = recurrence.algebra if self.algebra is None else self.algebra
         guess = None
@@ -75,14 +71,14 @@ class AssociativeScan(AbstractSolver):
         # An affine recurrence is one correction of Newton's method from anywhere. An algebra may
         # not be the step's, `stop_gradient` can hide a nonlinearity, and the rounding of long
         # products adds up: never trust. What is missing is the next correction, if any is needed.
-        return self._corrector().attempt(recurrence, guess, report)
+        return self._corrector().solve(recurrence, guess, report)
 
     def solve_affine(self, recurrence):
         return self._corrector().solve_affine(recurrence)
 
     def resolved(self, recurrence, platform=None):
-        scan = self.linear_method or default_scan(platform)
-        solver = dataclasses.replace(self, linear_method=scan)
+        method = self.linear_method or default_scan(platform)
+        solver = dataclasses.replace(self, linear_method=method)
         corrector = solver._corrector(platform).resolved(recurrence, platform)
         return dataclasses.replace(solver, corrector=corrector)
 
@@ -97,5 +93,5 @@ class AssociativeScan(AbstractSolver):
 
     def _composed(self, algebra: AbstractAlgebra, recurrence: Recurrence) -> PyTree[Array]:
         """The states by composition, from the first step on."""
-        scan = across(self.linear_method or default_scan(), recurrence.line)
+        scan = recurrence.shards.sharded(self.linear_method or default_scan())
         return recurrence.composed(algebra, scan)

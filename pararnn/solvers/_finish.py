@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._devices import place_like, spread
 from .._misc import bool_where
 from .._recurrence import Recurrence
 from ._convergence import first_index
@@ -22,31 +21,31 @@ def finish_sequentially(
 
     `(states, steps)`: all states, and how many were recomputed, on all devices together.
     """
-    length, line = recurrence.length, recurrence.line
+    length, shards = recurrence.length, recurrence.shards
     first_step = jnp.minimum(chunk_size * first_index(bad), length)
-    if not line.is_sharded:
+    if not shards.is_sharded:
         states = _from_step(recurrence, recurrence.init, states, first_step)
         return states, length - first_step
-    first = -line.pmax(-jnp.where(first_step < length, line.index, line.count))
+    first = -shards.pmax(-jnp.where(first_step < length, shards.index, shards.count))
     # On the devices that follow, nothing is right.
-    first_step = jnp.where(line.index == first, first_step, 0)
-    first_step = jnp.where(line.index < first, length, first_step)
+    first_step = jnp.where(shards.index == first, first_step, 0)
+    first_step = jnp.where(shards.index < first, length, first_step)
     last = 0 if recurrence.reverse else -1
 
     def passed_on(states):
         ends = jtu.tree_map(lambda h: h[last], states)
-        return line.shift_from_prev(ends, recurrence.init)
+        return shards.shift_from_prev(ends, recurrence.init)
 
     def turn(carry):
         device, incoming, states = carry
-        begin = jnp.where(line.index == device, first_step, length)
+        begin = jnp.where(shards.index == device, first_step, length)
         states = _from_step(recurrence, incoming, states, begin)
         return device + 1, passed_on(states), states
 
-    carry = place_like((first, passed_on(states), states), states)
+    carry = shards.place_like((first, passed_on(states), states), states)
     with jax.named_scope("pararnn_relay"):
-        states = line.while_loop(lambda carry: carry[0] < line.count, turn, carry)[2]
-    return states, line.psum(length - first_step)
+        states = shards.while_loop(lambda carry: carry[0] < shards.count, turn, carry)[2]
+    return states, shards.psum(length - first_step)
 
 
 def _from_step(
@@ -83,7 +82,7 @@ def _from_step(
 
     before = jtu.tree_map(lambda s: s[rows(first_step - 1)], states)
     state = bool_where(first_step == 0, before_all, before)
-    xs = spread(xs, first_step)
-    carry = (place_like(first_step, states), state, states)
+    xs = recurrence.shards.spread(xs, first_step)
+    carry = (recurrence.shards.place_like(first_step, states), state, states)
     with jax.named_scope("pararnn_finish"):
         return jax.lax.while_loop(lambda carry: carry[0] < length, turn, carry)[2]

@@ -2,7 +2,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from ..structures import AbstractStructure, Diagonal
+from ..structures import AbstractStructure
 from ._linearization import Linearization
 from ._shooting import AbstractIterativeSolver
 
@@ -29,7 +29,7 @@ class Jacobi(AbstractIterativeSolver):
     accelerator_chunk_size: ClassVar[int | None] = 32
 
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
-        return Linearization(None, None)
+        return Linearization.zero()
 
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
         return max(16, min(256, math.ceil(length / 8)))
@@ -51,7 +51,7 @@ class Picard(AbstractIterativeSolver):
     """
 
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
-        return Linearization(None, Diagonal())
+        return Linearization.identity()
 
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
         return 1

@@ -1,8 +1,8 @@
 """The iteration of multiple shooting: sweep, judge, correct; and the trajectory that is returned.
 
-On an accelerator, a loop that turns until something holds waits for the device in every turn, to
-read whether it does. So the first iterations may be made without asking, and followed by the
-trajectory and its judgement, all in a row; only where this does not accept it the loop runs.
+On an accelerator, a loop with a condition waits for the device in every turn, to read the
+condition. So a fixed number of iterations may come first, followed by the trajectory and its
+verdict, all in a row; the loop runs only if this verdict does not accept the trajectory.
 """
 
 import functools
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._devices import place_like
 from ._base import Report
-from ._chunks import Chunks, Judged, Point
-from ._convergence import Progress, Vouched, summarize
+from ._chunks import Chunks, Point
+from ._convergence import Progress, StepReport, summarize
+from ._verdict import Verdict, is_wrong, judge
 
 # The trajectory is computed by another program than the sweeps that were judged, with roundings of
 # its own: its defects may be this many times the tolerance.
@@ -30,19 +30,19 @@ class Correction(NamedTuple):
     - `point`: from which the correction starts: the one that was given, or an earlier one.
     - `starts`: the corrected starts.
     - `state`: of the method, for the next correction.
-    - `vouched`: what the method itself reports about the correction.
-    - `moved`: if the starts are `point.incoming` and what `Chunks.moved` adds, the latter.
+    - `step_report`: what the method itself reports about the correction.
+    - `propagated`: `chunks.propagate_defects(point)`, if the starts are `point.incoming` and that.
     """
 
     point: Point
     starts: Float[Array, "chunks size"]
     state: Any
-    vouched: Vouched = Vouched()
-    moved: Float[Array, "chunks size"] | None = None
+    step_report: StepReport = StepReport()
+    propagated: Float[Array, "chunks size"] | None = None
 
 
 class Method(NamedTuple):
-    """What the iteration asks of a solver.
+    """A solver as the iteration sees it.
 
     - `init`, `correct`: as those of a solver, for given chunks.
     - `max_iters`: the most iterations.
@@ -61,9 +61,9 @@ class Iterate(NamedTuple):
 
     iteration: Int[Array, ""]
     starts: Float[Array, "chunks size"]
-    known: Int[Array, ""]  # how many starts, but the first, are exact by induction
+    num_exact: Int[Array, ""]  # starts, but the first, that are exact by induction
     defects: Float[Array, "chunks size"]  # of the last sweep
-    judged: Judged  # the starts of the last sweep
+    verdict: Verdict  # on the starts of the last sweep
     pending: Bool[Array, ""]  # whether any of them was not accepted
     progress: Progress
     state: Any  # of the method
@@ -78,15 +78,15 @@ class Trajectory(NamedTuple):
     pending: Bool[Array, ""]  # whether any chunk is bad
 
 
-def begin(method: Method, chunks: Chunks, starts: Float[Array, "chunks size"]) -> Iterate:
-    """Before the first iteration, from guessed starts."""
+def init_iterate(method: Method, chunks: Chunks, starts: Float[Array, "chunks size"]) -> Iterate:
+    """The iterate before the first iteration, from guessed starts."""
     infinite = jnp.asarray(jnp.inf, jnp.float32)
     iterate = Iterate(
         iteration=jnp.asarray(0),
         starts=starts,
-        known=jnp.asarray(0),
+        num_exact=jnp.asarray(0),
         defects=_any_direction(starts),
-        judged=Judged(
+        verdict=Verdict(
             jnp.zeros(starts.shape, chunks.tolerance.wide),
             jnp.full(chunks.num_chunks, infinite),
             infinite,
@@ -95,7 +95,7 @@ def begin(method: Method, chunks: Chunks, starts: Float[Array, "chunks size"]) -
         progress=Progress.none(),
         state=method.init(starts),
     )
-    return place_like(iterate, starts)
+    return chunks.shards.place_like(iterate, starts)
 
 
 def _any_direction(starts: Float[Array, "chunks size"]) -> Float[Array, "chunks size"]:
@@ -114,15 +114,15 @@ def iterate_until_accepted(method: Method, chunks: Chunks, iterate: Iterate) -> 
 
     turn = functools.partial(_judged_iteration, method, chunks)
     with jax.named_scope("pararnn_iterations"):
-        iterate = chunks.line.while_loop(unfinished, turn, iterate)
+        iterate = chunks.shards.while_loop(unfinished, turn, iterate)
     point, states = _trajectory(chunks, iterate.starts)
-    norm = chunks.tolerance.norm(point.defects, iterate.judged.scale)
-    bad = (iterate.judged.errors > 1) | (norm > _SLACK)
+    norm = chunks.tolerance.norm(point.defects, iterate.verdict.scale)
+    bad = (iterate.verdict.errors > 1) | (norm > _SLACK)
     return _returned(chunks, iterate, states, bad)
 
 
-def iterate_ahead(method: Method, chunks: Chunks, iterate: Iterate, iterations: int) -> Trajectory:
-    """So many iterations, of which none is judged, and the trajectory, which is."""
+def iterate_fixed(method: Method, chunks: Chunks, iterate: Iterate, iterations: int) -> Trajectory:
+    """A fixed number of iterations without a verdict, and the trajectory with one."""
     jacobians = None
     for _ in range(iterations):
         point = chunks.sweep(iterate.starts)
@@ -131,33 +131,35 @@ def iterate_ahead(method: Method, chunks: Chunks, iterate: Iterate, iterations: 
     point, states = _trajectory(chunks, iterate.starts)
     point = point._replace(jacobians=jacobians)  # close to those that a last sweep would find
     defects = iterate.defects if iterations else point.defects
-    judged = chunks.judge(point, chunks.moved(point), defects, states)
-    return _returned(chunks, iterate._replace(judged=judged), states, judged.errors > 1)
+    verdict = judge(chunks, point, chunks.propagate_defects(point), defects, states)
+    return _returned(chunks, iterate._replace(verdict=verdict), states, verdict.errors > 1)
 
 
 def single_chunk(chunks: Chunks, iterate: Iterate) -> Trajectory:
     """The sequential run, where there is but one chunk."""
     _, states = _trajectory(chunks, iterate.starts)
-    judged = iterate.judged._replace(correction=jnp.zeros((), jnp.float32))
-    return _returned(chunks, iterate._replace(judged=judged), states, jnp.zeros(1, bool))
+    verdict = iterate.verdict._replace(correction=jnp.zeros((), jnp.float32))
+    return _returned(chunks, iterate._replace(verdict=verdict), states, jnp.zeros(1, bool))
 
 
 def _judged_iteration(method: Method, chunks: Chunks, iterate: Iterate) -> Iterate:
     point = chunks.sweep(iterate.starts)
     correction = method.correct(point, iterate.state)
-    moved = chunks.moved(point) if correction.moved is None else correction.moved
-    judged = chunks.judge(point, moved, iterate.defects)
+    propagated = correction.propagated
+    if propagated is None:
+        propagated = chunks.propagate_defects(point)
+    verdict = judge(chunks, point, propagated, iterate.defects)
     corrected, pinned = _corrected(chunks, iterate, point, correction)
-    errors = jnp.where(pinned, 0, judged.errors)
-    summary = summarize(errors, judged.correction, pinned, chunks.line)
+    errors = jnp.where(pinned, 0, verdict.errors)
+    summary = summarize(errors, verdict.correction, pinned, chunks.shards)
     # The first sweep has no defects before it, to measure memory in their direction.
     accepted = summary.largest <= (iterate.iteration > 0).astype(jnp.float32)
-    if correction.moved is None:  # a correction of another kind might leave what was accepted
-        starts = chunks.safeguarded(point, point.incoming + moved)
+    if correction.propagated is None:  # a correction of another kind might leave what was accepted
+        starts = chunks.safeguarded(point, point.incoming + propagated)
         corrected = corrected._replace(starts=jnp.where(accepted, starts, corrected.starts))
-    descended = correction.vouched.descended
+    descended = correction.step_report.descended
     iterate = corrected._replace(
-        judged=judged._replace(errors=errors, correction=summary.correction),
+        verdict=verdict._replace(errors=errors, correction=summary.correction),
         pending=~accepted,
         progress=iterate.progress.updated(summary.front, summary.level, descended),
     )
@@ -170,13 +172,13 @@ def _corrected(
     chunks: Chunks, iterate: Iterate, point: Point, correction: Correction
 ) -> tuple[Iterate, Bool[Array, " chunks"]]:
     """The corrected starts, and which of them are pinned because they are exact by induction."""
-    known = iterate.known + jnp.asarray(correction.vouched.accepted).astype(int)
-    pinned = chunks.line.positions(chunks.num_chunks) <= known
+    num_exact = iterate.num_exact + jnp.asarray(correction.step_report.accepted).astype(int)
+    pinned = chunks.shards.positions(chunks.num_chunks) <= num_exact
     starts = jnp.where(jnp.expand_dims(pinned, -1), correction.point.incoming, correction.starts)
     iterate = iterate._replace(
         iteration=iterate.iteration + 1,
         starts=starts,
-        known=known,
+        num_exact=num_exact,
         defects=point.defects,
         state=correction.state,
     )
@@ -190,27 +192,24 @@ def _trajectory(chunks: Chunks, starts: Array) -> tuple[Point, PyTree[Array]]:
 
 
 def _returned(chunks: Chunks, iterate: Iterate, states: PyTree[Array], bad: Array) -> Trajectory:
-    if not chunks.is_plain:  # a sweep that errs anywhere may err everywhere
-        bad |= chunks.is_wrong(iterate.starts, states)
-    judged = iterate.judged
-    # In one exchange.
-    whole, _ = chunks.line.reduce_with_prefix(
-        [jnp.max(bad.astype(jnp.float32)), judged.correction], []
-    )
-    pending, correction = whole.maxima
-    iterate = iterate._replace(judged=judged._replace(correction=correction))
+    if not chunks.sweep_method.plain:  # a sweep that errs anywhere may err everywhere
+        bad |= is_wrong(chunks, iterate.starts, states)
+    verdict = iterate.verdict
+    maxima = [jnp.max(bad.astype(jnp.float32)), verdict.correction]
+    pending, correction = chunks.shards.reduce(maxima, []).maxima
+    iterate = iterate._replace(verdict=verdict._replace(correction=correction))
     return Trajectory(iterate, states, bad, pending > 0)
 
 
 def _report(report: Report, chunks: Chunks, iterate: Iterate) -> None:
-    line, judged = chunks.line, iterate.judged
-    at_rest = line.psum(jnp.sum(judged.errors <= 1))
-    call = functools.partial(_call_report, report, line.count * chunks.num_chunks)
-    args = iterate.iteration, judged.correction, at_rest
-    if not line.is_sharded:
+    shards, verdict = chunks.shards, iterate.verdict
+    at_rest = shards.psum(jnp.sum(verdict.errors <= 1))
+    call = functools.partial(_call_report, report, shards.count * chunks.num_chunks)
+    args = iterate.iteration, verdict.correction, at_rest
+    if not shards.is_sharded:
         jax.debug.callback(call, *args)
     else:  # once for all devices
-        jax.lax.cond(line.is_first, lambda: jax.debug.callback(call, *args), lambda: None)
+        jax.lax.cond(shards.is_first, lambda: jax.debug.callback(call, *args), lambda: None)
 
 
 def _call_report(report, num_chunks, iteration, correction, at_rest):

@@ -1,21 +1,43 @@
 from typing import NamedTuple
 
-from ..structures import AbstractStructure
+from ..structures import AbstractStructure, Diagonal
 
 
 class Linearization(NamedTuple):
-    """Which approximation of the chunks' Jacobians a correction uses.
+    """The approximation of the chunks' Jacobians that a correction uses. Made by `exact`,
+    `restricted`, `identity` or `zero`.
 
-    - `propagated`: the structure whose seeds are pushed through the chunks; `None` for no tangents.
-    - `kept`: the structure of the matrices that the correction uses, a part of `propagated`; `None`
-        for zero matrices. Without `propagated`, identity matrices.
+    - `pushed`: the structure whose seeds are pushed through the chunks as tangents; `None` if none
+        are.
+    - `used`: the structure of the matrices in the correction, a part of `pushed`; `None` for zero
+        matrices. Without `pushed`, identity matrices.
     """
 
-    propagated: AbstractStructure | None
-    kept: AbstractStructure | None
+    pushed: AbstractStructure | None
+    used: AbstractStructure | None
+
+    @classmethod
+    def exact(cls, structure: AbstractStructure) -> "Linearization":
+        """The true Jacobians, which have `structure`."""
+        return cls(structure, structure)
+
+    @classmethod
+    def restricted(cls, structure: AbstractStructure, used: AbstractStructure) -> "Linearization":
+        """The entries that `used` has, of Jacobians that have `structure`."""
+        return cls(structure, used)
+
+    @classmethod
+    def identity(cls) -> "Linearization":
+        """The identity, without tangents."""
+        return cls(None, Diagonal())
+
+    @classmethod
+    def zero(cls) -> "Linearization":
+        """Zero, without tangents."""
+        return cls(None, None)
 
     @property
-    def exact(self) -> bool:
-        """Whether this is the true Jacobian, so that the iteration converges quadratically, and in
-        one correction if the step is affine."""
-        return self.propagated is not None and self.kept == self.propagated
+    def is_exact(self) -> bool:
+        """Whether these are the true Jacobians, so that the iteration converges quadratically, and
+        in one correction if the step is affine."""
+        return self.pushed is not None and self.used == self.pushed

@@ -2,7 +2,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from .._settings import check_positive_int
+from .._validate import check_positive_int
 from ..structures import AbstractStructure, BlockDiagonal, Diagonal
 from ._linearization import Linearization
 from ._shooting import AbstractIterativeSolver
@@ -38,7 +38,7 @@ class Newton(AbstractIterativeSolver):
     accelerator_chunk_size: ClassVar[int | None] = 32
 
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
-        return Linearization(structure, structure)
+        return Linearization.exact(structure)
 
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
         return _default_chunk_size(structure, length, size)
@@ -76,7 +76,7 @@ class QuasiNewton(AbstractIterativeSolver):
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
         seeds = structure.num_seeds(size)
         if self.block_size == 1 or seeds == 1:
-            return Linearization(structure, Diagonal())
+            return Linearization.restricted(structure, Diagonal())
         if seeds < size:
             raise ValueError(
                 f"`block_size={self.block_size}` keeps blocks of a dense Jacobian, but this step's "
@@ -88,7 +88,7 @@ class QuasiNewton(AbstractIterativeSolver):
                 f"`block_size` must divide the number of state elements; got {self.block_size} for "
                 f"{size}."
             )
-        return Linearization(
+        return Linearization.restricted(
             structure, BlockDiagonal.contiguous(size // self.block_size, self.block_size)
         )
 

@@ -4,16 +4,16 @@ from typing import ClassVar
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._devices import place_like
 from .._recurrence import Recurrence, scan_states
 from .._solution import Stats
 from ..scans import Sequential as Scan
 from ..sweeps import AbstractSweep, Fused, Rows, Scanned
 from ..sweeps._default import check_sweep, uses_kernel
-from ._base import AbstractSolver
+from ._base import AbstractSolver, SolverOutput
 from ._chunks import Chunks
 from ._finish import finish_sequentially
 from ._linearization import Linearization
+from ._verdict import is_wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,8 @@ class Sequential(AbstractSolver):
     **Arguments:**
 
     - `sweep_method`: how the steps are made, as for [`pararnn.solvers.AbstractIterativeSolver`][];
-        `pararnn.sweeps.Fused()` makes them in one kernel. `None` is `jax.lax.scan`. Some states of
-        any other sweep are compared with the plain step; if one is wrong, `jax.lax.scan` makes all
-        of them.
+        `"kernel"` makes them in one kernel. `None` is `jax.lax.scan`. Some states of any other
+        sweep are compared with the plain step; if one is wrong, `jax.lax.scan` makes all of them.
     """
 
     stepwise: ClassVar[bool] = True
@@ -48,12 +47,12 @@ class Sequential(AbstractSolver):
         return Sequential(sweep_method=Fused())
 
     def solve(self, recurrence, guess, report=None):
-        length = recurrence.length * recurrence.line.count
+        length = recurrence.length * recurrence.shards.count
         states, made_again = self.solve_affine(recurrence), jnp.asarray(0)
         sweep = self.sweep_method or Scanned()
-        if not sweep.plain and not recurrence.line.is_sharded:
-            one = Chunks(recurrence, Linearization(None, None), length, Scan(), sweep, None, 0.0)
-            wrong = jnp.expand_dims(one.is_wrong(one.first_start, states), 0)
+        if not sweep.plain and not recurrence.shards.is_sharded:
+            one = Chunks(recurrence, Linearization.zero(), length, Scan(), sweep, None, 0.0)
+            wrong = jnp.expand_dims(is_wrong(one, one.first_start, states), 0)
             states, made_again = finish_sequentially(recurrence, states, wrong, length)
         stats = Stats(
             iterations=jnp.asarray(0),
@@ -62,13 +61,13 @@ class Sequential(AbstractSolver):
             sequential_steps=length + made_again,
             fallback=made_again > 0,
         )
-        return states, jnp.asarray(True), stats
+        return SolverOutput(states, jnp.asarray(True), stats)
 
     def solve_affine(self, recurrence: Recurrence):
         step, xs, init, length = recurrence.step, recurrence.xs, recurrence.init, recurrence.length
-        if recurrence.line.is_sharded:  # one device after another
+        if recurrence.shards.is_sharded:  # one device after another
             nothing = jtu.tree_map(lambda h: jnp.zeros((length, *h.shape), h.dtype), init)
-            nothing = place_like(nothing, (init, xs))
+            nothing = recurrence.shards.place_like(nothing, (init, xs))
             return finish_sequentially(recurrence, nothing, jnp.ones(1, bool), length)[0]
         sweep = self.sweep_method
         if sweep is None:

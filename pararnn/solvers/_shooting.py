@@ -1,4 +1,4 @@
-r"""The one iteration behind every method: multiple shooting over chunks of the sequence.
+r"""Iterative solvers: multiple shooting over chunks of the sequence, and its settings.
 
 The sequence is cut into $C$ chunks of $T$ steps; the unknowns are the chunks' *starts*
 $s_0, …, s_{C-1}$, of which $s_0$ is known. A sweep runs all chunks side by side and gives their
@@ -23,23 +23,23 @@ from jaxtyping import Array, Float, PyTree
 
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
-from .._settings import check_count, check_positive_int, check_tolerance
 from .._solution import Stats
+from .._validate import check_count, check_positive_int, check_tolerance
 from ..scans import AbstractScan
 from ..scans._default import check_scan, default_scan
 from ..structures import AbstractStructure
 from ..sweeps import AbstractSweep, Fused, Scanned
 from ..sweeps._default import check_sweep, default_sweep, uses_kernel
 from ._affine import shoot_once
-from ._base import AbstractSolver, Outcome, Report, Rest, check_tangents, completed
+from ._base import AbstractSolver, Report, SolverOutput, check_tangents
 from ._chunks import Chunks, Point
 from ._finish import finish_sequentially
 from ._iteration import (
     Correction,
     Method,
     Trajectory,
-    begin,
-    iterate_ahead,
+    init_iterate,
+    iterate_fixed,
     iterate_until_accepted,
     single_chunk,
 )
@@ -61,8 +61,7 @@ class AbstractIterativeSolver(AbstractSolver):
     """Multiple shooting: sweep all chunks from guessed starts, correct the starts, repeat.
 
     Subclasses choose the *linearization*, that is, which approximation of the chunks' Jacobians the
-    correction uses, and a chunk size for where none is given. What else a method does in its own
-    way, it may put in place of the defaults of `refine`, `init` and `correct`.
+    correction uses, and a default chunk size. They may override `refine`, `init` and `correct`.
 
     **Arguments:**
 
@@ -133,7 +132,7 @@ class AbstractIterativeSolver(AbstractSolver):
 
     @abc.abstractmethod
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
-        """What to use of the Jacobians of `size` state elements that have `structure`."""
+        """The approximation of Jacobians of `size` state elements that have `structure`."""
 
     @abc.abstractmethod
     def default_chunk_size(self, structure: AbstractStructure, length: int, size: int) -> int:
@@ -148,18 +147,18 @@ class AbstractIterativeSolver(AbstractSolver):
         return starts, 0
 
     def init(self, chunks: Chunks, starts: Float[Array, "chunks size"]) -> Any:
-        """What the method carries from correction to correction: a pytree of arrays. By default,
-        nothing."""
+        """The state that the method carries from correction to correction: a pytree of arrays. By
+        default, none."""
         return None
 
     def correct(self, chunks: Chunks, point: Point, state: Any) -> Correction:
         """The starts that follow from a sweep. By default, the linear recurrence over the chunks
         with the linearization's matrices."""
-        moved = chunks.moved(point)
-        starts = chunks.safeguarded(point, point.incoming + moved)
-        return Correction(point, starts, state, moved=moved)
+        propagated = chunks.propagate_defects(point)
+        starts = chunks.safeguarded(point, point.incoming + propagated)
+        return Correction(point, starts, state, propagated=propagated)
 
-    def finishing(self) -> "AbstractIterativeSolver":
+    def with_fallback(self) -> "AbstractIterativeSolver":
         return dataclasses.replace(self, fallback=True)
 
     def resolved(
@@ -180,7 +179,7 @@ class AbstractIterativeSolver(AbstractSolver):
         if chunk_size is None:
             chunk_size = self.default_chunk_size(structure, length, size)
         chunk_size = min(chunk_size, length)
-        if recurrence.line.is_sharded:  # only whole chunks can be followed by others
+        if recurrence.shards.is_sharded:  # only whole chunks can be followed by others
             chunk_size = next(n for n in range(chunk_size, 0, -1) if length % n == 0)
         forgetful = not on_cpu and seeds == size > 1
         overlap = _OVERLAP if forgetful and self.accelerator_chunk_size is not None else 0
@@ -198,28 +197,24 @@ class AbstractIterativeSolver(AbstractSolver):
 
     def solve(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
-    ) -> Outcome:
-        return completed(self.attempt(recurrence, guess, report), recurrence.line)
-
-    def attempt(
-        self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
-    ) -> tuple[Outcome, Rest | None]:
+    ) -> SolverOutput:
         solver = self.resolved(recurrence)
         overlap, ahead = solver.overlap or 0, min(solver.min_iters or 0, self.max_iters)
         chunks = solver._cut(recurrence, window=overlap)
-        if chunks.linearization.propagated is not None:
+        if chunks.linearization.pushed is not None:
             check_tangents(self, recurrence)
-        starts, steps = self.refine(chunks, chunks.guess(guess, overlap))
+        starts = chunks.guess_early(guess, overlap) if overlap else chunks.guess(guess)
+        starts, steps = self.refine(chunks, starts)
         method, steps = self._method(chunks, report), steps + overlap
-        iterate = begin(method, chunks, starts)
-        if chunks.num_chunks == 1 and not chunks.line.is_sharded:
-            return self._outcome(chunks, single_chunk(chunks, iterate), steps, last=True), None
+        iterate = init_iterate(method, chunks, starts)
+        if chunks.num_chunks == 1 and not chunks.shards.is_sharded:
+            return self._output(chunks, single_chunk(chunks, iterate), steps, last=True)
         if not (overlap or ahead):
             trajectory = iterate_until_accepted(method, chunks, iterate)
-            return self._outcome(chunks, trajectory, steps, last=True), None
-        first = iterate_ahead(method, chunks, iterate, ahead)
+            return self._output(chunks, trajectory, steps, last=True)
+        first = iterate_fixed(method, chunks, iterate, ahead)
 
-        def rest(_):
+        def resume(_):
             sweep = solver.sweep_method or Scanned()
             # Many tangents become no kernel, and to write their steps out takes long to compile.
             dense = recurrence.structure.num_seeds(recurrence.size) > _FEW_SEEDS
@@ -227,9 +222,9 @@ class AbstractIterativeSolver(AbstractSolver):
             chunks = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence)
             method, made = self._method(chunks, report), steps + chunks.chunk_size
             trajectory = iterate_until_accepted(method, chunks, first.iterate)
-            return self._outcome(chunks, trajectory, made, last=True)
+            return self._output(chunks, trajectory, made, last=True)
 
-        return self._outcome(chunks, first, steps, last=False), rest
+        return self._output(chunks, first, steps, last=False)._replace(resume=resume)
 
     def _method(self, chunks: Chunks, report: Report | None) -> Method:
         return Method(
@@ -239,7 +234,9 @@ class AbstractIterativeSolver(AbstractSolver):
             report,
         )
 
-    def _outcome(self, chunks: Chunks, trajectory: Trajectory, steps: int, last: bool) -> Outcome:
+    def _output(
+        self, chunks: Chunks, trajectory: Trajectory, steps: int, last: bool
+    ) -> SolverOutput:
         """What a solve returns. If nothing follows, what is not right is finished sequentially."""
         iterate, states, bad, pending = trajectory
         if last and self.fallback:
@@ -250,19 +247,19 @@ class AbstractIterativeSolver(AbstractSolver):
             converged, finished = ~pending, jnp.asarray(0)
         stats = Stats(
             iterations=iterate.iteration,
-            correction=iterate.judged.correction,
+            correction=iterate.verdict.correction,
             chunk_size=chunks.chunk_size,
             sequential_steps=steps + (iterate.iteration + 1) * chunks.chunk_size + finished,
             fallback=finished > 0,
         )
-        return states, converged, stats
+        return SolverOutput(states, converged, stats)
 
     def solve_affine(self, recurrence: Recurrence) -> PyTree[Array]:
         """With the exact Jacobian, one correction from any starts is the solution."""
         chunks = self.resolved(recurrence)._cut(recurrence)
-        if chunks.linearization.exact and not self.damped:
+        if chunks.linearization.is_exact and not self.damped:
             return shoot_once(chunks)
-        return self.finishing().solve(recurrence, None)[0]
+        return self.with_fallback().solve(recurrence, None).completed(recurrence.shards).states
 
     def _cut(self, recurrence: Recurrence, window: int = 0) -> Chunks:
         """The chunks of a recurrence that this solver is resolved for."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._settings import check_positive_int
+from .._validate import check_positive_int
 from ..scans import AbstractScan
 from ..structures import AbstractStructure
 from ._chunks import Chunks
@@ -89,7 +89,7 @@ class Speculative(AbstractIterativeSolver):
         return max(16, min(64, math.isqrt(length) // 2))
 
     def refine(self, chunks: Chunks, starts: Float[Array, "chunks size"]):
-        if chunks.num_chunks * chunks.line.count < 3:
+        if chunks.num_chunks * chunks.shards.count < 3:
             return starts, 0
         candidates = self._candidates(chunks, starts)
         shape = (len(candidates), chunks.num_chunks, chunks.size)
@@ -103,15 +103,15 @@ class Speculative(AbstractIterativeSolver):
         following = jax.vmap(_nearest, in_axes=1)(continued, table)  # (chunks, lanes)
         # Of the first chunk, which all runs continue, any will do.
         arrived = _chain(following, chunks.scan)
-        via = chunks.line.shift_right(arrived, jnp.zeros_like(arrived[0]))
+        via = chunks.shards.shift_right(arrived)
         chosen = chunks.incoming(continued[via, jnp.arange(chunks.num_chunks)])
         return jnp.where(jnp.isfinite(chosen), chosen, starts), 4 * chunks.chunk_size
 
     def _candidates(self, chunks: Chunks, starts: Array) -> Float[Array, "m size"]:
         chosen = _farthest_points(_canonical(chunks, starts), self.num_candidates)
-        if not chunks.line.is_sharded:
+        if not chunks.shards.is_sharded:
             return chosen
-        every = chunks.line.all_gather(chosen).reshape(-1, chunks.size)
+        every = chunks.shards.all_gather(chosen).reshape(-1, chunks.size)
         return _farthest_points(every, self.num_candidates)
 
 
@@ -150,5 +150,5 @@ def _nearest(queries: Float[Array, "m size"], keys: Float[Array, "m size"]) -> I
 
 
 def _chain(following: Int[Array, "n m"], scan: AbstractScan) -> Int[Array, " n"]:
-    """Where index 0 leads, through one map after another."""
+    """The images of index 0 under the composed index maps."""
     return scan.prefixes(lambda earlier, later: later[earlier], following)[:, 0]

@@ -1,14 +1,15 @@
 import dataclasses
 
-from .._line import AxisName, axis_names
+from .._one_device import AxisName
 from .._platform import chosen_platform
 from .._recurrence import Recurrence
-from ._base import AbstractSolver, check_sharding, completed
+from ..sharding._time import axis_names
+from ._base import AbstractSolver, check_sharding
 from ._fixed_point import Jacobi
 from ._newton import Newton
 
-# On a CPU, how many steps early the part of a device starts. What shrinks by a tenth in every step
-# is forgotten then, to 1e-6.
+# On a CPU, how many steps early the shard of a device starts. A perturbation that shrinks by a
+# factor 0.9 per step has decayed to 1e-6 by then.
 OVERLAP = 128
 
 
@@ -63,21 +64,19 @@ class TimeSharded(AbstractSolver):
             )
         check_sharding("solver", solver)
 
-    def within(self):
+    @property
+    def inner(self):
         return self.solver
 
     def solve(self, recurrence, guess, report=None):
-        return completed(self.attempt(recurrence, guess, report), recurrence.line)
-
-    def attempt(self, recurrence, guess, report=None):
-        return self._for(recurrence).attempt(recurrence, guess, report)
+        return self._for(recurrence).solve(recurrence, guess, report)
 
     def solve_affine(self, recurrence):
         return self._for(recurrence).solve_affine(recurrence)
 
-    def finishing(self):
+    def with_fallback(self):
         solver = self.solver
-        return self if solver is None else TimeSharded(self.axis, solver.finishing())
+        return self if solver is None else TimeSharded(self.axis, solver.with_fallback())
 
     def resolved(self, recurrence, platform=None):
         solver = (
@@ -86,7 +85,7 @@ class TimeSharded(AbstractSolver):
         return TimeSharded(self.axis, solver.resolved(recurrence, platform))
 
     def _for(self, recurrence: Recurrence) -> AbstractSolver:
-        if recurrence.parts.axis != self.axis:
+        if recurrence.shards.axis != self.axis:
             raise ValueError(
                 f"`adjoint` has a TimeSharded({self.axis!r}, …), but `solver` has not: both must "
                 "cut time along the same axis."
@@ -95,7 +94,7 @@ class TimeSharded(AbstractSolver):
 
 
 def default_sharded_solver(recurrence: Recurrence, platform: str | None = None) -> AbstractSolver:
-    """What `TimeSharded(axis)` solves with, as long as no more is known than where it runs."""
+    """The solver of `TimeSharded(axis)` for a platform."""
     if chosen_platform(platform) == "cpu":
         return Jacobi(chunk_size=recurrence.length, overlap=OVERLAP)
     return Newton()

@@ -1,4 +1,4 @@
-r"""In which units a difference of states is judged.
+r"""The units in which a difference of states is judged.
 
 An error is as large as what it is an error *of*: each element of the state, at each time, is held
 to its own magnitude there. But an element that is small because larger ones cancel in it carries
@@ -61,15 +61,15 @@ class Tolerance:
         return jnp.abs(x).astype(self.wide)
 
     def most(self, values: Float[Array, "n size"]) -> Float[Array, "1 size"]:
-        """What is granted to the largest element of a leaf in any row."""
+        """The default tolerance of the largest element of a leaf in any row."""
         largest = jnp.max(self._magnitude(values), axis=0, keepdims=True, initial=0.0)
         return self._coarsest * _largest(largest, self._leaves)
 
     def of_connected(
         self, values: Float[Array, "n size"], structure: AbstractStructure
     ) -> Float[Array, "n size"]:
-        """What is granted to the largest of the elements of a leaf that may influence each other,
-        in each row."""
+        """The default tolerance of the largest of the elements of a leaf that may influence each
+        other, in each row."""
         pairs = np.stack([self._leaves, structure.labels(values.shape[1])])
         _, groups = np.unique(pairs, axis=1, return_inverse=True)
         return self._coarsest * _largest(self._magnitude(values), groups.reshape(-1))
@@ -91,7 +91,8 @@ class Tolerance:
         return jnp.maximum(moved, _largest_near(moved / magnitude, reach) * magnitude)
 
     def rounding(self, effect: Float[Array, "n size"]) -> Float[Array, "n size"]:
-        """What disturbances by a few units in the last place make, of the `effect` of larger."""
+        """The effect of disturbances by a few units in the last place, from the `effect` of larger
+        ones."""
         return _FEW / _ROUNDING * jnp.expand_dims(self._rounding, 0) * effect
 
     def of_each(self, values: Float[Array, "n size"]) -> Float[Array, "n size"]:
@@ -157,7 +158,7 @@ def _largest(values: Array, labels: np.ndarray) -> Float[Array, "n size"]:
 
 
 def _largest_near(rows: Float[Array, "n size"], count: int) -> Float[Array, "n size"]:
-    """Of each element, none of which is negative, the largest in `count` rows around its own."""
+    """The maximum of each element, none of which is negative, over `count` rows around its own."""
     before = (count - 1) // 2
     near = jnp.pad(rows, [(before, count - 1 - before), (0, 0)])
     return functools.reduce(jnp.maximum, [near[i : i + len(rows)] for i in range(count)])

@@ -21,9 +21,9 @@ import scipy.sparse as sp
 from jaxtyping import PyTree
 from scipy.sparse.csgraph import connected_components
 
-from .._devices import typed_result, typed_struct
 from .._misc import make_ravel
-from .._traits import REFUSALS, lacks_derivative
+from .._step_properties import REFUSALS, lacks_derivative
+from .._tracing import typed_result, typed_struct
 from ..jaxprs._dependence import interpret, reaches
 from ..jaxprs._patterns import Pattern, TooDenseError
 from ._base import AbstractStructure

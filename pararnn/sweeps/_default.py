@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._platform import chosen_platform, kernels_enabled
-from .._settings import check_instance
+from .._validate import check_instance
 from ..kernels import unsupported
 from ._base import AbstractSweep, Step
 from ._scanned import Scanned

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
-from pararnn._line import Line
 from pararnn.solvers import _convergence as rule
 
 SCAN = prnn.scans.Sequential()
@@ -106,12 +105,12 @@ def test_summary_of_the_chunks():
     errors = jnp.asarray([0.0, 0.5, np.e, np.e**3], jnp.float32)
     largest = jnp.asarray(7.0, jnp.float32)
     pinned = jnp.asarray([True, False, False, False])
-    got = rule.summarize(errors, largest, pinned, Line())
+    got = rule.summarize(errors, largest, pinned, OneDevice())
     assert (int(got.front), float(got.correction)) == (2, 7.0)
     np.testing.assert_allclose((got.level, got.largest), (4 / 3, np.e**3), rtol=1e-6)
-    got = rule.summarize(jnp.zeros(4, jnp.float32), largest, jnp.ones(4, bool), Line())
+    got = rule.summarize(jnp.zeros(4, jnp.float32), largest, jnp.ones(4, bool), OneDevice())
     assert (int(got.front), float(got.level), float(got.largest)) == (4, 0.0, 0.0)
-    hopeless = rule.summarize(errors.at[3].set(jnp.inf), largest, pinned, Line())
+    hopeless = rule.summarize(errors.at[3].set(jnp.inf), largest, pinned, OneDevice())
     assert np.isfinite(hopeless.level) and hopeless.largest == np.inf
 
 

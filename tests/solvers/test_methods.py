@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from systems import scan
 
 import pararnn as prnn
 from pararnn.solvers._damped import damped_correction
@@ -15,14 +16,6 @@ def _elman(gain):
     w = gain * jax.random.normal(jax.random.key(0), (D, D)) / D**0.5
     xs = jax.random.normal(jax.random.key(1), (L, D))
     return (lambda h, x: jnp.tanh(w @ h + x)), xs, jnp.zeros(D)
-
-
-def _scan(step, xs, init):
-    def body(h, x):
-        h = step(h, x)
-        return h, h
-
-    return jax.lax.scan(body, init, xs)[1]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +36,7 @@ def _scan(step, xs, init):
 def test_converges_without_the_sequential_finish(solver):
     step, xs, init = _elman(0.6)
     solution = prnn.solve(step, xs, init, solver=solver)
-    np.testing.assert_allclose(solution.states, _scan(step, xs, init), atol=1e-10)
+    np.testing.assert_allclose(solution.states, scan(step, xs, init), atol=1e-10)
     assert not solution.stats.fallback
     assert solution.result == prnn.RESULTS.successful
 
@@ -55,7 +48,7 @@ def test_picard_solves_small_steps():
         return h + 1e-3 * (jnp.sin(h) + x)
 
     solution = prnn.solve(step, xs, jnp.ones(D), solver=prnn.Picard())
-    np.testing.assert_allclose(solution.states, _scan(step, xs, jnp.ones(D)), atol=1e-10)
+    np.testing.assert_allclose(solution.states, scan(step, xs, jnp.ones(D)), atol=1e-10)
     assert not solution.stats.fallback and solution.stats.iterations <= 12
 
 
@@ -150,7 +143,7 @@ class _Clamp(prnn.AbstractAlgebra):
 
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("kind", ["affine", "diagonal", "clamp"])
-def test_associative_scan(kind, with_reset):
+def test_associativescan(kind, with_reset):
     xs = jax.random.normal(jax.random.key(0), (L, D))
     w = 0.7 * jax.random.normal(jax.random.key(1), (D, D)) / D**0.5
     steps = {
@@ -194,7 +187,7 @@ def test_associative_scan_checks_a_hidden_nonlinearity():
 
     xs = jax.random.normal(jax.random.key(0), (L, D))
     solution = prnn.solve(step, xs, jnp.zeros(D), solver=prnn.AssociativeScan())
-    np.testing.assert_allclose(solution.states, _scan(step, xs, jnp.zeros(D)), atol=1e-12)
+    np.testing.assert_allclose(solution.states, scan(step, xs, jnp.zeros(D)), atol=1e-12)
     assert solution.stats.fallback
 
 
@@ -214,7 +207,7 @@ def test_speculation_solves_a_latch_that_newton_cannot(noise, linear_method):
     init = init[:1]
     solver = prnn.Speculative(chunk_size=8, num_candidates=4, linear_method=linear_method)
     solution = prnn.solve(step, xs, init, solver=solver)
-    np.testing.assert_allclose(solution.states, _scan(step, xs, init), atol=1e-10)
+    np.testing.assert_allclose(solution.states, scan(step, xs, init), atol=1e-10)
     assert not solution.stats.fallback
     assert solution.stats.sequential_steps <= 8 * 10
     newton = prnn.solve(step, xs, init, solver=prnn.Newton(chunk_size=8))
@@ -225,7 +218,7 @@ def test_speculation_without_enough_candidates_is_right_all_the_same():
     step, xs, init = _latch(256)  # three independent latches: eight basins
     solver = prnn.Speculative(chunk_size=8, num_candidates=2)
     solution = prnn.solve(step, xs, init, solver=solver)
-    np.testing.assert_allclose(solution.states, _scan(step, xs, init), atol=1e-10)
+    np.testing.assert_allclose(solution.states, scan(step, xs, init), atol=1e-10)
 
 
 def test_speculation_under_jit_vmap_grad():
@@ -246,7 +239,7 @@ def test_speculation_at_small_sizes(length):
     step, xs, init = _latch(length)
     solver = prnn.Speculative(chunk_size=2, num_candidates=50)
     solution = prnn.solve(step, xs, init, solver=solver)
-    np.testing.assert_allclose(solution.states, _scan(step, xs, init), atol=1e-10)
+    np.testing.assert_allclose(solution.states, scan(step, xs, init), atol=1e-10)
 
 
 def test_speculation_rejects_bad_arguments():

@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from systems import error, normal, previous, scan, tolerance
+import systems
+from systems import assert_right, error, normal, previous, scan, successful, tolerance
 
 import pararnn as prnn
 from benchmarks._random_systems import group
 
+# Checking the types of calls takes a quarter of the time; other tests do.
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 SOLVERS = {
     "Newton": prnn.Newton(),
     "Newton 1": prnn.Newton(chunk_size=1),
@@ -31,7 +34,13 @@ SOLVERS = {
     "LevenbergMarquardt": prnn.LevenbergMarquardt(),
     "Speculative": prnn.Speculative(chunk_size=8, num_candidates=4),
 }
-over_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+over = functools.partial(systems.over, SOLVERS)
+# Each kind of linearization.
+over_kinds = over(
+    "Newton 16", "QuasiNewton 8", "Picard", "Jacobi 8", "LevenbergMarquardt", "Speculative"
+)
+# Other chunk sizes: the default, and single steps.
+over_sizes = over("Newton", "Newton 1", "QuasiNewton 1", "Jacobi", "Jacobi 1")
 over_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 # All in the narrow dtype, where rounding is in the way; one of each kind in the wide one.
 _NARROW = [pytest.param(s, np.float32, id=f"{name}-float32") for name, s in SOLVERS.items()]
@@ -40,10 +49,6 @@ _WIDE = [
     for name in ("Newton 1", "Newton 16", "QuasiNewton 8", "Jacobi 8")
 ]
 over_solvers_and_dtypes = pytest.mark.parametrize("solver, dtype", _NARROW + _WIDE)
-
-
-def over(*names):
-    return pytest.mark.parametrize("solver", [SOLVERS[name] for name in names], ids=names)
 
 
 @functools.cache
@@ -59,17 +64,6 @@ def compiled(step, solver):
         return solution, scan(bound, xs, init), images
 
     return run
-
-
-def successful(solution) -> bool:
-    return bool(solution.result == prnn.RESULTS.successful)
-
-
-def assert_right(solution, expected):
-    __tracebackhide__ = True
-    assert successful(solution), solution.result
-    assert error(solution.states, expected) <= tolerance(expected.dtype)
-    np.testing.assert_array_equal(solution.final, solution.states[-1])
 
 
 def assert_trajectory(solution, images, gain=1.0):
@@ -116,12 +110,12 @@ def check_chaos(cell, dtype, solver):
         assert_trajectory(solution, images, gain)
 
 
-@over_solvers
+@over_kinds
 def test_chaotic_elman(solver):
     check_chaos("Elman", np.float32, solver)
 
 
-@over_solvers
+@over_sizes
 def test_chaotic_gru(solver):
     check_chaos("GRU", np.float64, solver)
 
@@ -171,7 +165,9 @@ def test_random_sweep(dtype):
     assert checked >= 20  # with the finish, all of them
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize(
+    "number", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 5))]
+)
 def test_random_families(number):
     """Of families from harmless to hostile, under any solver: the first of those of the benchmark
     `random_systems`."""
@@ -253,7 +249,7 @@ def mixing(params, h, u):
     return params @ h + u
 
 
-@over_solvers
+@over_kinds
 def test_drift_without_direction(solver):
     """Steps far below the tolerance that add up although successive corrections do not resemble
     each other: a random walk, a leaky one, and a steady drift beside a rotation."""
@@ -287,7 +283,7 @@ def leaky(params, h, u):
     return h + leak * (jnp.tanh(weights @ h + u) - h)
 
 
-@over_solvers
+@over_kinds
 def test_slow_contraction(solver):
     """With a leak of 0.01, the correction is a hundredth of what is still missing."""
     run = compiled(leaky, dataclasses.replace(solver, max_iters=2000))
@@ -364,7 +360,7 @@ def assert_right_in_each_element(solution, expected):
     assert np.all(np.abs(got - expected) <= limit)
 
 
-@over_solvers
+@over_kinds
 def test_scales(solver):
     """A latch is not excused by a clock of 1e6 beside it, nor by what it was long ago."""
     run = compiled(scales, solver)
@@ -410,7 +406,7 @@ def accumulating(_, h, x):
     return h + 2e-6 * jax.lax.stop_gradient(h) + x
 
 
-@over_solvers
+@over_kinds
 def test_small_defects(solver):
     """A derivative that leaves a little out of each step."""
     xs = jnp.full((4096, 1), 2.0**-12, jnp.float32)
@@ -471,7 +467,7 @@ def logarithm(_, h, x):
     return jnp.log(x) + 0.5 * h
 
 
-@over_solvers
+@over_kinds
 def test_nan_in_the_recurrence(solver):
     run = compiled(logarithm, solver)
     xs = jnp.exp(normal(0, (40, 2), np.float32))
@@ -518,7 +514,7 @@ def test_throw(solver):
         jax.block_until_ready(batched(jnp.stack([good, bad])))
 
 
-def test_throw_whatever_is_used(as_users_run_it):
+def test_throw_whatever_is_used():
     """The error does not depend on what a caller goes on to use of the states: the compiler must
     not drop it with what is not read."""
     xs, weights = normal(0, (60, 3), np.float32), jnp.linspace(0.5, 1.2, 3, dtype=np.float32)
@@ -562,7 +558,7 @@ def square(_, h, x):
     return 0.5 * h * h + 0.5 * x
 
 
-@over_solvers
+@over_kinds
 def test_overflow_during_the_iteration(solver):
     """The true trajectory stays below 1; what starts beyond 2 explodes twice exponentially. The
     guess may be absurd, infinite or NaN: it costs iterations, not the result."""

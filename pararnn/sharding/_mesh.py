@@ -11,8 +11,9 @@ import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, PyTree
 
-from ._line import AxisName, axis_names
-from ._misc import num_steps
+from .._misc import num_steps
+from .._one_device import AxisName
+from ._time import axis_names
 
 # Longer parts that must be filled up anyway are filled up to a multiple of this, so that they can
 # be cut into chunks.
@@ -34,13 +35,13 @@ class TimeAxis(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """How many devices there are along the axis."""
+        """The number of devices along the axis."""
         if self.mesh is None:
             return jax.lax.axis_size(self.axis)
         return math.prod(self.mesh.shape[name] for name in axis_names(self.axis))
 
     def part_length(self, length: int) -> int:
-        """How many steps each device gets of so many."""
+        """The number of steps of a shard, of `length` steps in all."""
         steps = math.ceil(length / self.devices)
         if length % self.devices and steps > _ROUND:
             steps = math.ceil(steps / _ROUND) * _ROUND
@@ -54,7 +55,7 @@ def is_manual(axis: AxisName | None) -> bool:
 
 
 def both(mask: Any, real: Bool[Array, " part"] | None) -> Any:
-    """Which steps are made: of those asked for, if it was said, the real ones."""
+    """The conjunction of a user's mask and that of the real steps, either of which may be None."""
     if mask is None or real is None:
         return real if mask is None else mask
     return mask & real
@@ -133,16 +134,16 @@ def over_devices(
 
 
 def _sharding_of(x: Any) -> NamedSharding | None:
-    """How an array, or the description of one, lies on a mesh, as far as that is known."""
+    """The sharding of an array or of a `jax.ShapeDtypeStruct` on a mesh, if any."""
     traced = isinstance(x, jax.core.Tracer)
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _manual_axes(mesh: Mesh | AbstractMesh, names: frozenset[str], tree: Any) -> frozenset[Any]:
-    """The axes to map over: those of time. But a `jax.vmap(..., spmd_axis_name=...)` around this
-    puts the axis of its batch there too, where it must not be left to automatic partitioning. JAX
-    does not tell; it refuses, which is tried on a number that is not used."""
+    """The axes to map over: those of time. A `jax.vmap(..., spmd_axis_name=...)` around this adds
+    the axis of its batch, which must not be left to automatic partitioning then. JAX 0.10.2 has no
+    query for this, so a dummy `jax.shard_map` is traced and its error caught."""
     tracers = [x for x in jtu.tree_leaves(tree) if isinstance(x, jax.core.Tracer)]
     if not tracers:
         return names
@@ -169,7 +170,7 @@ def _filled(x: Array, surplus: int) -> Array:
 
 
 def _laid(tree: PyTree[Array], time: TimeAxis) -> PyTree[Array]:
-    """The same values, on the devices where they are needed: explicit axes want to be told."""
+    """The arrays resharded along time, which explicit axes need to be told."""
     return jtu.tree_map(lambda x: _resharded(x, time.axis), tree) if _is_explicit(time) else tree
 
 

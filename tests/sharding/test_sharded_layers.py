@@ -1,29 +1,17 @@
-"""Checks that layers run where time lies on several devices; `test_time_sharding.py` runs this file
-in a process of its own.
-"""
-
-import functools
+"""Layers where time lies on several devices, against one device."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import several_devices
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from on_a_cut_line import LENGTH, MASK, RESET, SIZE, XS, close, mesh_of
+from time_mesh import LENGTH, MASK, RESET, SIZE, XS, close, mesh_of
 
 import pararnn as prnn
 
-CHECKS = {}
 
-
-def check(fn):
-    CHECKS[fn.__name__] = fn
-    return fn
-
-
-@check
-def layers_need_no_solver_either():
+def test_layers_need_no_solver_either():
     rnn = layers(None)["algebra"]
     expected = rnn(XS)
     for kind in ("Auto", "Explicit"):
@@ -32,8 +20,7 @@ def layers_need_no_solver_either():
         assert ys.sharding.spec[0] == "time"
 
 
-@check
-def both_directions():
+def test_both_directions():
     key = jax.random.key(0)
     cells = prnn.GRU(SIZE, SIZE, key=key), prnn.DiagonalGRU(SIZE, SIZE, key=key)
 
@@ -73,7 +60,16 @@ def layers(solver):
     }
 
 
-def layer_agrees(name, kind="Auto", flags=True):
+@pytest.mark.parametrize(
+    "name, kind, flags",
+    [
+        *((name, "Auto", True) for name in layers(None)),
+        ("gru", "Auto", False),
+        ("starts", "Explicit", False),
+        ("convolution", "Explicit", True),
+    ],
+)
+def test_layers(name, kind, flags):
     mask, reset = MASK[:LENGTH], RESET[:LENGTH]
     padded = jnp.where(jnp.expand_dims(mask, 1), XS[:LENGTH], jnp.nan)
     solver = prnn.AssociativeScan() if name in ("affine", "algebra", "starts") else None
@@ -93,14 +89,3 @@ def layer_agrees(name, kind="Auto", flags=True):
         got = run(layers(prnn.TimeSharded("time", solver))[name], xs)
     got, expected = (eqx.filter(x, eqx.is_array) for x in (got, expected))
     close(jax.tree.leaves(got), jax.tree.leaves(expected))
-
-
-for _name in layers(None):
-    CHECKS[f"layer {_name}"] = functools.partial(layer_agrees, _name)
-CHECKS["layer gru, no flags"] = functools.partial(layer_agrees, "gru", flags=False)
-CHECKS["layer starts, no flags"] = functools.partial(layer_agrees, "starts", "Explicit", False)
-CHECKS["layer convolution, explicit"] = functools.partial(layer_agrees, "convolution", "Explicit")
-
-
-if __name__ == "__main__":
-    several_devices.run_checks(CHECKS)

@@ -1,7 +1,7 @@
-"""What a step allows to be done with it: whether tangents can be pushed through it, and whether it
-stands alone or meets other sequences.
+"""Properties of a step: whether tangents can be pushed through it and cotangents pulled back, and
+whether it exchanges values with other sequences.
 
-Both are seen when it is traced, hence they hold for all parameters and inputs.
+They are found by tracing, hence they hold for all parameters and inputs.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def lacks_transpose(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> bool:
 
 
 def why_no_transpose(step: _Step, state: PyTree[Any], x: PyTree[Any]) -> str | None:
-    """What JAX says where `lacks_transpose` holds."""
+    """JAX's message where `lacks_transpose` holds; `None` otherwise."""
 
     def pull(state, x):
         new, pull = jax.vjp(lambda s: step(s, x), state)

@@ -1,4 +1,4 @@
-"""Checks that need several devices; `test_devices.py` runs this file in a process of its own."""
+"""A batch that is spread over several devices, with gradients, against one device."""
 
 import contextlib
 import functools
@@ -9,13 +9,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import several_devices
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pararnn as prnn
-
-several_devices.start(4)
 
 BATCH, LENGTH, SIZE = 8, 14, 2
 rng = np.random.default_rng(0)
@@ -150,33 +148,13 @@ def in_pmap(one, count):
     return (value[0], join(aux)), (dw[0], *join(others))
 
 
-# --- checks --------------------------------------------------------------------------------------
-
-CHECKS = {}
-
-
-def check(fn):
-    CHECKS[fn.__name__] = fn
-    return fn
+# --- tests ---------------------------------------------------------------------------------------
 
 
 def assert_close(got, want):
     got, want = (jax.tree.map(np.asarray, jax.device_get(t)) for t in (got, want))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
-
-
-def agrees(name, spread, step, solver, adjoint=None, iterations=None):
-    def run():
-        (value, (states, counts)), gradients = spread(solution(solver, step, adjoint))
-        (want, (want_states, _)), want_gradients = expected(step)
-        assert_close((value, states), (want, want_states))
-        assert_close(gradients, want_gradients)
-        if iterations is not None:
-            assert len(set(np.asarray(iterations()).tolist())) > 1, "no test"
-            assert_close(counts, iterations())
-
-    CHECKS[name] = run
 
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
@@ -195,132 +173,149 @@ def manual(count, **options):
 
 
 associative = prnn.Newton(chunk_size=4, linear_method=prnn.scans.Associative())
-agrees("explicit, one device", explicit(1), dense, prnn.Sequential())
-agrees("explicit without set_mesh, Newton", explicit(2, context=False), diagonal, prnn.Newton())
-agrees("explicit, eager", explicit(2, jit=False), diagonal, prnn.Newton(chunk_size=4))
-agrees("explicit, Jacobi", explicit(2), dense, prnn.Jacobi(), prnn.Newton())
-agrees("explicit, affine", explicit(4), affine, prnn.AssociativeScan(), prnn.AssociativeScan())
-agrees("auto without set_mesh, Newton", auto(4, context=False), dense, associative)
-agrees("auto, spmd_axis_name", auto(2, spmd_axis_name="batch"), diagonal, prnn.QuasiNewton())
-agrees("manual, Picard", manual(2, grads="vary"), dense, prnn.Picard(), prnn.Jacobi(chunk_size=4))
-agrees(
-    "manual, Levenberg-Marquardt",
-    manual(4, grads="outside"),
-    diagonal,
-    prnn.LevenbergMarquardt(chunk_size=2, linear_method=prnn.scans.Associative()),
+CASES = {
+    "explicit, one device": (explicit(1), dense, prnn.Sequential(), None),
+    "explicit without set_mesh": (explicit(2, context=False), diagonal, prnn.Newton(), None),
+    "explicit, eager": (explicit(2, jit=False), diagonal, prnn.Newton(chunk_size=4), None),
+    "explicit, Jacobi": (explicit(2), dense, prnn.Jacobi(), prnn.Newton()),
+    "explicit, affine": (explicit(4), affine, prnn.AssociativeScan(), prnn.AssociativeScan()),
+    "auto without set_mesh": (auto(4, context=False), dense, associative, None),
+    "auto, spmd_axis_name": (
+        auto(2, spmd_axis_name="batch"),
+        diagonal,
+        prnn.QuasiNewton(),
+        None,
+    ),
+    "manual, Picard": (
+        manual(2, grads="vary"),
+        dense,
+        prnn.Picard(),
+        prnn.Jacobi(chunk_size=4),
+    ),
+    "manual, Levenberg-Marquardt": (
+        manual(4, grads="outside"),
+        diagonal,
+        prnn.LevenbergMarquardt(chunk_size=2, linear_method=prnn.scans.Associative()),
+        None,
+    ),
+    "manual, Speculative": (
+        manual(2, grads="outside"),
+        dense,
+        prnn.Speculative(num_candidates=4),
+        None,
+    ),
+    "manual, affine": (
+        manual(4, grads="inside"),
+        affine,
+        prnn.AssociativeScan(linear_method=prnn.scans.Radix()),
+        prnn.Newton(chunk_size=4),
+    ),
+    "manual without types": (
+        manual(4, grads="inside", check_vma=False),
+        dense,
+        prnn.QuasiNewton(chunk_size=2),
+        None,
+    ),
+    "pmap": (lambda one: in_pmap(one, 2), dense, prnn.Newton(chunk_size=4), None),
+}
+
+
+def agrees(spread, step, solver, adjoint=None):
+    """Returns the iterations of each sequence."""
+    (value, (states, iterations)), gradients = spread(solution(solver, step, adjoint))
+    (want, (want_states, _)), want_gradients = expected(step)
+    assert_close((value, states), (want, want_states))
+    assert_close(gradients, want_gradients)
+    return iterations
+
+
+@pytest.mark.parametrize("spread, step, solver, adjoint", CASES.values(), ids=CASES)
+def test_agrees_with_one_device(spread, step, solver, adjoint):
+    agrees(spread, step, solver, adjoint)
+
+
+@pytest.mark.parametrize(
+    "spread", [explicit(4), manual(4, grads="inside")], ids=["explicit", "manual"]
 )
-agrees("manual, Speculative", manual(2, grads="outside"), dense, prnn.Speculative(num_candidates=4))
-agrees(
-    "manual, affine",
-    manual(4, grads="inside"),
-    affine,
-    prnn.AssociativeScan(linear_method=prnn.scans.Radix()),
-    prnn.Newton(chunk_size=4),
+def test_each_sequence_iterates_as_alone(spread):
+    solver = prnn.Newton(chunk_size=2)
+    run = jax.jit(jax.vmap(solution(solver, dense), in_axes=(None, 0, 0, 0, 0)))
+    alone = run(WEIGHT, XS, INIT, RESET, MASK)[1]
+    assert len(set(alone.tolist())) > 1
+    np.testing.assert_array_equal(agrees(spread, dense, solver), alone)
+
+
+def test_clipped():
+    one = solution(associative, dense, prnn.ClippedAdjoint(0.5))
+    alone = jax.jit(with_gradients(loss(one)))(WEIGHT, *DATA)[1]
+    assert_close(manual(2, grads="inside")(one)[1], alone)
+    assert np.max(np.abs(alone[0] - expected(dense)[1][0])) > 1e-3, "nothing was clipped"
+
+
+@pytest.mark.parametrize(
+    "cell, solver",
+    [
+        (prnn.GRU(SIZE, 3, key=jax.random.key(0)), prnn.Newton(chunk_size=4)),
+        (prnn.MinMax(SIZE, 3, key=jax.random.key(0)), prnn.AssociativeScan()),
+    ],
+    ids=["GRU", "MinMax"],
 )
-agrees(
-    "manual without types, QuasiNewton",
-    manual(4, grads="inside", check_vma=False),
-    dense,
-    prnn.QuasiNewton(chunk_size=2),
-)
-agrees("pmap, Newton", lambda one: in_pmap(one, 2), dense, prnn.Newton(chunk_size=4))
-
-
-@functools.cache
-def iterations_alone():
-    one = solution(prnn.Newton(chunk_size=2), dense)
-    run = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
-    return run(WEIGHT, XS, INIT, RESET, MASK)[1]
-
-
-def same_iterations(name, spread):
-    agrees(name, spread, dense, prnn.Newton(chunk_size=2), iterations=iterations_alone)
-
-
-same_iterations("explicit, Newton", explicit(4))
-same_iterations("manual, Newton", manual(4, grads="inside"))
-
-
-def clipped(spread):
-    def run():
-        one = solution(associative, dense, prnn.ClippedAdjoint(0.5))
-        alone = jax.jit(with_gradients(loss(one)))(WEIGHT, *DATA)[1]
-        assert_close(spread(one)[1], alone)
-        assert np.max(np.abs(alone[0] - expected(dense)[1][0])) > 1e-3, "nothing was clipped"
-
-    return run
-
-
-CHECKS["clipped, manual"] = clipped(manual(2, grads="inside"))
-
-
-def trained(cell, solver):
+def test_training(cell, solver):
     """Two steps of gradient descent, in shard_map and on explicit axes, against one device."""
+    rnn = prnn.RNN(cell, solver, learn_init=True)
+    weights, static = eqx.partition(rnn, eqx.is_inexact_array)
 
-    def run():
-        rnn = prnn.RNN(cell, solver, learn_init=True)
-        weights, static = eqx.partition(rnn, eqx.is_inexact_array)
+    def mean_loss(weights, xs):
+        ys = jax.vmap(lambda x: eqx.combine(weights, static)(x)[0])(xs)
+        return jnp.mean(jnp.square(ys - 1))
 
-        def mean_loss(weights, xs):
-            ys = jax.vmap(lambda x: eqx.combine(weights, static)(x)[0])(xs)
-            return jnp.mean(jnp.square(ys - 1))
+    def update(weights, value, grads):
+        return jax.tree.map(lambda w, g: w - 0.5 * g, weights, grads), value
 
-        def update(weights, value, grads):
-            return jax.tree.map(lambda w, g: w - 0.5 * g, weights, grads), value
+    def alone(weights, xs):
+        return update(weights, *jax.value_and_grad(mean_loss)(weights, xs))
 
-        def alone(weights, xs):
-            return update(weights, *jax.value_and_grad(mean_loss)(weights, xs))
+    @functools.partial(
+        jax.shard_map,
+        mesh=make_mesh(4),
+        in_specs=(P(), P("batch")),
+        out_specs=(P(), P()),
+    )
+    def manual(weights, xs):
+        own = jax.lax.pcast(weights, "batch", to="varying")
+        out = jax.lax.pmean(jax.value_and_grad(mean_loss)(own, xs), "batch")
+        return update(weights, *out)
 
-        @functools.partial(
-            jax.shard_map,
-            mesh=make_mesh(4),
-            in_specs=(P(), P("batch")),
-            out_specs=(P(), P()),
-        )
-        def manual(weights, xs):
-            own = jax.lax.pcast(weights, "batch", to="varying")
-            out = jax.lax.pmean(jax.value_and_grad(mean_loss)(own, xs), "batch")
-            return update(weights, *out)
+    def train(step, place):
+        step = jax.jit(step)
+        trained = place(weights, P())
+        for _ in range(2):
+            trained, value = step(trained, place(XS, P("batch")))
+        return trained, value
 
-        def train(step, place):
-            step = jax.jit(step)
-            trained = place(weights, P())
-            for _ in range(2):
-                trained, value = step(trained, place(XS, P("batch")))
-            return trained, value
-
-        want = train(alone, lambda tree, spec: tree)
-        on_four = functools.partial(put, mesh=make_mesh(4))
-        assert_close(train(manual, lambda tree, spec: on_four(tree, spec=spec)), want)
-        with jax.set_mesh(make_mesh(4)):
-            assert_close(train(alone, lambda tree, spec: on_four(tree, spec=spec)), want)
-
-    return run
+    want = train(alone, lambda tree, spec: tree)
+    on_four = functools.partial(put, mesh=make_mesh(4))
+    assert_close(train(manual, lambda tree, spec: on_four(tree, spec=spec)), want)
+    with jax.set_mesh(make_mesh(4)):
+        assert_close(train(alone, lambda tree, spec: on_four(tree, spec=spec)), want)
 
 
-key = jax.random.key(0)
-CHECKS["training, GRU"] = trained(prnn.GRU(SIZE, 3, key=key), prnn.Newton(chunk_size=4))
-CHECKS["training, MinMax"] = trained(prnn.MinMax(SIZE, 3, key=key), prnn.AssociativeScan())
+@pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
+def test_nothing_gathers_the_batch(kind):
+    mesh = make_mesh(4, kind)
+    with jax.set_mesh(mesh):
+        fn = jax.jit(loss(solution(prnn.Newton(chunk_size=4), dense)))
+        lowered = fn.lower(put(WEIGHT, mesh, P()), *put(DATA, mesh, P("batch")))
+        text = lowered.compile().as_text()
+    found = re.findall(
+        r"= (\S+?)(?:\{\S*)? (all-reduce|all-gather|all-to-all|collective-permute)", text
+    )
+    assert found, "no collective was found: no test"
+    for shape, name in found:
+        assert re.fullmatch(r"\w+\[\]", shape), f"{name} of {shape} on {kind} axes"
 
 
-@check
-def nothing_gathers_the_batch():
-    for kind in (EXPLICIT, AUTO):
-        mesh = make_mesh(4, kind)
-        with jax.set_mesh(mesh):
-            fn = jax.jit(loss(solution(prnn.Newton(chunk_size=4), dense)))
-            lowered = fn.lower(put(WEIGHT, mesh, P()), *put(DATA, mesh, P("batch")))
-            text = lowered.compile().as_text()
-        found = re.findall(
-            r"= (\S+?)(?:\{\S*)? (all-reduce|all-gather|all-to-all|collective-permute)", text
-        )
-        assert found, "no collective was found: no test"
-        for shape, name in found:
-            assert re.fullmatch(r"\w+\[\]", shape), f"{name} of {shape} on {kind} axes"
-
-
-@check
-def what_is_shared_and_what_is_not():
+def test_what_is_shared_and_what_is_not():
     """Flags and inputs that all sequences share, and constants as initial states."""
     shared = {"reset": RESET[0], "mask": MASK[1]}
 
@@ -342,8 +337,7 @@ def what_is_shared_and_what_is_not():
         assert_close(jax.jit(local)(placed), want)
 
 
-@check
-def some_axes_manual_and_others_not():
+def test_some_axes_manual_and_others_not():
     def fn(x):
         step = functools.partial(dense, WEIGHT)
         return prnn.solve(step, x, np.zeros(SIZE), solver=associative).states
@@ -354,15 +348,6 @@ def some_axes_manual_and_others_not():
             jax.vmap(fn), in_specs=P("batch"), out_specs=P("batch"), axis_names={"batch"}
         )
         assert_close(jax.jit(local)(put(XS, mesh, P("batch"))), jax.jit(jax.vmap(fn))(XS))
-
-
-def raises(kind, message, fn, *args):
-    try:
-        jax.block_until_ready(fn(*args))
-    except kind as e:
-        assert re.search(message, str(e)), str(e)
-    else:
-        raise AssertionError("nothing was raised")
 
 
 few = prnn.Newton(chunk_size=2, max_iters=1, fallback=False)
@@ -377,8 +362,7 @@ def failing(w, xs):
     return jnp.sum(jax.vmap(fn)(xs))
 
 
-@check
-def an_error_stops_all_devices():
+def test_an_error_stops_all_devices():
     mesh = make_mesh(4)
     local = jax.shard_map(
         lambda w, xs: jax.lax.psum(failing(w, xs), "batch"),
@@ -388,11 +372,11 @@ def an_error_stops_all_devices():
     )
     for fn, on in ((local, mesh), (failing, make_mesh(4, AUTO))):
         xs = put(XS * (np.arange(BATCH) == 5)[:, None, None], on, P("batch"))  # one lane alone
-        raises(RuntimeError, "did not converge", jax.jit(jax.grad(fn)), put(WEIGHT, on, P()), xs)
+        with pytest.raises(RuntimeError, match="did not converge"):
+            jax.block_until_ready(jax.jit(jax.grad(fn))(put(WEIGHT, on, P()), xs))
 
 
-@check
-def on_explicit_axes_failure_is_not_a_number():
+def test_on_explicit_axes_failure_is_not_a_number():
     mesh = make_mesh(4)
     with jax.set_mesh(mesh):
         out = jax.jit(jax.value_and_grad(failing))(
@@ -401,22 +385,14 @@ def on_explicit_axes_failure_is_not_a_number():
     assert all(np.isnan(x).all() for x in jax.tree.leaves(jax.device_get(out)))
 
 
-@check
-def time_is_not_sharded():
-    mesh = make_mesh(2)
-    with jax.set_mesh(mesh):
+def test_time_is_not_sharded():
+    mesh, step = make_mesh(2), functools.partial(dense, WEIGHT)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="`xs` is sharded along its leading"):
         xs = put(XS[0], mesh, P("batch"))
-        raises(
-            ValueError,
-            "`xs` is sharded along its leading axis",
-            lambda: prnn.solve(
-                functools.partial(dense, WEIGHT), xs, np.zeros(SIZE), solver=prnn.Newton()
-            ),
-        )
+        prnn.solve(step, xs, np.zeros(SIZE), solver=prnn.Newton())
 
 
-@check
-def a_step_that_communicates():
+def test_a_step_that_communicates():
     """Recurrent normalisation over a batch on four devices."""
 
     def step(h, x):
@@ -440,8 +416,5 @@ def a_step_that_communicates():
     got = jax.jit(jax.value_and_grad(on_four(local)))(xs)
     assert_close(got, jax.jit(jax.value_and_grad(together))(XS[:4]))
     newton = functools.partial(local, solver=prnn.Newton())
-    raises(ValueError, "exchanges values along", jax.jit(on_four(newton)), xs)
-
-
-if __name__ == "__main__":
-    several_devices.run_checks(CHECKS)
+    with pytest.raises(ValueError, match="exchanges values along"):
+        jax.jit(on_four(newton))(xs)

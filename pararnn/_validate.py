@@ -1,4 +1,4 @@
-"""What an object of settings refuses when it is made."""
+"""Checks of settings, made when a solver or an adjoint is constructed."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Judging computed states, and raising where they are not right."""
+"""The check of computed states, and the errors that it raises."""
 
 import contextlib
 import dataclasses
@@ -13,58 +13,60 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._devices import once_where, raiser
-from ._jit import is_traced
 from ._misc import bool_where, struct
 from ._norms import all_finite
+from ._program_cache import is_traced
 from ._recurrence import Recurrence
+from ._shards import choose_shards
 from ._solution import RESULTS, Stats
 from .solvers import AbstractSolver, Report
-from .solvers._base import REST, Outcome
+from .solvers._base import FALLBACK, SolverOutput
 
-_Judged = tuple[PyTree[Array], RESULTS, Stats]
+_Checked = tuple[PyTree[Array], RESULTS, Stats]
 
 
 @dataclasses.dataclass(frozen=True)
-class Solve:
-    """A solve with its judgement: what a derivative is put around.
+class CheckedSolve:
+    """A solve whose result is checked: the function that an adjoint differentiates.
 
-    - `solver`, `report`: what solves, and what is called in every iteration.
-    - `throw`: the place that an error at run time names; without one, none is raised.
+    - `solver`, `report`: the solver, and the function that it calls in every iteration.
+    - `throw_from`: the place that an error at run time names; without one, none is raised.
     """
 
     solver: AbstractSolver
     report: Report | None = None
-    throw: str | None = None
+    throw_from: str | None = None
 
-    def __call__(self, recurrence: Recurrence, guess: PyTree[Array] | None) -> _Judged:
-        outcome, rest = self.solver.attempt(recurrence, guess, self.report)
-        _check_states(self.solver, outcome[0], recurrence)
-        judged = _judged(outcome, recurrence)
-        if rest is None:
-            return self._thrown(judged)
-        # To raise is a part of the rest, so that what succeeds is asked only once whether it has.
-        failed = judged[1] != RESULTS.successful
-        turn = lambda last: self._thrown(_judged(rest(last[0]), recurrence))  # noqa: E731
-        return once_where(failed, judged, turn, REST, recurrence.line.while_loop)
+    def __call__(self, recurrence: Recurrence, guess: PyTree[Array] | None) -> _Checked:
+        output = SolverOutput(*self.solver.solve(recurrence, guess, self.report))
+        _check_states(self.solver, output.states, recurrence)
+        checked, resume = _check(output, recurrence), output.resume
+        if resume is None:
+            return self._raise(checked)
 
-    def _thrown(self, judged: _Judged) -> _Judged:
+        def turn(checked):
+            # Raising is a part of it, so that a successful solve waits for the device only once.
+            return self._raise(_check(resume(checked[0]), recurrence))
+
+        failed = checked[1] != RESULTS.successful
+        return recurrence.shards.once_where(failed, checked, turn, FALLBACK)
+
+    def _raise(self, checked: _Checked) -> _Checked:
         # Here and not on what `solve` returns, so that derivatives read checked states, too.
-        if self.throw is None:
-            return judged
-        states, result, stats = judged
-        return throw_unless_successful(states, result, self.throw), result, stats
+        if self.throw_from is None:
+            return checked
+        states, result, stats = checked
+        return throw_unless_successful(states, result, self.throw_from), result, stats
 
 
-def _judged(outcome: Outcome, recurrence: Recurrence) -> _Judged:
-    states, converged, stats = outcome
-    result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
-    finite = ~recurrence.line.any(~all_finite(states))
-    return states, RESULTS.where(finite, result, RESULTS.nonfinite), stats
+def _check(output: SolverOutput, recurrence: Recurrence) -> _Checked:
+    result = RESULTS.where(output.converged, RESULTS.successful, RESULTS.not_converged)
+    finite = ~recurrence.shards.any(~all_finite(output.states))
+    return output.states, RESULTS.where(finite, result, RESULTS.nonfinite), output.stats
 
 
 def _check_states(solver: AbstractSolver, states: PyTree[Any], recurrence: Recurrence) -> None:
-    """Raises unless `states` is shaped as those of the recurrence are."""
+    """Raises a `ValueError` unless `states` has the shapes and dtypes of the recurrence."""
     expected = jtu.tree_map(
         lambda h: jax.ShapeDtypeStruct((recurrence.length, *h.shape), h.dtype), recurrence.init
     )
@@ -80,7 +82,7 @@ _NOT_USERS = frozenset("beartype contextlib equinox functools jax jaxtyping para
 
 
 def call_site() -> str:
-    """The user's line that is being run, for an error that comes much later."""
+    """The line of the user's code that is being run, for an error at run time."""
     frame = sys._getframe()
     while frame.f_back is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_USERS:
@@ -90,11 +92,11 @@ def call_site() -> str:
 
 
 def throw_unless_successful(states: PyTree[Array], result: RESULTS, where: str) -> PyTree[Array]:
-    """The states, each of which depends on that the result is `successful`: whatever a caller goes
-    on to use of them, an error that names the place `where` is raised if it is not.
+    """The states, with an error at run time, which names the place `where`, unless the result is
+    `successful`. Every state depends on it, so that a caller may use any of them.
 
-    A loop that turns only to raise. An error attached to all states by a condition would copy them,
-    and one attached to a single row is dropped by the compiler where nothing reads that row.
+    The error is raised in a loop that turns only then. A condition around all states would copy
+    them, and the compiler drops an error in a single row where nothing reads that row.
     """
     failed, some, error = _raiser(states, result, where)
     if error is None:
@@ -110,7 +112,7 @@ def throw_unless_successful(states: PyTree[Array], result: RESULTS, where: str) 
 
 
 def fail_unless_successful(tree: PyTree[Array], result: RESULTS, where: str) -> PyTree[Array]:
-    """As `throw_unless_successful`, but for little arrays, and differentiable."""
+    """Like `throw_unless_successful`, for small arrays, and differentiable."""
     failed, _, error = _raiser(tree, result, where)
     if error is None:
         return _not_a_number(tree, failed)
@@ -119,7 +121,7 @@ def fail_unless_successful(tree: PyTree[Array], result: RESULTS, where: str) -> 
 
 
 def checked(tree: PyTree[Array], result: RESULTS, throw: bool) -> PyTree[Array]:
-    """The tree, with an error at run time, if wanted, unless the result is `successful`."""
+    """The tree, with an error at run time, if `throw`, unless the result is `successful`."""
     if not throw:
         return tree
     if is_traced((tree, result)):
@@ -137,7 +139,7 @@ def _raiser(tree, result, where):
         for item in (RESULTS.not_converged, RESULTS.nonfinite)
     ]
     index = (result == RESULTS.nonfinite).astype(int)
-    return failed, *raiser(tree, failed, index, messages)
+    return failed, *choose_shards((tree, result)).raiser(tree, failed, index, messages)
 
 
 def _not_a_number(tree, failed):
@@ -147,7 +149,7 @@ def _not_a_number(tree, failed):
 
 @contextlib.contextmanager
 def errors_of_steps() -> Iterator[None]:
-    """Raises what `equinox.error_if` in a step has raised as `equinox.filter_jit` would."""
+    """Re-raises an error of `equinox.error_if` in a step as `equinox.filter_jit` would."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
-from .._devices import place_like
-from .._line import Line
 from .._misc import bool_where, over_rows
-from ._base import AbstractScan, compose_affine
+from .._one_device import OneDevice
+from ..scans import AbstractScan
+from ..scans._base import compose_affine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +23,11 @@ class ShardedScan(AbstractScan):
     **Arguments:**
 
     - `scan`: of the elements of a device.
-    - `line`: where the elements lie.
+    - `shards`: where the elements lie.
     """
 
     scan: AbstractScan
-    line: Line  # pyright: ignore[reportIncompatibleVariableOverride]
+    shards: OneDevice  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def local(self):
@@ -37,20 +37,20 @@ class ShardedScan(AbstractScan):
     def accurate_to(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.scan.accurate_to
 
-    def _line(self, reverse: bool) -> Line:
-        return self.line.backwards() if reverse else self.line
+    def _shards(self, reverse: bool) -> OneDevice:
+        return self.shards.backwards() if reverse else self.shards
 
     def prefixes(self, combine, elements, *, reverse=False):
-        line = self._line(reverse)
+        shards = self._shards(reverse)
         here = self.scan.prefixes(combine, elements, reverse=reverse)
         last = jtu.tree_map(lambda x: x[0 if reverse else -1], here)
-        every = self.scan.prefixes(combine, line.all_gather(last))
-        before = jtu.tree_map(lambda x: x[jnp.maximum(line.index - 1, 0)], every)
+        every = self.scan.prefixes(combine, shards.all_gather(last))
+        before = jtu.tree_map(lambda x: x[jnp.maximum(shards.index - 1, 0)], every)
         joined = jax.vmap(combine, in_axes=(None, 0))(before, here)
-        return bool_where(jnp.asarray(line.is_first), here, joined)
+        return bool_where(jnp.asarray(shards.is_first), here, joined)
 
     def total(self, combine, elements):
-        summaries = self.line.all_gather(self.scan.total(combine, elements))
+        summaries = self.shards.all_gather(self.scan.total(combine, elements))
         return self.scan.total(combine, summaries)
 
     def affine(self, structure, matrices, offsets, *, reverse=False):
@@ -61,22 +61,22 @@ class ShardedScan(AbstractScan):
         return jnp.concatenate([jnp.expand_dims(before, 0), states[:-1]])
 
     def _affine(self, structure, matrices: Array, offsets: Array, reverse: bool):
-        """What arrives at this device, and its states."""
-        line, rows = self._line(reverse), (matrices, offsets)
+        """The state before this device's first element, and its states."""
+        shards, rows = self._shards(reverse), (matrices, offsets)
         rows = jtu.tree_map(lambda x: jnp.flip(x, 0), rows) if reverse else rows
         compose = lambda earlier, later: compose_affine(structure, earlier, later)  # noqa: E731
         summary = self.scan.total(compose, rows)
-        every = line.all_gather(jnp.concatenate([x.reshape(-1) for x in summary]))
+        every = shards.all_gather(jnp.concatenate([x.reshape(-1) for x in summary]))
         cut = summary[0].size
         every = every[:, :cut].reshape(-1, *matrices.shape[1:]), every[:, cut:]
 
         def pass_on(h, device):
             i, (matrix, offset) = device
-            return jnp.where(i < line.index, structure.apply(matrix, h) + offset, h), None
+            return jnp.where(i < shards.index, structure.apply(matrix, h) + offset, h), None
 
         # What arrives need not be finite where this is the first device: selected, not multiplied.
-        arrived = place_like(jnp.zeros_like(offsets[0]), (every, offsets))
-        arrived, _ = jax.lax.scan(pass_on, arrived, (jnp.arange(line.count), every))
+        arrived = shards.place_like(jnp.zeros_like(offsets[0]), (every, offsets))
+        arrived, _ = jax.lax.scan(pass_on, arrived, (jnp.arange(shards.count), every))
         first = -1 if reverse else 0
         carried = structure.apply(matrices[first], arrived)
         states = self.scan.affine(
@@ -95,6 +95,9 @@ class ShardedScan(AbstractScan):
         return self.scan.cumulative_sum(x) + before
 
     def _before(self, x: Array, otherwise: Any) -> Array:
-        """What the devices have as `x`, those from this one on replaced."""
-        every, is_before = self.line.all_gather(x), jnp.arange(self.line.count) < self.line.index
+        """`x` of all devices, replaced by `otherwise` from this device on."""
+        every, is_before = (
+            self.shards.all_gather(x),
+            jnp.arange(self.shards.count) < self.shards.index,
+        )
         return jnp.where(over_rows(is_before, every), every, jnp.asarray(otherwise, x.dtype))

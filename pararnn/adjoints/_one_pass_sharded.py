@@ -1,11 +1,10 @@
-r"""One pass over the steps of each device, and what passes from device to device.
+r"""One pass over the steps of each device, and the exchange between devices.
 
-The tangents of a device's states follow from those of its arrays and from the tangent $v$ that
-arrives from the device before; what flows back from its states follows from what arrives from the
-device after. Neither is known when all begin at once. So each begins with what a few steps of its
-neighbour make of nothing; if what then arrives is something else, with that once more. After as
-many turns as there are devices all is exact; where the derivative is forgotten within those few
-steps, after one.
+The tangents of a device's states follow from those of its arrays and from the tangent $v$ of the
+previous device's last state; cotangents likewise from the next device. Neither is known when all
+devices start at once. So each starts from its neighbour's last few steps run from zero, and repeats
+if the value it receives differs. All is exact after as many turns as there are devices; after one,
+if the derivative decays within those few steps.
 """
 
 import functools
@@ -18,9 +17,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from .._devices import place_like
-from .._line import Line
 from .._misc import bool_where, make_ravel, or_zeros
+from .._one_device import OneDevice
 from .._recurrence import Recurrence
 from ..solvers._time_sharded import OVERLAP
 from ..solvers._tolerance import Tolerance
@@ -28,7 +26,7 @@ from ._linear_solve import tied
 
 
 class Tangents(NamedTuple):
-    """Those of the arrays of a recurrence, `None` for zero."""
+    """The tangents of the arrays of a recurrence, `None` for zero."""
 
     step: PyTree[Array | None]
     xs: PyTree[Array | None]
@@ -42,7 +40,7 @@ Pass = Callable[
 ]
 
 
-def across_devices(
+def sharded_tangents(
     one_pass: Pass,
     block_size: int,
     recurrence: Recurrence,
@@ -55,9 +53,9 @@ def across_devices(
     They are a linear solve whose unknowns are the tangents of the states *and* of what these depend
     on: so what flows back reaches the parameters in the same pass.
     """
-    line, length = recurrence.parts, recurrence.length
+    shards, length = recurrence.row_shards, recurrence.length
     step, xs, init = recurrence.step, recurrence.xs, recurrence.init
-    start = line.shift_from_prev(_row(states, -1), init)
+    start = shards.shift_from_prev(_row(states, -1), init)
     zero = jtu.tree_map(jnp.zeros_like, init)
     window = min(OVERLAP, length)
     differ = _difference(recurrence)
@@ -74,7 +72,7 @@ def across_devices(
     def residual(unknowns):
         v, tangents = unknowns
         _, moved = eqx.filter_jvp(
-            lambda step, xs, init, states: jax.vmap(step)(line.shift_right(states, init), xs),
+            lambda step, xs, init, states: jax.vmap(step)(shards.shift_right(states, init), xs),
             (step, xs, init, states),
             (*tangents, v),
         )
@@ -86,7 +84,7 @@ def across_devices(
         run = functools.partial(pass_over, slice(0, length), tangents=tangents, added=added)
         guess = pass_over(slice(length - window, length), zero, tangents, added)
         first = or_zeros(tangents.init, init)
-        _, v = _settled(line, run, guess[0], first, differ)
+        _, v = _fixed_point_over_devices(shards, run, guess[0], first, differ)
         return v, tangents
 
     @functools.partial(jax.checkpoint, static_argnums=0)
@@ -112,8 +110,10 @@ def across_devices(
             g = jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
             return pull(slice(0, length), g, incoming)
 
-        leaving, (pulled, flowed) = _settled(line.backwards(), run, guess, zero, differ)
-        first = bool_where(jnp.asarray(line.is_first), leaving, zero)
+        leaving, (pulled, flowed) = _fixed_point_over_devices(
+            shards.backwards(), run, guess, zero, differ
+        )
+        first = bool_where(jnp.asarray(shards.is_first), leaving, zero)
         # Of a state of several arrays, some may have tangents and others none.
         first = jtu.tree_map(_if_there_is, of_tangents.init, first, is_leaf=lambda t: t is None)
         return flowed, jtu.tree_map(jnp.add, of_tangents, pulled._replace(init=first))
@@ -143,13 +143,13 @@ def _difference(recurrence: Recurrence) -> Callable[[Any, Any], Bool[Array, ""]]
     def differ(a, b):
         a, b = (jnp.expand_dims(ravel(x), 0) for x in (a, b))
         scale = tolerance.of_connected(b, recurrence.structure)
-        return recurrence.line.any(jnp.any(tolerance.norm(a - b, scale) > 1))
+        return recurrence.shards.any(jnp.any(tolerance.norm(a - b, scale) > 1))
 
     return differ
 
 
-def _settled(
-    line: Line,
+def _fixed_point_over_devices(
+    shards: OneDevice,
     run: Callable[[Any], tuple[Any, Any]],
     guess: Any,
     first: Any,
@@ -158,20 +158,20 @@ def _settled(
     """What `run(incoming)` returns on each device, what leaves it and anything else, when what
     arrives is what leaves the device before; `first` is what arrives at the first, and `guess` at
     each next one to begin with."""
-    incoming = line.shift_from_prev(guess, first)
+    incoming = shards.shift_from_prev(guess, first)
     made = run(incoming)
-    arrived = line.shift_from_prev(made[0], first)
+    arrived = shards.shift_from_prev(made[0], first)
 
     def unsettled(carry):
         turn, arrived, incoming, _ = carry
         # The numbers may be none at all; but every turn makes one more device exact.
-        return differ(incoming, arrived) & (turn < line.count)
+        return differ(incoming, arrived) & (turn < shards.count)
 
     def again(carry):
         turn, arrived, _, _ = carry
         made = run(arrived)
-        return turn + 1, line.shift_from_prev(made[0], first), arrived, made
+        return turn + 1, shards.shift_from_prev(made[0], first), arrived, made
 
     with jax.named_scope("pararnn_passes"):
-        carry = place_like((jnp.asarray(1), arrived, incoming, made), made)
-        return line.while_loop(unsettled, again, carry)[3]
+        carry = shards.place_like((jnp.asarray(1), arrived, incoming, made), made)
+        return shards.while_loop(unsettled, again, carry)[3]

@@ -1,6 +1,4 @@
-"""Checks that the tools which choose and measure know of time on several devices;
-`test_time_sharding.py` runs this file in a process of its own.
-"""
+"""Selecting and measuring where time lies on several devices."""
 
 import functools
 import re
@@ -8,20 +6,13 @@ import re
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import several_devices
+import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from on_a_cut_line import INIT, LENGTH, SIZE, WEIGHT, XS, Elman, elman, mesh_of
+from time_mesh import INIT, LENGTH, SIZE, WEIGHT, XS, Elman, elman, mesh_of
 
 import pararnn as prnn
 from pararnn.diagnostics import _compare, select_adjoint
-
-CHECKS = {}
-
-
-def check(fn):
-    CHECKS[fn.__name__] = fn
-    return fn
 
 
 def program(layer, xs):
@@ -35,24 +26,24 @@ def program(layer, xs):
     return re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(run)(arrays, xs)))
 
 
-@check
-def what_is_selected_runs():
+@pytest.mark.parametrize(
+    "kind, length, solver, adjoint",
+    [("Auto", LENGTH, None, None), ("Explicit", 24, prnn.Newton(), prnn.Newton())],
+    ids=["default", "Newton"],
+)
+def test_what_is_selected_runs(kind, length, solver, adjoint):
     """Passed back, it is the same program."""
-    cell = prnn.GRU(SIZE, SIZE, key=jax.random.key(0))
-    for kind, length in (("Auto", LENGTH), ("Explicit", 24)):
-        xs = XS[:length]
-        with jax.set_mesh(mesh_of(8, kind)):
-            for solver, adjoint in ((None, None), (prnn.Newton(), prnn.Newton())):
-                asked = prnn.RNN(cell, prnn.TimeSharded("time", solver), adjoint=adjoint)
-                selected, reason = prnn.select_solver(asked, xs)
-                assert ("128 steps early" if solver is None else "layer was made") in reason
-                complete = prnn.RNN(cell, selected, adjoint=select_adjoint(asked, xs)[0])
-                assert selected.solver != solver and complete.adjoint != adjoint
-                assert program(complete, xs) == program(asked, xs)
+    cell, xs = prnn.GRU(SIZE, SIZE, key=jax.random.key(0)), XS[:length]
+    with jax.set_mesh(mesh_of(8, kind)):
+        asked = prnn.RNN(cell, prnn.TimeSharded("time", solver), adjoint=adjoint)
+        selected, reason = prnn.select_solver(asked, xs)
+        assert ("128 steps early" if solver is None else "layer was made") in reason
+        complete = prnn.RNN(cell, selected, adjoint=select_adjoint(asked, xs)[0])
+        assert selected.solver != solver and complete.adjoint != adjoint
+        assert program(complete, xs) == program(asked, xs)
 
 
-@check
-def what_is_selected_is_that_of_a_part():
+def test_what_is_selected_is_that_of_a_part():
     """Wherever the mesh comes from, of whatever devices it is, and where the code runs on each."""
     step = functools.partial(elman, WEIGHT)
     rnn = prnn.RNN(prnn.GRU(SIZE, SIZE, key=jax.random.key(0)))
@@ -89,8 +80,7 @@ def what_is_selected_is_that_of_a_part():
     assert seen == [solver]
 
 
-@check
-def selecting_refuses_what_solving_does():
+def test_selecting_refuses_what_solving_does():
     cell = prnn.GRU(SIZE, SIZE, key=jax.random.key(0))
     along = NamedSharding(mesh_of(8), P("time"))
     lying = jax.ShapeDtypeStruct(XS.shape, XS.dtype, sharding=along)
@@ -99,17 +89,9 @@ def selecting_refuses_what_solving_does():
         (prnn.TimeSharded("space"), lying, "the mesh has the axes"),
         (prnn.Newton(), lying, "Use `solver=pararnn.TimeSharded"),
     ):
-        raises(message, prnn.select_solver, prnn.RNN(cell, solver), xs)
-        raises(message, select_adjoint, prnn.RNN(cell, solver), xs)
-
-
-def raises(message, function, *args, **options):
-    try:
-        function(*args, **options)
-    except ValueError as error:
-        assert message in str(error), error
-    else:
-        raise AssertionError(message)
+        for select in (prnn.select_solver, select_adjoint):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                select(prnn.RNN(cell, solver), xs)
 
 
 def benchmarked(*args, **options):
@@ -127,8 +109,7 @@ def benchmarked(*args, **options):
         _compare._compiled = compiled
 
 
-@check
-def a_benchmark_of_several_devices():
+def test_a_benchmark_of_several_devices():
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     sharded = prnn.TimeSharded("time"), prnn.TimeSharded("time", prnn.Newton(chunk_size=1))
     for kind, length in (("Auto", LENGTH), ("Explicit", 24)):
@@ -146,8 +127,7 @@ def a_benchmark_of_several_devices():
         assert on_mesh == [False, True, True] and "TimeSharded" in str(measured)
 
 
-@check
-def a_benchmark_of_inputs_that_lie_on_several_devices():
+def test_a_benchmark_of_inputs_that_lie_on_several_devices():
     xs = jax.device_put(XS, NamedSharding(mesh_of(8, "Explicit"), P("time")))
     rnn = prnn.RNN(prnn.DiagonalGRU(SIZE, SIZE, key=jax.random.key(0)))
     found, lay = benchmarked(rnn, xs, gradient=False, costs=False)
@@ -156,22 +136,18 @@ def a_benchmark_of_inputs_that_lie_on_several_devices():
     assert len(solvers) > 4 and len(lay) == 2 and all(row["agrees"] for row in found.rows)
 
 
-@check
-def a_benchmark_of_a_batch():
+def test_a_benchmark_of_a_batch():
     solvers = [prnn.TimeSharded("time", prnn.Newton(chunk_size=1))]
     with jax.set_mesh(mesh_of(8)):
         found, _ = benchmarked(Elman(WEIGHT), XS, INIT, solvers=solvers, batch_size=3, costs=False)
     assert found.rows[0]["agrees"]
 
 
-@check
-def a_benchmark_takes_devices():
+def test_a_benchmark_takes_devices():
     options = {"solvers": [prnn.TimeSharded("time")], "progress": False}
     message = "needs a mesh with this axis, but there is no mesh"
-    raises(message, prnn.tune, Elman(WEIGHT), XS, INIT, **options)
+    with pytest.raises(ValueError, match=message):
+        prnn.tune(Elman(WEIGHT), XS, INIT, **options)
     with jax.sharding.use_abstract_mesh(AbstractMesh((8,), ("time",))):
-        raises("takes a mesh of devices", prnn.tune, Elman(WEIGHT), XS, INIT, **options)
-
-
-if __name__ == "__main__":
-    several_devices.run_checks(CHECKS)
+        with pytest.raises(ValueError, match="takes a mesh of devices"):
+            prnn.tune(Elman(WEIGHT), XS, INIT, **options)
