@@ -1,4 +1,4 @@
-"""Looking into a traced function: what its outputs depend on, and what it costs."""
+"""Analysis of jaxprs: the dependence of outputs on inputs, and costs."""
 
 from ._patterns import Pattern as Pattern
 from ._patterns import Rule as Rule

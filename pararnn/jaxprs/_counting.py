@@ -19,12 +19,13 @@ from ._walk import LOOPS, called, evaluate, evaluate_alone, inner_jaxprs, open_j
 
 
 class Counts(NamedTuple):
-    """What running a function once takes.
+    """The cost of one call of a function.
 
     - `flops`: one for each element that an arithmetic primitive or a function such as `tanh`
-        computes, two for each multiply-add of a product. Comparisons, integers and moves are free.
-    - `bytes`: the operands and results of every primitive, each read or written once, as if
-        nothing were fused: an upper bound on the traffic.
+        computes, two for each multiply-add of a product. Comparisons, integer arithmetic and moves
+        count nothing.
+    - `bytes`: the operands and results of every primitive, each read or written once, as if XLA
+        fused nothing: an upper bound on the traffic.
     """
 
     flops: float
@@ -38,11 +39,11 @@ class Counts(NamedTuple):
 
 
 def count(function: Callable[..., Any], *args: Any) -> Counts:
-    """Counts what `function(*args)` does.
+    """Counts the operations and bytes of `function(*args)`.
 
-    A scan's body counts as often as it is long. How often a `while` loop turns is observed: the
-    function is run once with counters in its loops. Of a `cond` the dearest branch counts. What a
-    Pallas kernel does inside is not seen.
+    The body of a scan counts once per step. The trip counts of `while` loops are observed: the
+    function is run once with counters in its loops. The most expensive branch of a `cond` counts,
+    and nothing inside a Pallas kernel.
 
     **Arguments:**
 
@@ -53,7 +54,7 @@ def count(function: Callable[..., Any], *args: Any) -> Counts:
 
 
 def loop_turns(function: Callable[..., Any], *args: Any) -> list[tuple[str, int]]:
-    """How often each `while` loop turns in all while `function(*args)` runs.
+    """The total number of iterations of each `while` loop in a run of `function(*args)`.
 
     **Arguments:**
 
@@ -61,16 +62,16 @@ def loop_turns(function: Callable[..., Any], *args: Any) -> list[tuple[str, int]
 
     **Returns:**
 
-    Pairs of a path and the number of turns. The path has the names of the scopes
-    (`jax.named_scope`) and of the transformations around the loop, and `while` for each loop or
-    scan that it is in and for itself.
+    Pairs of a path and the number of iterations. The path has the names of the scopes
+    (`jax.named_scope`) and of the transformations around the loop, and `while` for the loop itself
+    and for each loop or scan around it.
     """
     jaxpr, trips = _observed(function, args)
     return list(zip(_loop_paths(jaxpr, ""), trips, strict=True))
 
 
 def _observed(function: Callable[..., Any], args: Any) -> tuple[Any, list[int]]:
-    """The function's jaxpr, and how often its `while` loops turn."""
+    """The function's jaxpr, and the trip counts of its `while` loops."""
     arrays, static = eqx.partition(args, eqx.is_array)
 
     def on_arrays(arrays):
@@ -79,17 +80,17 @@ def _observed(function: Callable[..., Any], args: Any) -> tuple[Any, list[int]]:
     closed = jax.make_jaxpr(on_arrays)(arrays)
     if not _num_loops(closed.jaxpr):
         return closed.jaxpr, []
-    # Constants are arguments, so that they are not compiled in.
+    # Constants are passed as arguments, so that XLA does not embed them in the program.
     observed = jax.jit(lambda consts, xs: _run(closed.jaxpr, consts, xs)[1])
     return closed.jaxpr, [int(n) for n in observed(closed.consts, jtu.tree_leaves(arrays))]
 
 
 # --- the walk -----------------------------------------------------------------------------------
-# `_run`, `_count` and `_loop_paths` meet the `while` loops in the same order.
+# `_run`, `_count` and `_loop_paths` visit the `while` loops in the same order.
 
 
 def _entered(eqn: Any) -> list[Any]:
-    """The jaxprs of an equation that are walked, in order."""
+    """The jaxprs inside an equation that are visited, in order."""
     call = called(eqn)
     if call is not None:
         return [call.jaxpr]
@@ -97,7 +98,7 @@ def _entered(eqn: Any) -> list[Any]:
 
 
 def _num_loops(jaxpr: Any) -> int:
-    """How many `while` loops are walked."""
+    """The number of `while` loops that are visited."""
     eqns = open_jaxpr(jaxpr)[0].eqns
     own = sum(eqn.primitive.name == "while" for eqn in eqns)
     return own + sum(_num_loops(inner) for eqn in eqns for inner in _entered(eqn))
@@ -115,7 +116,7 @@ def _loop_paths(jaxpr: Any, outer: str) -> Iterator[str]:
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Evaluates a jaxpr. Returns its outputs, and how often each `while` loop turned in all."""
+    """Evaluates a jaxpr. Returns its outputs, and the total trip count of each `while` loop."""
     trips: list[Any] = []
 
     def rule(eqn, ins):
@@ -148,7 +149,7 @@ def _run_while(params: Any, ins: list[Any]) -> tuple[list[Any], list[Any]]:
         trips, values = carry
         go, test_trips = decide(values)
         new, body_trips = _run(body, body_consts, [*ins[n : n + m], *values])
-        # Under `vmap` the test has leading axes: what is ready waits for the rest.
+        # Under `vmap` the test has leading axes: members that have ended keep their values.
         values = [
             jnp.where(_expand(go, old.ndim), x, old) for x, old in zip(new, values, strict=True)
         ]

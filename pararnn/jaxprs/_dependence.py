@@ -1,7 +1,7 @@
-"""What the outputs of a jaxpr may depend on, by abstract interpretation.
+"""The dependence of a jaxpr's outputs on its inputs, by abstract interpretation.
 
-Calls and control flow are entered here; the rules of all other primitives stand in `_rules.py` or
-are registered. Outputs that cannot carry a derivative (integers, booleans) are dropped.
+Calls and control flow are interpreted here; the rules of all other primitives are in `_rules.py` or
+are registered. Outputs without a derivative (integers, booleans) are dropped.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ def interpret(jaxpr: Any, inputs: Sequence[Pattern]) -> list[Pattern]:
 def _rule(eqn: Any, patterns: list[Pattern]) -> Sequence[Pattern]:
     if all(p is None for p in patterns):
         return [None] * len(eqn.outvars)
-    if eqn.effects:  # for example, writing to a reference: the dependence leaves our sight
+    if eqn.effects:  # such as writing to a reference, which carries dependence out of the jaxpr
         raise TooDenseError
     call = called(eqn)
     if call is not None:
@@ -35,7 +35,7 @@ def _rule(eqn: Any, patterns: list[Pattern]) -> Sequence[Pattern]:
 
 
 def reaches(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
-    """Which outputs depend, in any way, on the flagged inputs, under `jax.vmap` too."""
+    """Which outputs depend on the flagged inputs, under `jax.vmap` too."""
 
     def rule(eqn, flags):
         call = called(eqn, plain=True)
@@ -50,7 +50,7 @@ def reaches(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
 
 
 def _fixed_point(body: Callable[[list[Pattern]], list[Pattern]], carry: list[Pattern]):
-    """Grows the patterns of a loop's carry until one more turn adds nothing."""
+    """The least patterns of a loop's carry to which one more iteration adds nothing."""
     while True:
         grown = [union(pair) for pair in zip(carry, body(carry), strict=True)]
         if [0 if p is None else p.nnz for p in grown] == [0 if p is None else p.nnz for p in carry]:
@@ -65,7 +65,7 @@ def _scan(eqn, patterns):
     length = eqn.params["length"]
     if length == 0:
         return [*carry, *(None for _ in eqn.outvars[num_carry:])]
-    # What a slice depends on at one turn, it may depend on at any turn.
+    # One pattern for all iterations: the union of those of all slices.
     slices = [
         None if p is None else union_over(p, (length, num_rows(p) // length), (0,))
         for p in patterns[num_consts + num_carry :]

@@ -26,8 +26,8 @@ Move = Callable[[Any], Sequence[np.ndarray]]
 
 
 def _of_one(move: Callable[[np.ndarray, Any, tuple[int, ...]], np.ndarray]) -> Move:
-    """A primitive of one operand and one result, from the operand's positions, the equation's
-    parameters and the result's shape."""
+    """The move of a primitive with one operand and one result, from the operand's positions, the
+    equation's parameters and the result's shape."""
     return lambda eqn: [
         move(positions(eqn.invars[0].aval.shape), eqn.params, eqn.outvars[0].aval.shape)
     ]

@@ -1,6 +1,6 @@
 """Patterns of dependence: which elements of the state an element of a value may depend on.
 
-They are sound if they are never smaller than the true dependence; they may be larger.
+A pattern is sound if it contains the true dependence; it may be larger.
 """
 
 import functools
@@ -21,25 +21,25 @@ Rule: TypeAlias = Callable[[jex_core.JaxprEqn, list[Pattern]], Sequence[Pattern]
 """`rule(eqn, patterns)`, from the patterns of an equation's operands, at least one of which is not
 `None`, to one pattern for each of its results."""
 
-# Patterns beyond this many entries are not worth their time: dense.
+# The analysis gives up on patterns of more entries: it would take too long.
 _MAX_ENTRIES = 5_000_000
 
 
 class TooDenseError(Exception):
-    """The analysis ended early: the state is not worth (or not capable of) being split."""
+    """The analysis gave up: treat the Jacobian as dense."""
 
 
-# --- rules that users take, too -----------------------------------------------------------------
+# --- public rules -------------------------------------------------------------------------------
 
 
 def elementwise(eqn: jex_core.JaxprEqn, patterns: Sequence[Pattern]) -> list[Pattern]:
-    """A rule: each element of a result depends on those elements of the operands that stand in its
-    place. Operands are broadcast as by NumPy.
+    """The rule of elementwise primitives: each element of a result depends on the elements of the
+    operands in the same place. Operands are broadcast as by NumPy.
 
     **Arguments:**
 
     - `eqn`: the equation.
-    - `patterns`: those of its operands.
+    - `patterns`: the patterns of its operands.
 
     **Returns:**
 
@@ -68,13 +68,13 @@ def _broadcast(eqn, var, pattern, out):
 
 
 def all_to_all(eqn: jex_core.JaxprEqn, patterns: Sequence[Pattern]) -> list[Pattern]:
-    """A rule: each element of each result depends on all that any element of an operand depends on.
-    It holds for every primitive, and is taken for those that have no rule.
+    """The rule of primitives that have no other: each element of each result depends on everything
+    that any element of any operand depends on.
 
     **Arguments:**
 
     - `eqn`: the equation.
-    - `patterns`: those of its operands.
+    - `patterns`: the patterns of its operands.
 
     **Returns:**
 
@@ -86,7 +86,7 @@ def all_to_all(eqn: jex_core.JaxprEqn, patterns: Sequence[Pattern]) -> list[Patt
     return [rows(total, np.zeros(num_elements(v), int)) for v in eqn.outvars]
 
 
-# --- what rules are made of ---------------------------------------------------------------------
+# --- operations on patterns ---------------------------------------------------------------------
 
 
 def num_elements(var: Any) -> int:
@@ -94,7 +94,7 @@ def num_elements(var: Any) -> int:
 
 
 def num_rows(pattern: sp.csr_array) -> int:
-    # SciPy has no annotations: its `shape` is inferred from the base class's initial `None`.
+    # SciPy 1.17 has no annotations: pyright infers `shape` from the base class's initial `None`.
     return pattern.shape[0]  # pyright: ignore[reportOptionalSubscript]
 
 
@@ -103,7 +103,7 @@ def num_columns(pattern: sp.csr_array) -> int:
 
 
 def affordable(pattern: sp.csr_array) -> sp.csr_array:
-    """The pattern, unless the analysis ends here."""
+    """The pattern; raises `TooDenseError` if it has too many entries."""
     if pattern.nnz > _MAX_ENTRIES:
         raise TooDenseError
     return pattern
@@ -120,7 +120,7 @@ def union(patterns: Sequence[Pattern]) -> Pattern:
 
 
 def union_over(pattern: sp.csr_array, shape: Sequence[int], axes: Sequence[int]) -> sp.csr_array:
-    """The union along `axes` of a value of shape `shape`, which lose these axes."""
+    """The pattern of a reduction over `axes` of a value of shape `shape`."""
     kept = [n for i, n in enumerate(shape) if i not in axes]
     target = np.expand_dims(positions(kept), tuple(axes))
     target = np.broadcast_to(target, shape).reshape(-1)

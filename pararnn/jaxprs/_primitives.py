@@ -109,7 +109,7 @@ _PRIMITIVES = {
 
 
 def primitive(name: str) -> Primitive:
-    """The row of a primitive; for one that is not in the table, that of the least knowledge."""
+    """The row of a primitive. One that is not in the table may combine any elements, and rounds."""
     return _PRIMITIVES.get(name, Primitive())
 
 

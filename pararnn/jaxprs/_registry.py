@@ -24,14 +24,14 @@ _registered: dict[str, Rule] = {}
 
 
 def register_rule(primitive: jex_core.Primitive | str, rule: Rule) -> None:
-    """Tells how a primitive of your own carries dependence, for
-    [`pararnn.detect_structure`][] and all that finds the structure of a step by itself.
+    """Registers how a primitive of your own carries dependence, for [`pararnn.detect_structure`][]
+    and whatever detects the structure of a step.
 
-    A primitive without a rule makes every element of its results depend on every element of its
-    operands: right, but a step that uses it is dense. The rule is asked for the primitive where it
-    meets *tangents*, that is, where your derivative rule (`jax.interpreters.ad`) binds it or
-    another primitive of yours. It is trusted: one that leaves a dependence out makes solvers that
-    rely on the structure slow, or unable to converge. [`pararnn.verify`][] finds that out.
+    Without a rule, every element of a primitive's results depends on every element of its operands:
+    sound, but a step that uses it is dense. The rule is called where the primitive has *tangents*
+    among its operands, that is, where your derivative rule (`jax.interpreters.ad`) binds it or
+    another primitive of yours. It is trusted: a rule that omits a dependence makes solvers that
+    rely on the structure slow, or unable to converge. [`pararnn.verify`][] finds such a rule.
 
     ```python
     swish = jax.extend.core.Primitive("my_swish")
@@ -39,8 +39,8 @@ def register_rule(primitive: jex_core.Primitive | str, rule: Rule) -> None:
     pararnn.jaxprs.register_rule(swish, pararnn.jaxprs.elementwise)
     ```
 
-    A rule of your own builds boolean matrices, elements of a value × elements of the state. Here
-    result `i` takes element `i - 1` of its operand, around the end:
+    A rule of your own returns boolean matrices, elements of a value × elements of the state. Here
+    result `i` is element `i - 1` of the operand, cyclically:
 
     ```python
     def shifted(eqn, patterns):
@@ -53,14 +53,18 @@ def register_rule(primitive: jex_core.Primitive | str, rule: Rule) -> None:
     - `primitive`: the primitive (`jax.extend.core.Primitive`) or its name.
     - `rule`: `rule(eqn, patterns) -> patterns`, from one [`pararnn.jaxprs.Pattern`][] for each of
         the operands `eqn.invars`, of which at least one is not `None`, to one for each of the
-        results `eqn.outvars`. Take [`pararnn.jaxprs.elementwise`][] if each element of a result
-        depends only on those in its place. It may look at shapes and at `eqn.params`; it must not
-        change the patterns that it is given.
+        results `eqn.outvars`. Use [`pararnn.jaxprs.elementwise`][] if each element of a result
+        depends only on the elements in the same place. A rule may read shapes and `eqn.params`; it
+        must not change its arguments.
 
-    Register before steps are traced: what is compiled stays as it is. A name that has a rule
-    already, yours or JAX's, is refused with a `ValueError`; a rule that returns something else than
-    patterns of the right shapes, when a step is looked at. A primitive with effects makes a step
-    dense, whatever its rule.
+    Register before steps are traced: compiled steps do not change. A primitive with effects makes a
+    step dense, whatever its rule.
+
+    **Raises:**
+
+    `TypeError` for arguments of another type, `ValueError` for a name that has a rule already, a
+    user's or JAX's. When a step is analysed, `ValueError` if the rule returns anything but patterns
+    of the right shapes.
     """
     name = primitive.name if isinstance(primitive, jex_core.Primitive) else primitive
     if not isinstance(name, str):
@@ -72,8 +76,8 @@ def register_rule(primitive: jex_core.Primitive | str, rule: Rule) -> None:
         raise TypeError(f"`rule` must be a function `rule(eqn, patterns)`; got {rule!r}.")
     if name in ENTERED or name in RULES or name in _registered:
         raise ValueError(
-            f"`primitive`: there is a rule for `{name}` already. Rules are known by the "
-            "primitive's name: if this is another primitive, give it a name of its own."
+            f"`primitive`: there is a rule for `{name}` already. Rules are looked up by the "
+            "primitive's name: if this is another primitive, rename it."
         )
     _registered[name] = rule
 
@@ -103,7 +107,7 @@ def combines_elements(eqn: jex_core.JaxprEqn) -> bool:
 
 
 def _clean(pattern: sp.csr_array) -> sp.csr_array:
-    """Without stored zeros and repeated entries: a loop counts entries to see whether they grow."""
+    """Removes stored zeros and repeated entries: loops compare numbers of entries."""
     pattern = pattern.copy()
     pattern.sum_duplicates()
     pattern.eliminate_zeros()

@@ -47,7 +47,8 @@ def _dot_general(eqn, patterns):
 
 
 def _dot_side(eqn: Any, side: int, pattern: sp.csr_array) -> Pattern:
-    """The union over the contracted axes, then a broadcast along the other operand's free axes."""
+    """The pattern of a product from that of one operand: the union over the contracted axes,
+    broadcast along the other operand's free axes."""
     contract, batch = eqn.params["dimension_numbers"]
 
     def free(side: int) -> Sequence[int]:

@@ -1,7 +1,7 @@
-"""Walking through a jaxpr: what its equations hold inside, and evaluating it in any domain.
+"""Traversing a jaxpr: the jaxprs inside its equations, and evaluation in any domain.
 
-A domain may be that of arrays, of patterns of dependence, or of flags: `walk` keeps the values of
-the variables, and a rule says what an equation makes of its operands.
+A domain is a set of values: arrays, patterns of dependence, or flags. `walk` stores the values of
+the variables, and a rule evaluates an equation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,23 +12,23 @@ import jax.numpy as jnp
 
 _V = TypeVar("_V")
 
-# Primitives whose value is that of the one jaxpr that they hold, at their operands. They are known
-# by their names: that a jaxpr has the shapes of an equation does not tell that it is called once.
+# Primitives that evaluate the one jaxpr inside them at their operands. They are listed by name:
+# matching shapes do not show that a jaxpr is called once.
 _PLAIN_CALLS = frozenset(
     "jit pjit closed_call core_call eval_jaxpr checkpoint remat remat2".split()
 )
-# These are transformed by rules of their own, or replaced on some platforms.
+# Likewise, but transformations follow rules of their own, or platforms replace the jaxpr.
 _CUSTOM_CALLS = frozenset(
     "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_vmap_call custom_dce_call "
     "custom_partitioning custom_linear_solve linear_call composite".split()
 )
 LOOPS = frozenset({"cond", "scan", "while"})
-# Primitives that the walks enter: a rule of somebody's own for them would not be asked.
+# Primitives whose jaxprs are evaluated: a user's rule for them would never be called.
 ENTERED = _PLAIN_CALLS | _CUSTOM_CALLS | LOOPS
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr, closed or open, without its constants, and these."""
+    """The open jaxpr and the constants of a jaxpr, closed or open."""
     closed = isinstance(jaxpr, jex_core.ClosedJaxpr)
     return (jaxpr.jaxpr, jaxpr.consts) if closed else (jaxpr, ())
 
@@ -52,24 +52,24 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 class Call(NamedTuple):
-    """A jaxpr that is called, closed or open, and which operands of the equation it takes."""
+    """A jaxpr that an equation calls, closed or open, and the indices of the operands it takes."""
 
     jaxpr: Any
     operands: Sequence[int]
 
     def args(self, ins: Sequence[_V]) -> list[_V]:
-        """What the jaxpr takes of the values of the equation's operands."""
+        """The jaxpr's arguments among the values of the equation's operands."""
         return [ins[i] for i in self.operands]
 
 
 def called(eqn: Any, *, plain: bool = False) -> Call | None:
-    """What an equation merely calls, or `None` if it does something else.
+    """The call of an equation that only calls a jaxpr, or `None` for other equations.
 
     **Arguments:**
 
     - `eqn`: the equation.
-    - `plain`: whether to leave out what is transformed by rules of its own, such as
-        `custom_jvp_call`: under `jax.vmap`, say, it may do more than its jaxpr tells.
+    - `plain`: whether to exclude primitives with transformation rules of their own, such as
+        `custom_jvp_call`: under `jax.vmap`, say, they may compute something else than their jaxpr.
     """
     name = eqn.primitive.name
     if name not in (_PLAIN_CALLS if plain else _PLAIN_CALLS | _CUSTOM_CALLS):
@@ -88,8 +88,8 @@ def _whole_call(eqn: Any) -> Call | None:
 
 
 def _linear_solve(eqn: Any) -> Call:
-    """Of the constants of four functions, and the right-hand sides after them, the solution takes
-    its own constants and the right-hand sides."""
+    """The call of the solution: its operands are its own constants, the third group of four, and
+    the right-hand sides, which come last."""
     lengths = eqn.params["const_lengths"]
     before = lengths.matvec + lengths.vecmat
     start = before + lengths.solve + lengths.transpose_solve
@@ -102,10 +102,10 @@ def _shapes(atoms: Sequence[Any]) -> list[Any]:
 
 
 def scan_parts(eqn: Any) -> tuple[int, int]:
-    """How many constants, and how many carried values, a scan has; the rest are slices.
+    """The numbers of constants and of carried values of a scan; the other operands are slices.
 
-    The parameters that tell differ between versions of JAX. Only slices lose an axis on their way
-    into the body, and only stacked results gain one on their way out.
+    Derived from ranks, as the parameters differ between supported versions of JAX: only slices lose
+    an axis in the body, and only stacked results gain one.
     """
     body, _ = open_jaxpr(eqn.params["jaxpr"])
 
@@ -128,12 +128,12 @@ def walk(
     literal: Callable[[Any], _V],
     consts: Sequence[_V],
 ) -> list[_V]:
-    """The values of the outputs of a jaxpr, equation after equation.
+    """Evaluates a jaxpr, equation after equation.
 
     **Arguments:**
 
     - `jaxpr`: an open jaxpr.
-    - `inputs`: the values of its inputs, in whichever domain.
+    - `inputs`: the values of its inputs, in any domain.
     - `rule`: `rule(eqn, ins) -> outs`, from the values of an equation's operands to those of its
         results.
     - `literal`: the value of a literal.
@@ -158,8 +158,8 @@ def walk_independent(
     *,
     nothing: _V,
 ) -> list[_V]:
-    """`walk` over a jaxpr, closed or open, in a domain where constants and literals are all
-    `nothing`: what they depend on."""
+    """`walk` over a jaxpr, closed or open, in a domain of dependence: constants and literals are
+    `nothing`."""
     opened, _ = open_jaxpr(jaxpr)
     consts = [nothing] * len(opened.constvars)
     return walk(opened, inputs, rule, literal=lambda _: nothing, consts=consts)
@@ -171,8 +171,8 @@ def evaluate(
     args: Sequence[Any],
     rule: Callable[[Any, list[Any]], Sequence[Any]],
 ) -> list[Any]:
-    """`walk` over an open jaxpr in the domain of arrays. What equations merely call is entered, so
-    that `rule` is asked for all others."""
+    """`walk` over an open jaxpr in the domain of arrays. Calls are inlined; `rule` evaluates all
+    other equations."""
 
     def enter(eqn, ins):
         call = called(eqn)
@@ -188,7 +188,7 @@ def _array(literal: Any) -> Any:
 
 
 def evaluate_alone(eqn: Any, ins: Sequence[Any]) -> Sequence[Any]:
-    """The results of one equation, which JAX evaluates as a jaxpr of its own."""
+    """The results of one equation, evaluated by JAX as a jaxpr of its own."""
     known = {v: x for v, x in zip(eqn.invars, ins, strict=True) if isinstance(v, jex_core.Var)}
     alone = jex_core.Jaxpr(
         [],

@@ -1,4 +1,4 @@
-"""Sweeps of a user's step as one kernel of an accelerator."""
+"""Kernels of an accelerator, generated from a user's step."""
 
 from ._registry import register_rule as register_rule
 from ._sweep import fused_sweep as fused_sweep

@@ -1,4 +1,4 @@
-"""Steps of complex numbers as steps of their real and imaginary parts, which kernels know."""
+"""Complex steps rewritten in real and imaginary parts: kernels have real numbers only."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from ._program import Unsupported
 
 
 class Parts(NamedTuple):
-    """A complex number."""
+    """The real and imaginary parts of a complex array."""
 
     real: Any
     imag: Any
 
 
 def as_parts(tree: PyTree[Any]) -> PyTree[Any]:
-    """Each complex leaf as its two parts; shapes and dtypes will do."""
+    """Replaces complex leaves, arrays or `jax.ShapeDtypeStruct`, by their `Parts`."""
 
     def one(x):
         if not is_complex(x):
@@ -46,7 +46,7 @@ def as_numbers(tree: PyTree[Any]) -> PyTree[Any]:
 
 
 def of_parts(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of parts, which computes with real numbers only."""
+    """The step from `Parts` to `Parts`, which computes with real numbers only."""
 
     def real_step(carry, x):
         args = jax.eval_shape(as_numbers, (carry, x))
@@ -73,14 +73,14 @@ def _rule(eqn: Any, ins: list[Any]) -> Sequence[Any]:
         return evaluate_alone(eqn, ins)
     name = eqn.primitive.name
     if primitive(name).linear:
-        return _apart(eqn, ins)
+        return _by_parts(eqn, ins)
     if name not in RULES:
         raise Unsupported(f"uses `{name}` of complex numbers")
     return [RULES[name](eqn, *ins)]
 
 
-def _apart(eqn: Any, ins: list[Any]) -> list[Any]:
-    """Real and imaginary parts each for themselves."""
+def _by_parts(eqn: Any, ins: list[Any]) -> list[Any]:
+    """Applies a real-linear primitive to the real and to the imaginary parts."""
     sides = [[x[i] if isinstance(x, Parts) else x for x in ins] for i in range(2)]
     outs = [eqn.primitive.bind(*side, **eqn.params) for side in sides]
     if eqn.primitive.multiple_results:

@@ -1,4 +1,4 @@
-"""Functions of single elements, written with what the compilers of kernels know."""
+"""Elementwise primitives, in terms of the operations that Triton has."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from jax import lax
 from ._error_function import erf, erfc
 from ._program import Unsupported
 
-# What they know, for float32 and float64. (They lack some for narrower numbers.)
+# Operations that it has for float32 and float64; it lacks some for narrower numbers.
 _NATIVE = (
     "abs ceil floor exp exp2 expm1 log log1p sqrt cbrt rsqrt sin cos tan asin acos atan atan2 "
     "sinh cosh tanh asinh acosh atanh add sub mul eq ne gt ge lt le and or xor not "
@@ -32,12 +32,12 @@ def _is_floating(x):
 
 
 def _negated(x):
-    """Zero becomes minus zero, which it would not if it were subtracted from zero."""
+    """By multiplication: subtracting from zero would lose the sign of zero."""
     return x * _like(x, -1) if _is_floating(x) else lax.neg(x)
 
 
 def _extreme(function, of_booleans):
-    """As XLA's: not a number if either is not. A GPU's own would be the other one."""
+    """NaN if either operand is NaN, as in XLA; a GPU's instruction returns the other operand."""
 
     def extreme(x, y):
         if x.dtype == np.bool_:
@@ -54,8 +54,8 @@ minimum = _extreme(lax.min, lax.bitwise_and)
 
 
 def _guarded(guarded, needs_no_guard):
-    """What XLA defines of integers where a processor need not; plain where the second operand is a
-    literal, as it mostly is, that needs no guard."""
+    """An integer operation with the results that XLA defines where the processor's are undefined;
+    the plain operation if the second operand is a literal that needs no guard."""
 
     def of(eqn):
         dtype, literal = eqn.outvars[0].aval.dtype, getattr(eqn.invars[1], "val", None)
@@ -68,7 +68,7 @@ def _guarded(guarded, needs_no_guard):
 
 
 def _divided(x, y):
-    """By 0, all bits are set; the least number by -1 is itself."""
+    """x / 0 has all bits set; the least integer / -1 is itself, as in XLA."""
     if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
         return jnp.where(y == 0, ~_like(x, 0), lax.div(x, jnp.where(y == 0, _like(y, 1), y)))
     simple = (y == 0) | (y == -1)
@@ -85,7 +85,7 @@ def _remainder(x, y):
 
 
 def _shifted(shift, beyond):
-    """By more bits than there are, or by a negative number of them."""
+    """A shift whose result is `beyond` for a negative number of bits, or more than there are."""
 
     def shifted(x, bits):
         size = jnp.iinfo(x.dtype).bits
@@ -113,7 +113,7 @@ def _selected(which, *cases):
 
 
 def _power(eqn):
-    """An integer, which JAX allows for the exponent, becomes a number of the other's dtype."""
+    """JAX allows integer exponents: they are converted to the dtype of the result."""
     dtype = eqn.outvars[0].aval.dtype
     return lambda x, y: lax.pow(x, y.astype(dtype).astype(x.dtype))
 
@@ -154,7 +154,7 @@ def _logistic(x):
 
 
 def _sign(x):
-    """Both zeros, and what is not a number, are their own."""
+    """The sign of either zero, and of NaN, is the operand itself."""
     one = _like(x, 1)
     if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
         return jnp.where(x == 0, x, one)
@@ -165,13 +165,13 @@ def _round(eqn):
     to_even = eqn.params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN
 
     def rounded(x):
-        size = lax.abs(x)  # of which the part beyond a whole number is exact
+        size = lax.abs(x)  # its fractional part is exact
         below = lax.floor(size)
         rest, half = size - below, _like(x, 0.5)
         odd = below - 2 * lax.floor(below * half) != 0
         up = (rest > half) | ((rest == half) & odd if to_even else rest == half)
         whole = jnp.where(up, below + _like(x, 1), below)
-        # A number that becomes zero keeps its sign.
+        # Zero has the sign of the number that is rounded.
         return jnp.where(whole == 0, x * _like(x, 0), jnp.where(x < 0, -whole, whole))
 
     return rounded
@@ -211,14 +211,15 @@ _WRITTEN: dict[str, Callable[[Any], Callable[..., Any]]] = {
     **dict.fromkeys(("copy", "copy_p", "stop_gradient", "pvary", "reshard"), lambda eqn: _same),
 }
 NAMES = frozenset(_NATIVE) | frozenset(_WRITTEN)
-_EXACT = frozenset("select_n convert_element_type abs eq ne gt ge lt le".split())
+# Narrow numbers need no conversion to float32: nothing is computed.
+_COMPARING = frozenset("select_n convert_element_type abs eq ne gt ge lt le".split())
 
 
 def elementwise(eqn: Any) -> Callable[..., Any]:
-    """The function of an equation; in float32 and back for narrower numbers, as XLA computes."""
+    """The function of an equation; for narrower numbers in float32, then rounded, as by XLA."""
     name = eqn.primitive.name
     function = _WRITTEN[name](eqn) if name in _WRITTEN else _plain(eqn)
-    if name in _EXACT:
+    if name in _COMPARING:
         return function
 
     def wide(*xs):

@@ -1,4 +1,4 @@
-r"""The error function, which the compilers of kernels lack, from exponentials and polynomials.
+r"""The error function, which Pallas' Triton backend lacks (JAX 0.10.2).
 
 $\mathrm{erf}(x) = x\,p(x^2)$ near 0, and $\mathrm{erfc}(x) = e^{-x^2} q(t)$ beyond, with
 $t = (x-k)/(x+k)$, which maps all positive numbers to $(-1, 1)$. The polynomials interpolate SciPy's
@@ -20,7 +20,7 @@ _NEAR = 1.0
 
 @functools.cache
 def _near(degree: int) -> np.ndarray:
-    """p, as a polynomial in $x^2$ up to `_NEAR`."""
+    """The coefficients of $p$ in powers of $x^2$, for $|x|$ up to `_NEAR`."""
 
     def ratio(u):
         square = np.maximum((u + 1) / 2 * _NEAR**2, 1e-30)
@@ -35,7 +35,7 @@ def _near(degree: int) -> np.ndarray:
 
 @functools.cache
 def _far(degree: int) -> np.ndarray:
-    """q, in Chebyshev's basis."""
+    """The coefficients of $q$ in Chebyshev polynomials."""
 
     def scaled(t):
         x = _MIDDLE * (1 + t) / np.maximum(1 - t, 1e-12)
@@ -59,12 +59,12 @@ def _clenshaw(coefficients, x):
 
 
 def _parts(x: Any) -> tuple[Any, Any]:
-    """`erf(x)` for small `x`, and `erfc(abs(x))` for others."""
+    """`erf(x)`, valid for small `x`; and `erfc(abs(x))`, valid for large `x`."""
     double = x.dtype == np.float64
     near = x * _polynomial(_near(16 if double else 7), x * x)
     size = lax.abs(x)
     t = (size - _MIDDLE) / (size + _MIDDLE)
-    # The square's rounding would be magnified: its part beyond a rounded `size` is taken apart.
+    # exp would magnify the rounding of x²: it is exp(-h²) exp((h - x)(h + x)), with h² exact.
     high = (size * 2.0**5 + 0.5).astype(np.int32).astype(x.dtype) * 2.0**-5
     square = lax.exp(-high * high) * lax.exp((high - size) * (high + size))
     scaled = _clenshaw(_far(30 if double else 11), t)

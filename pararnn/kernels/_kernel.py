@@ -1,4 +1,4 @@
-"""The kernel: its block of chunks, its loop over time, which rows it reads and writes."""
+"""The kernel: its block of chunks, its loop over time, and the rows that it reads and writes."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,23 +16,23 @@ from ._plan import Plan, flat_carry, from_segments
 from ._program import Program
 from ._tiles import Span, Tile, default_axis, lanes_of
 
-# Weights up to this size stay in registers from step to step, where the matrix units (of eight
-# warps) take them or do not; larger ones are loaded in each. By what compiles without spilling.
-_KEPT_BY_UNITS, _KEPT_BYTES = 96 * 1024, 16 * 1024
+# Weights of at most this many bytes stay in registers for all steps, with and without the matrix
+# units; larger ones are loaded at every step. The largest sizes that compile without spilling.
+_RESIDENT_BYTES_UNITS, _RESIDENT_BYTES = 96 * 1024, 16 * 1024
 _BYTES_OF_A_WARP = 12 * 1024
-# How many elements of a product a thread may hold, where it is not left to the matrix units.
-_HELD = 32
-# How many elements of the carry and the inputs a thread holds at most, if more threads help.
-_CARRIED = 12
-# How many steps' inputs are loaded while as many steps are computed: a load takes longer than an
-# elementwise step. By what a thread can hold of them, and by what compiles in a few seconds.
-_AHEAD, _HELD_AHEAD, _OPERATIONS_AHEAD = 4, 24, 800
-# So many programs fill a large device.
-_ENOUGH_PROGRAMS = 264
+# The most elements of a product per thread, where the matrix units do not multiply.
+_PRODUCT_ELEMENTS = 32
+# The most elements of the carry and the inputs per thread, as long as more threads can share them.
+_CARRY_ELEMENTS = 12
+# The inputs of this many steps are prefetched, as a load takes longer than an elementwise step: up
+# to so many elements per thread, and so many operations, which compile in a few seconds.
+_PREFETCH, _PREFETCH_ELEMENTS, _PREFETCH_OPERATIONS = 4, 24, 800
+# The number of programs that fill a large device.
+_FULL_GRID = 264
 
 
 class Geometry(NamedTuple):
-    """Which steps there are; see `fused_sweep`."""
+    """The steps of each chunk, as the arguments of `fused_sweep`."""
 
     num_chunks: int
     length: int
@@ -52,24 +52,24 @@ class Kernel:
         self.programs = -(-geometry.num_chunks // self.rows)
         self.num_indexed = len(program.carry) + len(program.inputs)
         self.inputs = plan.inputs
-        self.all_kept = _fit(plan)
-        self.kept = [*plan.vectors, *(plan.matrices if self.all_kept else ())]
-        self.ahead = self._steps_ahead()
+        self.all_resident = _weights_fit(plan)
+        self.resident = [*plan.vectors, *(plan.matrices if self.all_resident else ())]
+        self.prefetched = self._prefetched_steps()
 
-    def _steps_ahead(self) -> int:
-        """How many steps' inputs are under way; none where products need the registers."""
+    def _prefetched_steps(self) -> int:
+        """The number of steps whose inputs are prefetched; 0 if weights stay in memory."""
         lanes = self.rows * sum(lanes_of(*span.widths) for span in self.inputs)
-        few = _AHEAD * lanes <= _HELD_AHEAD * 32 * self.warps
-        short = _AHEAD * self.plan.operations <= _OPERATIONS_AHEAD
-        if self.plan.matrices or not (few and short) or self.geometry.num_steps < 2 * _AHEAD:
-            return int(self.all_kept)
-        return _AHEAD
+        few = _PREFETCH * lanes <= _PREFETCH_ELEMENTS * 32 * self.warps
+        short = _PREFETCH * self.plan.operations <= _PREFETCH_OPERATIONS
+        if self.plan.matrices or not (few and short) or self.geometry.num_steps < 2 * _PREFETCH:
+            return int(self.all_resident)
+        return _PREFETCH
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
-        """Of all ends, then of all states if they are kept; booleans as bytes."""
+        """The ends, then the states if they are returned, as matrices; booleans as bytes."""
         rows = [self.geometry.num_chunks, *([self.geometry.length] if self.geometry.keep else [])]
         return [
-            jax.ShapeDtypeStruct((n, int(np.prod(leaf.shape, dtype=int))), _held(leaf.dtype))
+            jax.ShapeDtypeStruct((n, int(np.prod(leaf.shape, dtype=int))), _in_memory(leaf.dtype))
             for n in rows
             for leaf in self.program.carry
         ]
@@ -79,7 +79,7 @@ class Kernel:
 
 
 class _Run:
-    """The work of one program."""
+    """One program of the grid."""
 
     def __init__(self, kernel: Kernel, refs: Sequence[Any]):
         self.kernel, self.program, self.plan = kernel, kernel.program, kernel.plan
@@ -87,8 +87,8 @@ class _Run:
         counts = [len(self.program.carry), len(self.program.inputs), len(self.program.constants())]
         bounds = np.cumsum([0, *counts, 1, counts[0]])
         parts = [refs[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-        self.starts, inputs, constants, (once,), self.ends = parts
-        self.once = once[0, 0]
+        self.starts, inputs, constants, (one,), self.ends = parts
+        self.one = one[0, 0]
         self.states = refs[bounds[-1] :]
         self.stored = {("input", k): ref for k, ref in enumerate(inputs)}
         self.stored |= {("constant", k): ref for k, ref in enumerate(constants)}
@@ -96,17 +96,19 @@ class _Run:
 
     def run(self) -> None:
         carry = self._first_carry()
-        kept = {span: self._load(span, np.int32(0)) for span in self.kernel.kept}
-        steps, ahead = self.geometry.num_steps, self.kernel.ahead
-        group = max(ahead, 1)
+        resident = {span: self._load(span, np.int32(0)) for span in self.kernel.resident}
+        steps, prefetched = self.geometry.num_steps, self.kernel.prefetched
+        group = max(prefetched, 1)
 
         def loaded(first):
-            return [self._inputs_at(first + np.int32(j)) for j in range(ahead)]
+            return [self._inputs_at(first + np.int32(j)) for j in range(prefetched)]
 
         def some(first, carry, inputs, count):
             for j in range(count):
                 i = first + np.int32(j)
-                carry = self._step(i, carry, inputs[j] if ahead else self._inputs_at(i), kept)
+                carry = self._step(
+                    i, carry, inputs[j] if prefetched else self._inputs_at(i), resident
+                )
             return carry
 
         def turn(n, arrays):
@@ -124,8 +126,8 @@ class _Run:
             carry = some(np.int32(0), carry, inputs, steps)
         self._write(self.ends, self.chunk, carry, self.chunk < self.geometry.num_chunks)
 
-    def _step(self, i, carry, inputs, kept):
-        loaded = dict(zip(self.kernel.inputs, inputs, strict=True)) | kept
+    def _step(self, i, carry, inputs, resident):
+        loaded = dict(zip(self.kernel.inputs, inputs, strict=True)) | resident
 
         def load(span, dtype):
             found = loaded.get(span)
@@ -133,9 +135,9 @@ class _Run:
 
         def product(vectors, span, dtype):
             vectors = stretched(vectors, (self.kernel.rows, vectors.shape[1]))
-            if span in kept:
-                return _pallas.product(vectors, kept[span], self.kernel.interpret)
-            return self._product_apart(vectors, span)
+            if span in resident:
+                return _pallas.product(vectors, resident[span], self.kernel.interpret)
+            return self._unhoisted_product(vectors, span)
 
         writer = Writer(self.plan.cuts, load, self.kernel.rows, product)
         arrays = iter(carry)
@@ -145,22 +147,24 @@ class _Run:
         ]
         carry = flat_carry(writer, self.program, values)
         if self.geometry.keep:
-            self._keep(i, carry)
+            self._store_states(i, carry)
         return carry
 
-    def _product_apart(self, vectors, span):
-        """A product in a loop of one turn, of which the compiler does not know that it is one: it
-        would load the blocks of all products first, for which there are not enough registers."""
+    def _unhoisted_product(self, vectors, span):
+        """A product inside a loop with one iteration, whose trip count is read from memory so that
+        Triton cannot unroll it. Otherwise Triton hoists the loads of all products to the front, and
+        spills registers (JAX 0.10.2). `make gpu-check` counts spills: this can go when there are
+        none without it."""
 
         def turn(i, total):
             block = self._load(span, i)
-            # The same numbers; prepared in the loop, not ahead of it for all products.
+            # Equal to `vectors`, but not loop-invariant: their layout is converted in the loop.
             here = jnp.where(i == 0, vectors, lax.full(vectors.shape, 0, vectors.dtype))
             return total + _pallas.product(here, block, self.kernel.interpret)
 
         dtype = _pallas.sum_dtype(vectors.dtype, self.plan.spans[span])
         total = lax.full((self.kernel.rows, lanes_of(span.widths[1])), 0, dtype)
-        return lax.fori_loop(np.int32(0), self.once, turn, total)
+        return lax.fori_loop(np.int32(0), self.one, turn, total)
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -174,7 +178,7 @@ class _Run:
         return arrays
 
     def _inputs_at(self, i: Any) -> list[jax.Array]:
-        """What the step `i` consumes, in the block's chunks; one row if they share it."""
+        """The inputs of step `i` of all chunks of the block; one row if the chunks share them."""
         row, last = self._row(i), np.int32(self.geometry.length - 1)
         row = jnp.clip(row, np.int32(0), last)
         row = last - row if self.geometry.reverse else row
@@ -189,7 +193,7 @@ class _Run:
         array = _pallas.load(self.stored[span.source], row, span)
         return array.astype(self.plan.spans[span])
 
-    def _keep(self, i, carry) -> None:
+    def _store_states(self, i, carry) -> None:
         row, length = self._row(i), np.int32(self.geometry.length)
         valid = (self.chunk < self.geometry.num_chunks) & (row < length)
         row = length - 1 - row if self.geometry.reverse else row
@@ -197,12 +201,12 @@ class _Run:
 
     def _write(self, refs, row, carry, valid) -> None:
         for (k, start, width), array in zip(self._tiles(), carry, strict=True):
-            array = array.astype(_held(array.dtype))
+            array = array.astype(_in_memory(array.dtype))
             step = self._lane_step(k)
             _pallas.store(refs[k], row, Span(("end", k), start, (step,), (width,)), array, valid)
 
     def _tiles(self) -> Iterator[tuple[int, int, int]]:
-        """Of all tiles of the carry: which leaf, where in it, and how many lanes."""
+        """For each tile of the carry: its leaf, its first element there, its number of lanes."""
         for k, leaf in enumerate(self.program.carry):
             index = positions(leaf.shape or (1,))
             index = np.moveaxis(index, default_axis(leaf.shape), -1)
@@ -211,12 +215,12 @@ class _Run:
                     yield k, int(index[lead][low]), high - low
 
     def _lane_step(self, k: int) -> int:
-        """How far apart neighbouring lanes lie in memory."""
+        """The distance of neighbouring lanes in memory."""
         shape = self.program.carry[k].shape
         return int(np.prod(shape[default_axis(shape) + 1 :], dtype=int))
 
 
-def _held(dtype: Any) -> Any:
+def _in_memory(dtype: Any) -> Any:
     return np.dtype(np.uint8) if dtype == np.bool_ else dtype
 
 
@@ -224,9 +228,9 @@ def _weight_bytes(plan: Plan) -> int:
     return sum(_block_size(span) * plan.spans[span].itemsize for span in plan.matrices)
 
 
-def _fit(plan: Plan) -> bool:
-    """Whether all weights stay in registers."""
-    return _weight_bytes(plan) <= (_KEPT_BY_UNITS if _uses_units(plan) else _KEPT_BYTES)
+def _weights_fit(plan: Plan) -> bool:
+    """Whether all weights fit into registers."""
+    return _weight_bytes(plan) <= (_RESIDENT_BYTES_UNITS if _uses_units(plan) else _RESIDENT_BYTES)
 
 
 def _block_size(span: Span) -> int:
@@ -234,7 +238,7 @@ def _block_size(span: Span) -> int:
 
 
 def _uses_units(plan: Plan) -> bool:
-    """Whether any product is left to the matrix units."""
+    """Whether the matrix units compute any product."""
     return any(
         _pallas.by_units(lanes_of(span.widths[0]), lanes_of(span.widths[1]), plan.spans[span])
         for span in plan.matrices
@@ -242,30 +246,32 @@ def _uses_units(plan: Plan) -> bool:
 
 
 def _block(plan: Plan, num_chunks: int) -> tuple[int, int]:
-    """How many chunks a program has, and how many warps."""
+    """The numbers of chunks and warps of a program."""
     if _uses_units(plan):
         return _pallas.ROWS, 8
     if plan.matrices:
         largest = max(_block_size(span) for span in plan.matrices)
-        warps = -(-_weight_bytes(plan) // _BYTES_OF_A_WARP) if _fit(plan) else 4
-        warps = max(warps, largest // (32 * _HELD))
-        rows = max(1, warps * 32 * _HELD // (2 * largest))
+        warps = -(-_weight_bytes(plan) // _BYTES_OF_A_WARP) if _weights_fit(plan) else 4
+        warps = max(warps, largest // (32 * _PRODUCT_ELEMENTS))
+        rows = max(1, warps * 32 * _PRODUCT_ELEMENTS // (2 * largest))
     else:
         rows, warps = _elementwise_block(max(plan.lanes), num_chunks)
-    # What all tiles of the carry and the inputs take of a thread.
+    # Elements of the carry and the inputs, for one chunk.
     row = sum(plan.lanes) + sum(lanes_of(*span.widths) for span in plan.inputs)
-    while rows > 1 and rows * row > warps * 32 * _CARRIED:
+    while rows > 1 and rows * row > warps * 32 * _CARRY_ELEMENTS:
         rows //= 2
-    # Threads of which tiles have no elements left do not help.
-    while 32 * warps < min(512, rows * max(plan.lanes)) and rows * row > warps * 32 * _CARRIED:
+    # No more threads than the largest tile has elements.
+    while (
+        32 * warps < min(512, rows * max(plan.lanes)) and rows * row > warps * 32 * _CARRY_ELEMENTS
+    ):
         warps *= 2
     return min(rows, 1 << (num_chunks - 1).bit_length()), warps
 
 
 def _elementwise_block(lanes: int, num_chunks: int) -> tuple[int, int]:
-    """About one element for each thread, unless there are too few programs to fill a device."""
+    """About one element per thread; fewer warps if there were too few programs to fill a device."""
     for warps in (4, 2):
         rows = max(1, warps * 32 // lanes)
-        if -(-num_chunks // rows) >= _ENOUGH_PROGRAMS:
+        if -(-num_chunks // rows) >= _FULL_GRID:
             return rows, warps
     return max(1, 32 // lanes), 1

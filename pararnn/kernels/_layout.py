@@ -1,6 +1,7 @@
-"""Moving elements between tiles: nothing of it is left when the kernel runs."""
+"""Rearranging the elements of tiles, when a kernel is generated: it costs nothing when it runs."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from ..jaxprs._moves import positions
-from ._program import Fixed, Unsupported
+from ._program import Literal, Unsupported
 from ._tiles import (
     TOO_MANY,
     Cuts,
@@ -26,13 +27,13 @@ from ._tiles import (
 
 
 class Writer(NamedTuple):
-    """What rules need to write a step down.
+    """What rules need to generate the code of a step.
 
     **Arguments:**
 
-    - `cuts`: where the lane axes are cut.
-    - `load`: the array of a span, of shape (1 or rows, lanes).
-    - `rows`: how many chunks are run at once.
+    - `cuts`: the places at which the lane axes are cut.
+    - `load`: loads the array of a span, of shape (1 or rows, lanes).
+    - `rows`: the number of chunks that a program runs at once.
     - `product`: the product of an array (1 or rows, k) with the matrix of a span of two axes.
     """
 
@@ -42,9 +43,9 @@ class Writer(NamedTuple):
     product: Callable[[Any, Span, Any], Any]
 
 
-def number(fixed: Fixed) -> Tiled:
-    """A number that stands in the step."""
-    value = fixed.value
+def number(literal: Literal) -> Tiled:
+    """A literal of the step."""
+    value = literal.value
     array = lax.full((1, 1), value[()], value.dtype)
     return filled((), value.dtype, Tile(array, 1), Cuts())
 
@@ -52,7 +53,7 @@ def number(fixed: Fixed) -> Tiled:
 def filled(
     shape: Sequence[int], dtype: Any, tile: Tile, cuts: Cuts, axis: int | None = None
 ) -> Tiled:
-    """A value whose elements are all the same."""
+    """A value whose elements are all equal."""
     axis = default_axis(shape) if axis is None else axis
     tiles = empty_tiles(shape, axis, cuts)
     for k, (low, high) in enumerate(cuts.segments(vector_shape(shape)[axis])):
@@ -61,51 +62,55 @@ def filled(
     return Tiled(tuple(shape), dtype, axis, tiles)
 
 
-class _Element(NamedTuple):
-    """For each element of several values, one after another: its tile (or `-1 - i`, for the value
-    `i` in memory), and its lane there (or its position)."""
+class _Segment(NamedTuple):
+    """A tile in registers, and the part of its lane axis that it holds: `start` and further, of an
+    axis of `size` elements."""
 
-    tile: np.ndarray
-    lane: np.ndarray
+    tile: Tile
+    size: int
+    start: int
 
 
 class _Sources(NamedTuple):
-    values: Sequence[Value]
-    elements: _Element
-    tiles: Sequence[Tile]
-    places: Sequence[tuple[int, int]]  # of each tile: the size of its axis, and where it starts
+    """For each element of several values, one value after another: the source that holds it, as an
+    index into `sources`, and its offset there, a lane of a segment or a position in memory."""
+
+    sources: Sequence[_Segment | Stored]
+    which: np.ndarray
+    offset: np.ndarray
 
 
 def _sources(writer: Writer, values: Sequence[Value]) -> _Sources:
-    numbers, lanes, tiles, places = [], [], [], []
-    for i, value in enumerate(values):
+    sources: list[_Segment | Stored] = []
+    which, offsets = [], []
+    for value in values:
         if isinstance(value, Stored):
-            numbers.append(np.full(value.positions.size, -1 - i))
-            lanes.append(value.positions.reshape(-1))
+            which.append(np.full(value.positions.size, len(sources)))
+            offsets.append(value.positions.reshape(-1))
+            sources.append(value)
             continue
         size = vector_shape(value.shape)[value.axis]
         segments = writer.cuts.segments(size)
-        index = len(tiles) + np.arange(value.tiles.size).reshape(value.tiles.shape)
-        which = np.repeat(np.arange(len(segments)), [b - a for a, b in segments])
+        index = len(sources) + np.arange(value.tiles.size).reshape(value.tiles.shape)
+        segment = np.repeat(np.arange(len(segments)), [b - a for a, b in segments])
         lane = np.concatenate([np.arange(b - a) for a, b in segments])
-        per_element = np.moveaxis(index[..., which], -1, value.axis)
+        per_element = np.moveaxis(index[..., segment], -1, value.axis)
         shape = [size if k == value.axis else 1 for k in range(per_element.ndim)]
-        lane = np.broadcast_to(lane.reshape(shape), per_element.shape)
-        numbers.append(per_element.reshape(-1))
-        lanes.append(lane.reshape(-1))
-        tiles.extend(value.tiles.reshape(-1))
-        places.extend((size, segments[k % len(segments)][0]) for k in range(index.size))
-    return _Sources(values, _Element(np.concatenate(numbers), np.concatenate(lanes)), tiles, places)
+        which.append(per_element.reshape(-1))
+        offsets.append(np.broadcast_to(lane.reshape(shape), per_element.shape).reshape(-1))
+        starts = itertools.cycle(start for start, _ in segments)
+        sources += map(_Segment, value.tiles.reshape(-1), itertools.repeat(size), starts)
+    return _Sources(sources, np.concatenate(which), np.concatenate(offsets))
 
 
 def rearranged(
     writer: Writer, values: Sequence[Value], index: np.ndarray, axis: int | None = None
 ) -> Value:
-    """Elements of values, which follow one another, at the positions `index`.
+    """The elements at the positions `index` of the concatenated values.
 
     **Arguments:**
 
-    - `axis`: the lane axis of the result; by default one for which nothing need be cut.
+    - `axis`: the lane axis of the result; by default the one that needs the fewest cuts.
     """
     first = values[0]
     if isinstance(first, Stored) and axis is None:
@@ -128,8 +133,8 @@ def rearranged(
 
 
 def cheapest_axis(writer: Writer, moves: Sequence[tuple[Sequence[Value], np.ndarray]]) -> int:
-    """The lane axis for several rearranged values of one shape for which the least must be cut; of
-    equals the longest, as it makes the fewest tiles."""
+    """The common lane axis of several rearranged values of one shape that needs the fewest cuts;
+    among equals the longest, which makes the fewest tiles."""
     shape = vector_shape(moves[0][1].shape)
     axes = [i for i in range(len(shape)) if fits(shape, i, writer.cuts)]
     if not axes:
@@ -144,44 +149,49 @@ def cheapest_axis(writer: Writer, moves: Sequence[tuple[Sequence[Value], np.ndar
 
 
 def stand_in(writer: Writer, shape: Sequence[int], dtype: Any, axis: int | None = None) -> Tiled:
-    """Any value, with which to go on to find what else must be cut."""
+    """A placeholder of this shape, so that an attempt can go on and collect all cuts."""
     return filled(shape, dtype, Tile(lax.full((1, 1), 0, dtype), 1), writer.cuts, axis)
 
 
-def _picked(writer, sources, index, axis):
-    """The tiles of the result, not yet loaded, and what must be cut for them: of axes of which
-    size, and where."""
+def _picked(
+    writer: Writer, sources: _Sources, index: np.ndarray, axis: int
+) -> tuple[Any, set[tuple[int, int]]]:
+    """The tiles of the result, those in memory not yet loaded (a `Span` in place of the array); and
+    the cuts that they need, each the size of an axis and a place on it."""
     tiles = empty_tiles(index.shape, axis, writer.cuts)
     index = np.moveaxis(index, axis, -1)
     wanted: set[tuple[int, int]] = set()
     for lead in np.ndindex(tiles.shape[:-1]):
         row = index[lead]
-        number, lane = sources.elements.tile[row], sources.elements.lane[row]
+        which, offset = sources.which[row], sources.offset[row]
         for k, (low, high) in enumerate(writer.cuts.segments(len(row))):
             part = slice(low, high)
-            tile = _segment(sources, number[part], lane[part])
+            tile = _one_tile(sources.sources, which[part], offset[part])
             if tile is None:
-                wanted.update(_missing(sources, number[part], lane[part], len(row), low))
+                runs = _runs(sources.sources, which[part], offset[part])
+                wanted.update(_cuts_between(sources, row[part], runs, len(row), low))
             tiles[(*lead, k)] = tile
     return tiles, wanted
 
 
-def _segment(sources, number, lane) -> Tile | None:
-    """One tile from the elements that it needs, if they lie side by side."""
-    width, source = len(number), number[0]
-    if (number != source).any():
+def _one_tile(
+    sources: Sequence[_Segment | Stored], which: np.ndarray, offset: np.ndarray
+) -> Tile | None:
+    """The tile of a segment of the result, or `None` if its elements do not come from one source,
+    side by side."""
+    if (which != which[0]).any():
         return None
-    if source < 0:
-        return _in_memory(sources.values[-1 - source], lane)
-    tile = sources.tiles[source]
-    if tile.uniform:
-        return Tile(tile.array, width)
-    fits = tile.width == width and (lane == np.arange(width)).all()
-    return tile if fits else None
+    source, width = sources[int(which[0])], len(which)
+    if isinstance(source, Stored):
+        return _in_memory(source, offset)
+    if source.tile.uniform:
+        return Tile(source.tile.array, width)
+    whole = source.tile.width == width and (offset == np.arange(width)).all()
+    return source.tile if whole else None
 
 
 def _in_memory(stored: Stored, positions: np.ndarray) -> Tile | None:
-    """A tile to be loaded, if the elements are evenly spaced."""
+    """A tile to be loaded, or `None` if the elements are not evenly spaced."""
     width = len(positions)
     steps = np.unique(np.diff(positions))
     if len(steps) > 1:
@@ -191,32 +201,44 @@ def _in_memory(stored: Stored, positions: np.ndarray) -> Tile | None:
     return Tile(span, width)
 
 
-def _missing(sources, number, lane, size, low):
-    """What to cut so that a segment of the result, which starts at `low`, can be had."""
+def _runs(
+    sources: Sequence[_Segment | Stored], which: np.ndarray, offset: np.ndarray
+) -> Iterator[tuple[int, int]]:
+    """The bounds of the longest runs of elements that one tile could hold."""
     start = 0
-    for stop in range(1, len(number) + 1):
-        if stop < len(number) and _runs_on(number, lane, start, stop):
+    for stop in range(1, len(which) + 1):
+        if stop < len(which) and _continues(sources, which, offset, start, stop):
             continue
-        yield from _inner(size, low + start, low + stop)
-        tile = number[start]
-        if tile >= 0 and not sources.tiles[tile].uniform:
-            axis_size, origin = sources.places[tile]
-            first, last = int(lane[start]), int(lane[stop - 1])
-            yield from _inner(axis_size, origin + first, origin + last + 1)
+        yield start, stop
         start = stop
 
 
-def _inner(size: int, *places: int):
-    return [(size, place) for place in places if 0 < place < size]
-
-
-def _runs_on(number, lane, start, stop) -> bool:
-    if number[stop] != number[start]:
+def _continues(sources, which, offset, start, stop) -> bool:
+    """Whether the element `stop` belongs to the run that begins at `start`."""
+    if which[stop] != which[start]:
         return False
-    step = lane[stop] - lane[stop - 1]
+    step = offset[stop] - offset[stop - 1]
     if stop > start + 1:
-        return bool(step == lane[start + 1] - lane[start])
-    return bool(number[stop] < 0 or step in (0, 1))
+        return bool(step == offset[start + 1] - offset[start])
+    return isinstance(sources[int(which[stop])], Stored) or bool(step in (0, 1))
+
+
+def _cuts_between(
+    sources: _Sources, row: np.ndarray, runs: Iterable[tuple[int, int]], size: int, low: int
+) -> Iterator[tuple[int, int]]:
+    """The cuts that make each run a tile of its own: of the result's axis, of `size` elements, on
+    which the runs begin at `low`; and of the axes of the sources."""
+    for start, stop in runs:
+        yield from _inner(size, low + start, low + stop)
+        source = sources.sources[int(sources.which[row[start]])]
+        if isinstance(source, _Segment) and not source.tile.uniform:
+            first, last = (int(sources.offset[row[i]]) for i in (start, stop - 1))
+            yield from _inner(source.size, source.start + first, source.start + last + 1)
+
+
+def _inner(size: int, *places: int) -> list[tuple[int, int]]:
+    """The places that are not an end of the axis."""
+    return [(size, place) for place in places if 0 < place < size]
 
 
 def laid(writer: Writer, value: Value, shape: Sequence[int], axis: int) -> Tiled:
@@ -233,12 +255,14 @@ def laid(writer: Writer, value: Value, shape: Sequence[int], axis: int) -> Tiled
 
 
 def together(writer: Writer, values: Sequence[Value], shape: Sequence[int]) -> list[Tiled]:
-    """Values with a common lane axis, that of a value in registers if there is one."""
+    """Values in a common lane axis, that of a value in registers if there is one."""
     shape = tuple(shape)
-    fixed = [v for v in values if isinstance(v, Tiled) and v.shape == shape and not v.uniform]
-    axes = {v.axis for v in fixed}
+    in_registers = [
+        v for v in values if isinstance(v, Tiled) and v.shape == shape and not v.uniform
+    ]
+    axes = {v.axis for v in in_registers}
     if len(axes) > 1:
-        axis = cheapest_axis(writer, [([v], positions(shape)) for v in fixed])
+        axis = cheapest_axis(writer, [([v], positions(shape)) for v in in_registers])
     else:
         axis = axes.pop() if axes else default_axis(shape)
     return [laid(writer, v, shape, axis) for v in values]
@@ -251,7 +275,7 @@ def stretched(array: Any, shape: tuple[int, ...]) -> Any:
 def tilewise(
     writer: Writer, function: Callable[..., Any], values: Sequence[Value], shape: Sequence[int]
 ) -> Tiled:
-    """A function of single elements, applied to all."""
+    """Applies an elementwise function."""
     values = together(writer, values, shape)
     tiles = object_array(values[0].tiles.shape)
     for place in np.ndindex(tiles.shape):
@@ -264,7 +288,7 @@ def tilewise(
 
 
 def masked(array: Any, width: int, axis: int = 1, beyond: Any = 0) -> Any:
-    """The same in the first `width` lanes, and `beyond` in all others."""
+    """`array` with the lanes from `width` on replaced by `beyond`."""
     if array.shape[axis] == width:
         return array
     lane = lax.broadcasted_iota(np.int32, array.shape, axis)

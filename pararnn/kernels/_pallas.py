@@ -1,6 +1,6 @@
-"""All that is particular to Pallas' Triton backend: another one would replace this file.
+"""The interface to Pallas' Triton backend: a port to another backend replaces this file.
 
-Arrays come as matrices, rows by elements. Sizes in registers are powers of two.
+Arrays are matrices, rows × elements. Sizes in registers are powers of two.
 """
 
 import importlib
@@ -19,17 +19,18 @@ from ._tiles import Span, lanes_of
 try:
     pl: Any = importlib.import_module("jax.experimental.pallas")
     plt: Any = importlib.import_module("jax.experimental.pallas.triton")
-except ImportError:  # deprecated in JAX 0.11, to be removed: there are no kernels then
+except ImportError:  # deprecated in JAX 0.11 and to be removed: without it there are no kernels
     pl = plt = None
 
-# Rows of a product by the matrix units, and the smallest matrix for which they pay.
+# The rows of a product on the matrix units; the smallest matrix for which they pay, and the largest
+# for which there are registers.
 ROWS = 16
 _SMALLEST, _LARGEST = 32, 128
 _DEPRECATION = "The Pallas Triton backend is deprecated"
 
 
 def missing() -> str | None:
-    """Why there are no kernels at all, or `None`."""
+    """Why kernels are unavailable, or `None` if they are available."""
     return "needs Pallas' Triton backend, which this release of JAX lacks" if plt is None else None
 
 
@@ -42,12 +43,13 @@ def launch(
     warps: int,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Runs a kernel of the references of all operands, then those of all results."""
+    """Runs a kernel, which takes references to all operands and then to all results."""
     if not interpret:
-        # Issued when a program is lowered, long after this call has returned.
+        # JAX 0.11 warns when the program is lowered, after this call: a `catch_warnings` is no use.
+        # Can go with the backend.
         warnings.filterwarnings("ignore", _DEPRECATION, DeprecationWarning)
 
-    def pararnn_sweep(*refs):  # its name is the kernel's
+    def pararnn_sweep(*refs):  # this name is the kernel's in profiles
         kernel(*refs)
 
     call = pl.pallas_call(
@@ -61,7 +63,7 @@ def launch(
 
 
 def program_rows(rows: int) -> jax.Array:
-    """The rows that the running program has, as a column."""
+    """The indices of the running program's rows, as a column."""
     first = pl.program_id(0) * np.int32(rows)
     return first + lax.broadcasted_iota(np.int32, (rows, 1), 0)
 
@@ -72,8 +74,8 @@ def _columns(start: int, step: int, width: int, shape: tuple[int, ...], axis: in
 
 
 def load(ref: Any, row: Any, span: Span) -> jax.Array:
-    """The elements of a span in a row, or in a column of rows; zero in lanes beyond. Of a span of
-    two axes, the matrix, from one row."""
+    """Loads a span: from one row or a column of rows, or, if it has two axes, a matrix from one
+    row. Lanes beyond its width are zero."""
     if len(span.widths) == 2:
         shape = (lanes_of(span.widths[0]), lanes_of(span.widths[1]))
         column, inside = _columns(span.start, span.steps[0], span.widths[0], shape, 0)
@@ -89,7 +91,7 @@ def load(ref: Any, row: Any, span: Span) -> jax.Array:
 
 
 def store(ref: Any, row: jax.Array, span: Span, array: jax.Array, valid: jax.Array) -> None:
-    """Writes the lanes of a span into a column of rows, as far as these are valid."""
+    """Stores the lanes of a span into those rows of a column that are valid."""
     shape = array.shape
     column, inside = _columns(span.start, span.steps[0], span.widths[0], shape, 1)
     mask = inside & stretched(valid, shape)
@@ -97,24 +99,24 @@ def store(ref: Any, row: jax.Array, span: Span, array: jax.Array, valid: jax.Arr
 
 
 def sum_dtype(*dtypes: Any) -> Any:
-    """The dtype in which products are summed."""
+    """The dtype in which products are accumulated."""
     return np.dtype(np.float64 if np.float64 in dtypes else np.float32)
 
 
 def by_units(size: int, columns: int, dtype: Any) -> bool:
-    """Whether the matrix units multiply by a matrix of this size."""
+    """Whether the matrix units compute the product with a matrix of this size."""
     return min(size, columns) >= _SMALLEST and dtype != np.float64
 
 
 def multiplies(size: int, columns: int, dtype: Any) -> bool:
-    """Whether there are registers for a product with such a matrix."""
+    """Whether the product with a matrix of this size fits into registers."""
     if by_units(size, columns, dtype):
         return max(size, columns) <= _LARGEST
     return size * columns <= _LARGEST * _SMALLEST
 
 
 def product(vectors: jax.Array, matrix: jax.Array, interpret: bool) -> jax.Array:
-    """The product of rows with a matrix, of no less than float32 accuracy."""
+    """The product of rows with a matrix, at least as accurate as in float32."""
     (rows, size), (_, columns) = vectors.shape, matrix.shape
     wide = sum_dtype(vectors.dtype, matrix.dtype)
     if not by_units(size, columns, wide):
@@ -123,7 +125,7 @@ def product(vectors: jax.Array, matrix: jax.Array, interpret: bool) -> jax.Array
         return jnp.sum(left * right, axis=1)
     if vectors.dtype != matrix.dtype or vectors.dtype == np.float32:
         vectors, matrix = vectors.astype(np.float32), matrix.astype(np.float32)
-        # One pass would keep ten bits; three keep all but the last.
+        # One pass of TF32 has ten bits of mantissa; three passes have all but the last of float32.
         precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     else:
         precision = None

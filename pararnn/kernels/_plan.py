@@ -1,4 +1,4 @@
-"""What a kernel for a program looks like: where values are cut, and what it loads."""
+"""The plan of a kernel: the places where values are cut, and the spans that it loads."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,21 +14,21 @@ from ._program import Program, Unsupported
 from ._rules import stored, write
 from ._tiles import Cuts, Span, Tile, Tiled, Value, default_axis, empty_tiles, lanes_of
 
-# A step of more operations on tiles takes long to compile.
+# The most operations on tiles of a step; more take long to compile.
 MAX_OPERATIONS = 1000
-# A thread of the largest program would hold more of a value than this leaves room for.
+# The most elements of the state; more do not fit into the registers of the largest program.
 MAX_LANES = 4096
-# Each attempt adds cuts that follow from those before.
+# Cuts of one attempt lead to more cuts in the next.
 _MAX_ATTEMPTS = 24
 
 
 class Plan(NamedTuple):
     """**Fields:**
 
-    - `cuts`: where axes are cut.
-    - `spans`: what the program loads, with the dtypes.
-    - `lanes`: of each tile of the carry.
-    - `operations`: how many a step takes.
+    - `cuts`: the places at which axes are cut.
+    - `spans`: the spans that the program loads, and their dtypes.
+    - `lanes`: the number of lanes of each tile of the carry.
+    - `operations`: the number of operations on tiles of a step.
     """
 
     cuts: Cuts
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
     @property
     def vectors(self) -> list[Span]:
-        """Of the constants."""
+        """The spans of constants with one axis."""
         return [s for s in self.spans if s.source[0] == "constant" and len(s.widths) == 1]
 
     @property
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(program: Program) -> Plan:
-    """Writes the step down, again and again until nothing more must be cut."""
+    """Generates the step again and again until no more cuts are needed."""
     cuts = Cuts()
     for _ in range(_MAX_ATTEMPTS):
         plan = _attempt(program, cuts)
@@ -103,7 +103,7 @@ def _zeros(leaf: jax.ShapeDtypeStruct, cuts: Cuts) -> Tiled:
 
 
 def from_segments(leaf: jax.ShapeDtypeStruct, cuts: Cuts, tile: Any) -> Tiled:
-    """A value of the carry from the tile of each segment, in order."""
+    """A value of the carry; `tile(low, high)` makes the tile of each segment, in order."""
     axis = default_axis(leaf.shape)
     tiles = empty_tiles(leaf.shape, axis, cuts)
     size = leaf.shape[axis] if leaf.shape else 1
@@ -114,7 +114,7 @@ def from_segments(leaf: jax.ShapeDtypeStruct, cuts: Cuts, tile: Any) -> Tiled:
 
 
 def flat_carry(writer: Writer, program: Program, carry: Sequence[Value]) -> list[jax.Array]:
-    """The arrays of the next carry."""
+    """The arrays of the next carry, tile after tile."""
     inputs = [stored(("input", k), leaf) for k, leaf in enumerate(program.inputs)]
     results = write(writer, program, [*carry, *inputs])
     arrays = []

@@ -1,4 +1,4 @@
-"""Products: with weights, by whole blocks; all others, as sums of products of elements."""
+"""Products: with weights by blocks of the weight, all others as sums of elementwise products."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from ._tiles import Span, Stored, Tile, Tiled, Value, empty_tiles, lanes_of, vec
 
 
 class _Side(NamedTuple):
-    """An operand, and its axes of each kind."""
+    """An operand of a product, with its contracted and batch axes."""
 
     value: Value
     contract: Sequence[int]
@@ -28,7 +28,7 @@ class _Side(NamedTuple):
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is loaded in blocks, which are evenly spaced."""
+        """Whether it can be loaded in blocks: a constant in memory, evenly spaced."""
         if not isinstance(self.value, Stored) or self.value.source[0] != "constant":
             return False
         return steps_of(self.value.positions) is not None
@@ -40,7 +40,7 @@ class _Side(NamedTuple):
 def dot_general(
     writer: Writer, eqn: Any, ins: Sequence[Value], reduced: Callable[..., Tiled]
 ) -> Tiled:
-    """A product of two values; `reduced` is a reduction of one."""
+    """The product of two values; `reduced` reduces a value over axes."""
     contract, batch = eqn.params["dimension_numbers"]
     left, right = (_Side(ins[i], contract[i], batch[i]) for i in range(2))
     dtype = eqn.outvars[0].aval.dtype
@@ -67,7 +67,7 @@ def _in_registers(writer: Writer, side: _Side) -> Tiled:
 
 
 def _by_blocks(writer, vector, weight, swapped, dtype) -> Tiled:
-    """The lane axis of the vector is contracted; that of the result is an axis of the weight."""
+    """Contracts the lane axis of `vector`; the lane axis of the result is one of `weight`."""
     value, cuts = vector.value, writer.cuts
     pair = list(vector.contract).index(value.axis)
     rest = [k for k in range(len(vector.contract)) if k != pair]
@@ -80,7 +80,7 @@ def _by_blocks(writer, vector, weight, swapped, dtype) -> Tiled:
     tiles = empty_tiles(shape, axis, cuts)
     segments = cuts.segments(shape[axis])
     for lead in np.ndindex(tiles.shape[:-1]):
-        b, f, g = _taken(lead, vector, weight, outer, swapped)
+        b, f, g = _split_index(lead, vector, weight, outer, swapped)
         parts = []
         for c in np.ndindex(*vector.sizes([vector.contract[k] for k in rest])):
             at = dict(zip([*vector.batch, *vector.free], [*b, *f], strict=True))
@@ -94,7 +94,7 @@ def _by_blocks(writer, vector, weight, swapped, dtype) -> Tiled:
 
 
 def _result(vector, weight, along, swapped):
-    """The shape of the result, and where the axis `along` of the weight has come to."""
+    """The shape of the result, and the axis in it that is the axis `along` of the weight."""
     sides = (weight, vector) if swapped else (vector, weight)
     shape, axis = vector.sizes(vector.batch), 0
     for side in sides:
@@ -104,8 +104,9 @@ def _result(vector, weight, along, swapped):
     return tuple(shape), axis
 
 
-def _taken(lead, vector, weight, outer, swapped):
-    """Of a place among the tiles of the result: that in the batch, and in the free axes of each."""
+def _split_index(lead, vector, weight, outer, swapped):
+    """Splits the index of a tile of the result into those of the batch axes and of the free axes of
+    the vector and of the weight."""
     num_batch = len(vector.batch)
     b, rest = lead[:num_batch], lead[num_batch:]
     split = len(outer) if swapped else len(vector.free)
@@ -114,13 +115,13 @@ def _taken(lead, vector, weight, outer, swapped):
 
 
 class _Blocks:
-    """The blocks of a weight whose last two positions are contracted and free."""
+    """The blocks of a weight; the last two axes of `positions` are a contracted and a free one."""
 
     def __init__(self, writer: Writer, weight: Stored, positions: np.ndarray, dtype: Any):
         self.writer, self.weight, self.positions, self.dtype = writer, weight, positions, dtype
 
     def total(self, parts, segment, size):
-        """The sum of the products of all parts with the columns of a segment."""
+        """The sum of the products of all parts with the columns of a segment of the result."""
         sums = []
         for tiles, place in parts:
             for tile, rows in zip(tiles, self.writer.cuts.segments(size), strict=True):
@@ -144,7 +145,7 @@ class _Blocks:
 
 
 def _by_elements(writer, left, right, dtype, reduced) -> Tiled:
-    """Both, laid out with the contracted axes first, multiplied and summed."""
+    """Broadcasts both operands to all axes, the contracted ones first, multiplies and sums."""
     shape = [*left.sizes(left.contract), *left.sizes(left.batch)]
     shape += [*left.sizes(left.free), *right.sizes(right.free)]
     num_summed, num_common = len(left.contract), len(left.contract) + len(left.batch)

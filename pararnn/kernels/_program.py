@@ -1,8 +1,7 @@
-"""A user's step as a flat list of equations, without what depends on constants only.
+"""A user's step as a flat list of equations that depend on the carry or the input.
 
-Calls are entered, so that one list remains. What neither the carry nor the input reaches (a
-weight's transpose, `1 - decay`) is evaluated here, outside the kernel and once, and becomes one of
-the program's constants.
+Calls are inlined. Equations that depend on constants only (a weight's transpose, `1 - decay`) are
+evaluated here, once and outside the kernel; their results are the program's constants.
 """
 
 import itertools
@@ -20,11 +19,11 @@ from ..jaxprs._moves import MOVES, positions
 from ..jaxprs._walk import called, evaluate_alone, open_jaxpr, walk
 
 
-class Unsupported(Exception):  # noqa: N818 (it tells why, and is never seen by users)
-    """Why a step cannot become a kernel, in words that follow "the step"."""
+class Unsupported(Exception):  # noqa: N818 (never reaches users)
+    """The reason why a step cannot become a kernel, a phrase that continues "the step"."""
 
 
-# Numbers that a kernel computes with.
+# The dtypes that a kernel computes with.
 _DTYPES = frozenset(
     "bool int8 int16 int32 int64 uint8 uint16 uint32 bfloat16 float16 float32 float64".split()
 )
@@ -38,31 +37,31 @@ def check_dtype(dtype: Any) -> None:
 
 
 class Slot(NamedTuple):
-    """A value that is computed while the kernel runs."""
+    """A value that the kernel computes or reads at every step."""
 
     number: int
 
 
-class Known(NamedTuple):
-    """A value that is there before the kernel runs: `array`, whose elements are those of `base` at
-    `positions`, evenly spaced. A slice of a weight need not be copied out of it."""
+class Constant(NamedTuple):
+    """A constant: `array`, whose elements are those of `base` at the evenly spaced `positions`, so
+    that a slice of a weight need not be copied."""
 
     array: Any
     base: Any
     positions: np.ndarray
 
 
-class Fixed(NamedTuple):
-    """A number that stands in the step itself."""
+class Literal(NamedTuple):
+    """A literal scalar of the step."""
 
     value: np.ndarray
 
 
-Operand = Slot | Known | Fixed
+Operand = Slot | Constant | Literal
 
 
 class Operation(NamedTuple):
-    """An equation between slots."""
+    """An equation, with its operands and its results."""
 
     eqn: Any
     ins: Sequence[Operand]
@@ -70,8 +69,8 @@ class Operation(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a step does, from slots 0, 1, … of the carry and then the input to its results; all
-    without the leaves that are empty."""
+    """A step as operations. Slots 0, 1, … are the leaves of the carry and then of the input; leaves
+    without elements are left out everywhere."""
 
     operations: Sequence[Operation]
     results: Sequence[Operand]
@@ -79,11 +78,11 @@ class Program(NamedTuple):
     inputs: Sequence[jax.ShapeDtypeStruct]
 
     def constants(self) -> list[Any]:
-        """The arrays that operations and results refer to, each once."""
+        """The distinct arrays that operations and results refer to."""
         found: dict[int, Any] = {}
         for ins in (*(op.ins for op in self.operations), self.results):
             for x in ins:
-                if isinstance(x, Known):
+                if isinstance(x, Constant):
                     found.setdefault(id(x.base), x.base)
         return list(found.values())
 
@@ -106,14 +105,14 @@ def trace(step: Callable[..., Any], carry: PyTree[Any], x: PyTree[Any]) -> Progr
         if call is not None:
             jaxpr, consts = open_jaxpr(call.jaxpr)
             args = call.args(ins)
-            return walk(jaxpr, args, rule, literal=_literal, consts=[*map(_known, consts)])
+            return walk(jaxpr, args, rule, literal=_literal, consts=[*map(_as_operand, consts)])
         if eqn.effects:
             raise Unsupported(f"uses `{eqn.primitive.name}`, which has an effect")
         if all(v.aval.size == 0 for v in eqn.outvars):
             return [_empty(v.aval) for v in eqn.outvars]
-        known = [i for i in ins if not isinstance(i, Slot)]
-        if len(known) == len(ins) and not _is_fill(eqn, ins):
-            return _evaluated(eqn, known)
+        constants = [i for i in ins if not isinstance(i, Slot)]
+        if len(constants) == len(ins) and not _is_fill(eqn, ins):
+            return _evaluated(eqn, constants)
         outs = [Slot(num_slots + k) for k in range(len(eqn.outvars))]
         num_slots += len(outs)
         operations.append(Operation(eqn, ins, outs))
@@ -122,14 +121,14 @@ def trace(step: Callable[..., Any], carry: PyTree[Any], x: PyTree[Any]) -> Progr
     jaxpr, consts = open_jaxpr(closed)
     numbers = itertools.count()
     args = [Slot(next(numbers)) if v.aval.size else _empty(v.aval) for v in jaxpr.invars]
-    known = [_known(c) for c in consts]
-    outs = walk(jaxpr, args, rule, literal=_literal, consts=known)
+    constants = [_as_operand(c) for c in consts]
+    outs = walk(jaxpr, args, rule, literal=_literal, consts=constants)
     results = [out for out, v in zip(outs, jaxpr.outvars, strict=True) if v.aval.size]
     return Program(_needed(operations, results), results, carries, inputs)
 
 
 def without_empty(arrays: Sequence[Any], first: int = 0) -> list[Any]:
-    """Those that have elements along the axes from `first` on."""
+    """The arrays that have elements along the axes from `first` on."""
     return [x for x in arrays if math.prod(x.shape[first:])]
 
 
@@ -142,47 +141,47 @@ def _check_carry(carry: PyTree[Any], out: PyTree[Any]) -> None:
         raise Unsupported("makes a carry of other shapes or dtypes than the one it takes")
 
 
-def _known(array: Any) -> Operand:
-    return array if isinstance(array, Slot | Known | Fixed) else _whole(array)
+def _as_operand(array: Any) -> Operand:
+    return array if isinstance(array, Slot | Constant | Literal) else _whole(array)
 
 
-def _whole(array: Any) -> Known:
-    return Known(array, array, positions(array.shape))
+def _whole(array: Any) -> Constant:
+    return Constant(array, array, positions(array.shape))
 
 
-def _empty(aval: Any) -> Known:
+def _empty(aval: Any) -> Constant:
     return _whole(jnp.zeros(aval.shape, aval.dtype))
 
 
 def _literal(literal: Any) -> Operand:
     if np.ndim(literal.val):
         return _whole(jnp.asarray(literal.val))
-    return Fixed(np.asarray(literal.val, getattr(literal.aval, "dtype", None)))
+    return Literal(np.asarray(literal.val, getattr(literal.aval, "dtype", None)))
 
 
 def _is_fill(eqn: Any, ins: Sequence[Operand]) -> bool:
-    """Whether an equation fills an array with a number: no reason to store it."""
-    return eqn.primitive.name == "broadcast_in_dim" and all(isinstance(i, Fixed) for i in ins)
+    """Whether an equation fills an array with a literal, which need not be stored."""
+    return eqn.primitive.name == "broadcast_in_dim" and all(isinstance(i, Literal) for i in ins)
 
 
-def _evaluated(eqn: Any, ins: Sequence[Known | Fixed]) -> list[Operand]:
-    arrays = [jnp.asarray(i.value) if isinstance(i, Fixed) else i.array for i in ins]
+def _evaluated(eqn: Any, ins: Sequence[Constant | Literal]) -> list[Operand]:
+    arrays = [jnp.asarray(i.value) if isinstance(i, Literal) else i.array for i in ins]
     outs = evaluate_alone(eqn, arrays)
     move = MOVES.get(eqn.primitive.name)
-    if move is None or len(ins) > 1 or not isinstance(ins[0], Known):
+    if move is None or len(ins) > 1 or not isinstance(ins[0], Constant):
         return [_whole(out) for out in outs]
-    known, moved = ins[0], []
+    constant, moved = ins[0], []
     for out, index in zip(outs, move(eqn), strict=True):
-        index = np.asarray(known.positions.reshape(-1)[index])
-        # A kernel reads what is evenly spaced. A repeated or regrouped weight is not: it is copied.
+        index = np.asarray(constant.positions.reshape(-1)[index])
+        # A kernel reads evenly spaced elements. A repeated or regrouped weight is copied.
         spaced = steps_of(index) is not None
-        moved.append(Known(out, known.base, index) if spaced else _whole(out))
+        moved.append(Constant(out, constant.base, index) if spaced else _whole(out))
     return moved
 
 
 def steps_of(index: np.ndarray) -> tuple[int, ...] | None:
-    """How far apart the neighbours along each axis are, or `None` if that differs from place to
-    place."""
+    """The distance of neighbours along each axis, or `None` if the positions are not evenly
+    spaced."""
     first = index[(0,) * index.ndim]
     steps, spaced = [], np.full((), first)
     for axis, size in enumerate(index.shape):
@@ -195,9 +194,9 @@ def steps_of(index: np.ndarray) -> tuple[int, ...] | None:
 def _needed(operations: Sequence[Operation], results: Sequence[Operand]) -> list[Operation]:
     """The operations that results depend on."""
     needed = {r for r in results if isinstance(r, Slot)}
-    kept = []
+    selected = []
     for op in reversed(operations):
         if needed.intersection(op.outs):
             needed.update(i for i in op.ins if isinstance(i, Slot))
-            kept.append(op)
-    return kept[::-1]
+            selected.append(op)
+    return selected[::-1]

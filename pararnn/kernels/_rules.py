@@ -1,4 +1,4 @@
-"""What each primitive of a step becomes in a kernel."""
+"""The code of each primitive in a kernel."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,21 +11,21 @@ from ..jaxprs._moves import MOVES, positions
 from ._elementwise import NAMES, elementwise, maximum, minimum, widened
 from ._layout import Writer, laid, masked, number, rearranged, stand_in, stretched, tilewise
 from ._products import dot_general
-from ._program import Fixed, Known, Operand, Program, Unsupported, check_dtype
+from ._program import Constant, Literal, Operand, Program, Unsupported, check_dtype
 from ._tiles import Stored, Tile, Tiled, Value, default_axis, object_array, vector_shape
 
 Rule = Callable[[Writer, Any, Sequence[Value]], Sequence[Value]]
 
 
 def write(writer: Writer, program: Program, inputs: Sequence[Value]) -> list[Value]:
-    """The results of a step, from its carry and its input."""
+    """Generates a step: its results from its carry and its input."""
     values: dict[Any, Value] = dict(enumerate(inputs))
     numbers = {id(array): k for k, array in enumerate(program.constants())}
 
     def read(operand: Operand) -> Value:
-        if isinstance(operand, Fixed):
+        if isinstance(operand, Literal):
             return number(operand)
-        if isinstance(operand, Known):
+        if isinstance(operand, Constant):
             source = ("constant", numbers[id(operand.base)])
             return Stored(source, operand.positions, operand.base.dtype)
         return values[operand.number]
@@ -38,7 +38,7 @@ def write(writer: Writer, program: Program, inputs: Sequence[Value]) -> list[Val
 
 
 def stored(source: Any, array: Any) -> Stored:
-    """The whole of an array in memory."""
+    """The value of a whole array in memory."""
     return Stored(source, positions(array.shape), array.dtype)
 
 
@@ -71,7 +71,7 @@ def _moved(writer, eqn, ins):
 
 
 def _starts(eqn: Any, atoms: Sequence[Any], shape: Sequence[int]) -> list[slice]:
-    """The slices of a window of this shape, which JAX keeps within its operand."""
+    """The slices of a window of this shape; JAX clamps it into the operand."""
     if not all(hasattr(a, "val") for a in atoms):
         raise Unsupported(f"uses `{eqn.primitive.name}` at an index that is computed")
     limits = eqn.invars[0].aval.shape
@@ -119,13 +119,13 @@ def _truth(reduce):
 
 
 def _lowest(dtype, sign):
-    """What changes no maximum (`sign` -1) or minimum."""
+    """The neutral element of the maximum (`sign` -1) or the minimum (`sign` 1)."""
     if jnp.issubdtype(dtype, jnp.floating):
         return sign * np.inf
     return jnp.iinfo(dtype).min if sign < 0 else jnp.iinfo(dtype).max
 
 
-# Over the lanes, for two tiles, and what stands beyond the last lane.
+# The reduction over lanes, that of two tiles, and its neutral element, which fills unused lanes.
 _REDUCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "reduce_sum": (_sum, lax.add, lambda dtype: 0),
     "reduce_max": (_extreme(jnp.max), maximum, lambda dtype: _lowest(dtype, -1)),
@@ -135,12 +135,12 @@ _REDUCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..
 }
 
 
-# What the others are of booleans.
+# The names of reductions of booleans.
 _OF_BOOLEANS = {"reduce_max": "reduce_or", "reduce_min": "reduce_and"}
 
 
 def _reduce(writer, eqn, ins):
-    # JAX may give the axes of a transposed broadcast as NumPy integers.
+    # Of a transposed broadcast, JAX 0.10.2 gives the axes as NumPy integers.
     (value,), axes = ins, {int(axis) for axis in eqn.params["axes"]}
     name: str = eqn.primitive.name
     if value.dtype == np.bool_:
@@ -151,7 +151,7 @@ def _reduce(writer, eqn, ins):
 
 
 def reduced(writer: Writer, value: Value, axes: set[int], name: str) -> Tiled:
-    """A reduction over axes; in float32 and back for narrower numbers."""
+    """Reduces a value over axes, narrower numbers in float32."""
     shape = vector_shape(value.shape)
     if isinstance(value, Stored):
         value = laid(writer, value, value.shape, default_axis(shape))
@@ -192,7 +192,7 @@ def _over_lanes(over_lanes, name, tile):
 
 
 def _from_elements(writer, elements, shape, dtype) -> Tiled:
-    """A value from one tile for each of its elements: the lanes of its shortest axis are apart."""
+    """A value from one tile per element, with the shortest axis as the lane axis."""
     full = vector_shape(shape)
     axis = min(range(len(full)), key=lambda i: (full[i], -i))
     if full[axis] > len(writer.cuts.segments(full[axis])):

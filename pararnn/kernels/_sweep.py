@@ -1,4 +1,4 @@
-"""Many steps of many chunks in one kernel, generated from the user's step."""
+"""Many steps of many chunks in one kernel, generated from a user's step."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,8 @@ def unsupported(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]) 
 
     **Arguments:**
 
-    - `step`, `starts`, `xs`: as for `fused_sweep`; shapes and dtypes will do.
+    - `step`, `starts`, `xs`: as for `fused_sweep`; `starts` and `xs` may be
+        `jax.ShapeDtypeStruct`s.
     """
 
     def plan():
@@ -52,34 +53,38 @@ def fused_sweep(
     reverse: bool = False,
     interpret: bool = False,
 ) -> tuple[PyTree[Array], PyTree[Array] | None]:
-    r"""Runs `num_steps` steps of each of many chunks, in one kernel that keeps what it carries in
-    registers. Step $i$ of chunk $c$ consumes the row
+    r"""Runs `num_steps` steps of each of many chunks, in one kernel with the carry in registers.
+
+    Step $i$ of chunk $c$ consumes the row
 
     $$\mathrm{clip}(\text{first} + c \cdot \text{stride} + i,\ 0,\ L - 1)$$
 
-    of the inputs, counted from their end if `reverse`. Works under `jax.vmap`, and does not
-    differentiate: give it a rule.
+    of the inputs, counted from their end if `reverse`. Works under `jax.vmap`. It has no
+    derivative: wrap it in a `jax.custom_jvp` or `jax.custom_vjp`.
 
     **Arguments:**
 
     - `step`: `step(carry, x) -> carry` of a single chunk; it may close over arrays.
-    - `starts`: the carries that the chunks start from, along the first axis.
-    - `xs`: the inputs in natural order of time, along the first axis.
-    - `num_steps`, `stride`, `first`: as above. A `stride` of 0 gives all chunks the same inputs.
-    - `keep`: whether to return the carries after every step. The chunks then lie side by side:
-        `stride` is `num_steps`, and `first` is 0.
+    - `starts`: the initial carries of the chunks, along the first axis.
+    - `xs`: the inputs in order of time, along the first axis.
+    - `num_steps`, `stride`, `first`: as above. With a `stride` of 0, all chunks share the inputs.
+    - `keep`: whether to return the carry after every step. The chunks must then be adjacent: a
+        `stride` of `num_steps` and a `first` of 0.
     - `reverse`: whether time runs backwards.
-    - `interpret`: whether to run without a GPU, slowly, as tests do.
+    - `interpret`: whether to interpret the kernel without a GPU, slowly, as tests do.
 
     **Returns:**
 
-    `(ends, states)`: the carries of all chunks after their steps, and, if asked for, the carry
-    after each step at the row that the step consumed. Raises a `ValueError` for what `unsupported`
-    gives a reason.
+    `(ends, states)`: the carries of all chunks after their last step; and, with `keep`, the carry
+    after each step at the row that the step consumed, else `None`.
+
+    **Raises:**
+
+    `ValueError` if `unsupported` gives a reason, or for chunks that are not adjacent with `keep`.
     """
     if keep and (first != 0 or stride != num_steps):
         raise ValueError(
-            "`keep` needs chunks side by side: a `stride` of `num_steps` and a `first` of 0; got "
+            "`keep` needs adjacent chunks: a `stride` of `num_steps` and a `first` of 0; got "
             f"`num_steps` {num_steps}, `stride` {stride} and `first` {first}."
         )
     step, starts, xs = _real(step, starts, xs)
@@ -134,8 +139,7 @@ def _traced(step: Callable[..., Any], starts: PyTree[Any], xs: PyTree[Any]) -> P
 
 
 def _check_sizes(starts: PyTree[Any], xs: PyTree[Any]) -> None:
-    """Refuses arrays in which places do not fit into 32 bits, as a kernel counts them; those of
-    all states are one."""
+    """Refuses arrays whose indices need more than 32 bits; so may that of all states."""
     length = _size(xs)
     sizes = [max(len(h), length) * math.prod(h.shape[1:]) for h in jtu.tree_leaves(starts)]
     if max([*sizes, *(x.size for x in jtu.tree_leaves(xs))]) > _MOST_ELEMENTS:
@@ -143,7 +147,7 @@ def _check_sizes(starts: PyTree[Any], xs: PyTree[Any]) -> None:
 
 
 def _check_placement(arrays: PyTree[Any]) -> None:
-    """Refuses arrays on a mesh that a kernel, which runs on one device, would have to know of."""
+    """Refuses arrays on manual or explicit axes of a mesh: a kernel runs on one device."""
     arrays = [x for x in jtu.tree_leaves(arrays) if isinstance(x, jax.Array)]
     kinds = set(jax.sharding.get_abstract_mesh().axis_types)
     for x in arrays:
@@ -156,7 +160,7 @@ def _check_placement(arrays: PyTree[Any]) -> None:
 
 
 def _matrix(x: Any, rows: int) -> Array:
-    """Rows by elements; booleans, which memory does not have, as bytes."""
+    """An array as rows × elements; booleans are stored as bytes."""
     x = jnp.asarray(x).reshape(rows, -1)
     return x.astype(np.uint8) if x.dtype == np.bool_ else x
 

@@ -1,13 +1,13 @@
-"""Values in a kernel: arrays in pieces that fit registers.
+"""Values in a kernel: arrays cut into tiles that fit registers.
 
 A kernel runs a block of chunks at once, and every value of the step has one entry for each. One of
 its axes, its *lane axis*, lies along the lanes of the processor, cut into segments; all others are
 enumerated in Python. So a value is an object array of tiles, and moving its elements is done while
 the kernel is written, not while it runs.
 
-Registers cannot be cut. Where all values of one size must be cut (because one is split, reshaped
-into heads, or joined from parts) is therefore found out before: `Cuts` collects the places, and
-the writing starts again until nothing is added.
+Arrays in registers cannot be sliced. The places at which axes of one size must be cut (because a
+value is split, reshaped into heads, or concatenated) are therefore determined first: `Cuts`
+collects them, and the kernel is generated again until no cut is added.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ import numpy as np
 
 from ._program import Unsupported
 
-# More tiles than this for one value are more than a thread's registers hold.
+# The most tiles of a value: a thread has no registers for more.
 MAX_TILES = 64
 TOO_MANY = f"has a value of more than {MAX_TILES} pieces: too many for registers"
 
 
 def lanes_of(width: int) -> int:
-    """The lanes that a segment takes: the next power of two."""
+    """The lanes that a segment occupies: the next power of two."""
     return 1 << (width - 1).bit_length()
 
 
 class Tile(NamedTuple):
-    """A segment: an array of shape (1 or rows, 1 or lanes), of which `width` lanes mean something.
-    One lane of a wider segment stands for all."""
+    """A segment of the lane axis: an array of shape (1 or rows, 1 or lanes), of which `width` lanes
+    are used. An array of one lane is broadcast to all."""
 
     array: Any
     width: int
@@ -41,13 +41,13 @@ class Tile(NamedTuple):
         return self.array.shape[1] == 1
 
 
-# An array in memory: what it is ("input", "constant", …), and which of these.
+# An array in memory: its kind ("input", "constant", …) and its number.
 Source = tuple[str, int]
 
 
 class Span(NamedTuple):
-    """Which elements of a stored array a load takes: along each axis of the result, how many and
-    how far apart."""
+    """The elements of a stored array that one load reads: along each axis of the result, their
+    distance and their number."""
 
     source: Source
     start: int
@@ -57,7 +57,7 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
-    """A value in memory, loaded piece by piece where it is used; `positions` of its elements."""
+    """A value in memory, at `positions` of `source`; tiles are loaded where they are used."""
 
     source: Source
     positions: np.ndarray
@@ -70,8 +70,8 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiled:
-    """A value in registers: `tiles` has all axes of `shape` but the lane axis, which comes last and
-    has one entry for each segment. A scalar is a vector of one."""
+    """A value in registers: `tiles` has the axes of `shape` without the lane axis, then an axis of
+    the lane axis's segments. A scalar is a vector of one element."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -80,8 +80,7 @@ class Tiled:
 
     @property
     def uniform(self) -> bool:
-        """Whether the lanes of each tile are the same, so that they go with any lane axis of a
-        value that is constant along this one."""
+        """Whether all lanes of each tile are equal."""
         return all(t.uniform for t in self.tiles.flat)
 
 
@@ -89,7 +88,7 @@ Value = Stored | Tiled
 
 
 class Cuts:
-    """Where axes of each size are cut. What is `want`ed is used from the next attempt on."""
+    """The places at which axes of each size are cut. `want` adds some for the next attempt."""
 
     def __init__(self):
         self._places: dict[int, set[int]] = {}
@@ -100,7 +99,7 @@ class Cuts:
         return list(zip(places, places[1:], strict=False))
 
     def want(self, places: Iterable[tuple[int, int]]) -> None:
-        """Asks for cuts: of axes of which size, and where."""
+        """Requests cuts, each the size of an axis and a place on it."""
         self._wanted.update(places)
 
     @property
@@ -138,10 +137,10 @@ def _tiles_shape(shape: Sequence[int], axis: int, cuts: Cuts) -> tuple[int, ...]
 
 
 def fits(shape: Sequence[int], axis: int, cuts: Cuts) -> bool:
-    """Whether a value of this shape is of few enough tiles."""
+    """Whether a value of this shape has at most `MAX_TILES` tiles."""
     return math.prod(_tiles_shape(shape, axis, cuts)) <= MAX_TILES
 
 
 def empty_tiles(shape: Sequence[int], axis: int, cuts: Cuts) -> Any:
-    """An array for the tiles of a value of this shape."""
+    """An empty array for the tiles of a value of this shape."""
     return object_array(_tiles_shape(shape, axis, cuts))

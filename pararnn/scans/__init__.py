@@ -1,4 +1,4 @@
-"""How an associative operation is applied along a sequence, and linear recurrences by it."""
+"""Prefix scans of associative operations, and linear recurrences."""
 
 from ._associative import Associative as Associative
 from ._base import AbstractScan as AbstractScan

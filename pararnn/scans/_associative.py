@@ -7,7 +7,7 @@ from ._base import AbstractScan
 
 @dataclasses.dataclass(frozen=True)
 class Associative(AbstractScan):
-    """All at once, by `jax.lax.associative_scan`: a tree of logarithmic depth."""
+    """`jax.lax.associative_scan`: a tree of logarithmic depth."""
 
     def prefixes(self, combine, elements, *, reverse=False):
         return jax.lax.associative_scan(jax.vmap(combine), elements, reverse=reverse)

@@ -1,8 +1,8 @@
-r"""What is asked of a scan.
+"""The interface of scans.
 
-Everything that runs along time or along chunks asks a scan for it: linear recurrences, the Kalman
-filter of Levenberg–Marquardt, the index maps of speculation, algebras, and what the stopping rule
-adds up. So another way to scan, a kernel or one across devices, is one class and nothing else.
+Everything that is composed along time or along chunks goes through a scan: linear recurrences, the
+Kalman filter of Levenberg–Marquardt, the index maps of speculation, algebras, and the error sums of
+the stopping rule. So a new algorithm, such as a kernel or a scan over devices, is one class.
 """
 
 import abc
@@ -20,18 +20,16 @@ from ..structures import AbstractStructure
 
 
 class AbstractScan(abc.ABC):
-    """A way to apply an associative operation along the leading axis.
+    """A prefix scan of an associative operation along the leading axis.
 
-    Only `prefixes` is required; the others are made of it or are JAX's own, and may be replaced by
-    something better. Instances are immutable and hashable, such as frozen dataclasses; a solver
-    takes one as its `linear_method`.
+    Only `prefixes` is required; the other methods have defaults. Instances are
+    immutable and hashable, such as frozen dataclasses; a solver takes one as its `linear_method`.
     """
 
-    # Up to which length a linear recurrence comes out as exact as one step after another. Longer
-    # ones are corrected once. Infinite where no products of matrices are formed, which then cannot
-    # overflow either.
+    # The longest linear recurrence that is as accurate as a sequential loop; solvers correct longer
+    # ones once. Infinite if no products of matrices are formed, which cannot overflow then either.
     accurate_to: ClassVar[float] = 1024
-    # Where the elements lie: on one device, but for what is made of a scan for several.
+    # The devices over which the elements are sharded.
     shards: ClassVar[OneDevice] = OneDevice()
 
     @abc.abstractmethod
@@ -48,7 +46,8 @@ class AbstractScan(abc.ABC):
 
         - `combine`: the associative operation on two single elements, the earlier one first.
         - `elements`: a pytree of arrays that share their leading axis, which may be empty.
-        - `reverse`: from the last element to the first, which then is the "earlier" one.
+        - `reverse`: whether to scan from the last element, which is then the "earlier" one, to the
+            first.
 
         **Returns:**
 
@@ -60,7 +59,7 @@ class AbstractScan(abc.ABC):
         combine: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]],
         elements: PyTree[Array],
     ) -> PyTree[Array]:
-        """The last of the `prefixes`, a single element, of at least one: by pairs of neighbours."""
+        """The last of the `prefixes`, a single element. There must be at least one element."""
         while num_steps(elements) > 1:
             even = num_steps(elements) // 2 * 2
             earlier, later = (_rows(elements, slice(i, even, 2)) for i in range(2))
@@ -94,15 +93,15 @@ class AbstractScan(abc.ABC):
 
     @property
     def local(self) -> "AbstractScan":
-        """The scan of those elements that lie on one device."""
+        """The scan that each device runs on its own shard."""
         return self
 
     def cumulative_max(self, x: Num[Array, "length *rest"]) -> Num[Array, "length *rest"]:
-        """The largest number so far, along the leading axis."""
+        """The cumulative maximum along the leading axis."""
         return jax.lax.cummax(x)
 
     def cumulative_sum(self, x: Num[Array, "length *rest"]) -> Num[Array, "length *rest"]:
-        """The sum so far, along the leading axis."""
+        """The cumulative sum along the leading axis."""
         return jnp.cumsum(x, axis=0)
 
 

@@ -1,7 +1,7 @@
 r"""Linear recurrences $h_t = A_t h_{t-1} + b_t$ with $h_{-1} = 0$, for every Jacobian structure.
 
-The same recurrence, run over chunks instead of steps, is the correction of every Newton-like
-method; run backwards with transposed matrices, it is the derivative's.
+Over chunks instead of steps, it is the correction of every Newton-like method; in reverse with
+transposed matrices, it is the adjoint.
 """
 
 from jaxtyping import Array, Float

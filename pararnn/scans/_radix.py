@@ -14,24 +14,25 @@ from .._validate import check_positive_int
 from ..structures import AbstractStructure
 from ._base import AbstractScan, compose_affine
 
-# Blocks up to this size are kept as one array per entry: all of their arithmetic is elementwise.
+# Matrices of blocks up to this size are stored as one array per entry: arithmetic is elementwise.
 _MOST_ENTRIES = 3
-# Elementwise steps fuse into one kernel, which more of them make larger but no slower; products of
-# larger matrices do not fuse, and fewer of them in a row are fewer kernels.
+# Elementwise steps fuse into one kernel, whatever their number. Products of larger matrices do not
+# fuse: fewer of them in a row are fewer kernels.
 _ELEMENTWISE_RADIX, _RADIX = 16, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Radix(AbstractScan):
-    """Blocks of a few elements, then their summaries by the same method, then the blocks again.
+    """A recursion: reduce blocks of a few elements to one summary each, scan the summaries by the
+    same method, and scan the blocks from there.
 
     The steps within a block are unrolled, so that elementwise ones fuse into one kernel: an
-    accelerator runs about two per level, and passes over the elements twice.
+    accelerator runs about two kernels per level, and reads the elements twice.
 
     **Arguments:**
 
-    - `radix`: how many elements a block has. `None` is 16 for vectors and for matrices of blocks up
-        to 3 x 3, and 3 for larger matrices.
+    - `radix`: the number of elements in a block. `None` is 16 for vectors and for matrices of
+        blocks up to 3 x 3, and 3 for larger matrices.
     """
 
     accurate_to: ClassVar[float] = 16_384
@@ -79,7 +80,7 @@ _Combine = Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]]
 
 
 def _prefixes(combine: _Combine, elements: PyTree[Array], radix: int) -> PyTree[Array]:
-    """All compositions from the first element on; `combine` takes any number of pairs at once."""
+    """The prefixes of `elements`; `combine` takes any number of pairs at once."""
     length = num_steps(elements)
     blocks = _blocks(elements, radix, "edge")
     if num_steps(blocks) == 1:
@@ -93,10 +94,10 @@ def _prefixes(combine: _Combine, elements: PyTree[Array], radix: int) -> PyTree[
 
 
 def _solve(compose: _Combine, apply: Callable[..., Any], elements: Any, radix: int) -> Any:
-    """All $h_t = A_t h_{t-1} + b_t$ with $h_{-1} = 0$. Blocks are passed over again with the state
-    that arrives, which needs no products of matrices."""
+    """All $h_t = A_t h_{t-1} + b_t$ with $h_{-1} = 0$. The second pass over a block starts from the
+    state before it, so that it needs no products of matrices."""
     length = num_steps(elements)
-    # Zeros fuse into what reads them.
+    # Zeros, unlike repeated elements, fuse into the operations that read them.
     blocks = _blocks(elements, radix, "constant")
 
     def step(h, element):
@@ -113,7 +114,7 @@ def _solve(compose: _Combine, apply: Callable[..., Any], elements: Any, radix: i
 def _blocks(
     elements: PyTree[Array], radix: int, fill: Literal["edge", "constant"]
 ) -> PyTree[Array]:
-    """`(length, ...) -> (blocks, radix, ...)`. The last block is filled with the last element, or
+    """`(length, ...) -> (blocks, radix, ...)`. The last block is padded with the last element, or
     with zeros."""
     length = num_steps(elements)
     radix = min(radix, length)
@@ -137,7 +138,7 @@ def _total(combine: _Combine, blocks: PyTree[Array]) -> PyTree[Array]:
 
 
 def _chain(step: _Combine, first: PyTree[Array], blocks: PyTree[Array]) -> list[PyTree[Array]]:
-    """`first`, and what each element of the blocks but their first makes of the one before."""
+    """The states within all blocks: `first`, then `step` applied with each further element."""
     chain = [first]
     for i in range(1, jtu.tree_leaves(blocks)[0].shape[1]):
         chain.append(step(chain[-1], _at(blocks, i)))

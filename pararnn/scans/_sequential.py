@@ -12,7 +12,7 @@ from ._base import AbstractScan
 
 @dataclasses.dataclass(frozen=True)
 class Sequential(AbstractScan):
-    """One element after another, by `jax.lax.scan`: the fastest on a CPU."""
+    """`jax.lax.scan`, one element after another: the fastest on a CPU."""
 
     accurate_to: ClassVar[float] = math.inf
 

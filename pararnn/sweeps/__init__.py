@@ -1,4 +1,4 @@
-"""How the steps of all chunks of a recurrence are made."""
+"""Sweeps: how the steps of all chunks of a recurrence are run."""
 
 from ._base import AbstractSweep as AbstractSweep
 from ._base import Rows as Rows

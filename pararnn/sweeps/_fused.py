@@ -11,15 +11,15 @@ from ._unrolled import MOST_UNROLLED, Unrolled
 
 @dataclasses.dataclass(frozen=True)
 class Fused(AbstractSweep):
-    """All steps in one kernel of a CUDA device, which is generated from the step and keeps what is
-    carried in registers; see [`pararnn.kernels.fused_sweep`][].
+    """All steps in one kernel of a CUDA device, which is generated from the step and has the carry
+    in registers; see [`pararnn.kernels.fused_sweep`][].
 
-    What cannot become a kernel runs as without: [`pararnn.kernels.unsupported`][] tells why. So
-    does everything on other platforms.
+    A step for which no kernel can be generated, and every step on other platforms, runs like
+    `Unrolled()` or `Scanned()`; [`pararnn.kernels.unsupported`][] tells why.
 
     **Arguments:**
 
-    - `interpret`: whether to run the kernel without a GPU, slowly, as tests do.
+    - `interpret`: whether to interpret the kernel without a GPU, slowly, as tests do.
     """
 
     takes_vectors: ClassVar[bool] = True

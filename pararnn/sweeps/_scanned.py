@@ -12,13 +12,13 @@ from ._base import AbstractSweep, Rows
 
 @dataclasses.dataclass(frozen=True)
 class Scanned(AbstractSweep):
-    """One step of all chunks after another, by `jax.lax.scan`: compiles quickly, and is the fastest
-    on a CPU. On an accelerator every turn is launched by the host.
+    """A `jax.lax.scan` over the steps of all chunks: compiles quickly, and is the fastest on a CPU.
+    On an accelerator the host launches every iteration.
 
     **Arguments:**
 
-    - `in_place`: whether each step looks for its inputs where they are. Otherwise a copy of all of
-        them is made, in the order of the steps, which serves any number of sweeps.
+    - `in_place`: whether each step gathers its inputs. Otherwise `prepare` copies all inputs in the
+        order of the steps, once for any number of sweeps.
     """
 
     plain: ClassVar[bool] = True
@@ -51,12 +51,12 @@ class Scanned(AbstractSweep):
 
         inputs_in_order = jnp.arange(rows.num_steps) if self.in_place else inputs
         if rows.num_steps == 1:  # needs no loop
-            carry, kept = body(starts, jtu.tree_map(lambda x: x[0], inputs_in_order))
-            kept = jtu.tree_map(lambda k: jnp.expand_dims(k, 0), kept)
+            carry, states = body(starts, jtu.tree_map(lambda x: x[0], inputs_in_order))
+            states = jtu.tree_map(lambda k: jnp.expand_dims(k, 0), states)
         else:
-            carry, kept = jax.lax.scan(body, starts, inputs_in_order)
-        kept = from_chunks(jtu.tree_map(lambda k: jnp.swapaxes(k, 0, 1), kept), rows)
-        return carry, kept
+            carry, states = jax.lax.scan(body, starts, inputs_in_order)
+        states = from_chunks(jtu.tree_map(lambda k: jnp.swapaxes(k, 0, 1), states), rows)
+        return carry, states
 
 
 def _is_single(rows: Rows) -> bool:
@@ -69,20 +69,20 @@ def _slice(rows: Rows) -> slice:
 
 
 def _run_single(step, starts, inputs, rows, keep):
-    """A single chunk, without an axis of chunks: to make one, all inputs would be copied."""
+    """A single chunk, without an axis of chunks, which would copy all inputs."""
 
     def body(carry, x):
         carry = step(carry, x)
         return carry, carry if keep else None
 
     start = jtu.tree_map(lambda x: x[0], starts)
-    end, kept = jax.lax.scan(body, start, inputs, reverse=rows.reverse)
-    return jtu.tree_map(lambda x: jnp.expand_dims(x, 0), end), kept
+    end, states = jax.lax.scan(body, start, inputs, reverse=rows.reverse)
+    return jtu.tree_map(lambda x: jnp.expand_dims(x, 0), end), states
 
 
 def _to_chunks(x: Array, rows: Rows) -> Array:
-    """`(length, ...) -> (num_steps, num_chunks, ...)`. The last input is repeated to fill the last
-    chunk, so that surplus steps see a plausible input; what they compute is dropped."""
+    """`(length, ...) -> (num_steps, num_chunks, ...)`. The last chunk is padded with the last
+    input, so that the surplus steps, whose states are dropped, stay finite."""
     x = jnp.flip(x, 0) if rows.reverse else x
     surplus = rows.num_steps * rows.num_chunks - rows.length
     if surplus:
@@ -90,11 +90,11 @@ def _to_chunks(x: Array, rows: Rows) -> Array:
     return jnp.swapaxes(x.reshape(rows.num_chunks, rows.num_steps, *x.shape[1:]), 0, 1)
 
 
-def from_chunks(kept: PyTree[Array] | None, rows: Rows) -> PyTree[Array] | None:
-    """`(num_chunks, num_steps, ...) -> (length, ...)`, each in the row of its input."""
+def from_chunks(states: PyTree[Array] | None, rows: Rows) -> PyTree[Array] | None:
+    """`(num_chunks, num_steps, ...) -> (length, ...)`, each state in the row of its input."""
 
     def one(x):
         x = x.reshape(rows.num_chunks * rows.num_steps, *x.shape[2:])[: rows.length]
         return flip_time(x) if rows.reverse else x
 
-    return jtu.tree_map(one, kept)
+    return jtu.tree_map(one, states)

@@ -147,7 +147,7 @@ def test_arrays_on_a_mesh():
 
 def test_states_are_kept_of_chunks_side_by_side():
     for geometry in ({"stride": 2}, {"stride": 3, "first": -1}):
-        with pytest.raises(ValueError, match="`keep` needs chunks side by side"):
+        with pytest.raises(ValueError, match="`keep` needs adjacent chunks"):
             fused_sweep(lambda h, x: h + x, STARTS, XS, num_steps=3, keep=True, **geometry)
 
 
