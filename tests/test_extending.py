@@ -131,7 +131,7 @@ def test_a_direct_solver_that_returns_other_shapes():
 def test_a_direct_solver_in_the_tools():
     cell = prnn.GRU(D, D, key=jax.random.key(0))
     assert prnn.verify(cell, XS, solver=Unrolled())
-    assert prnn.select_solver(prnn.RNN(cell, Unrolled()), XS)[0] == Unrolled()
+    assert prnn.select_solver(prnn.RNN(cell, solver=Unrolled()), XS)[0] == Unrolled()
 
 
 def test_a_solver_must_do_both():

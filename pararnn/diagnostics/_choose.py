@@ -85,7 +85,7 @@ def select_solver(
             f"Sequential() can be faster; `tune(…, batch_size={batch_size})` measures it."
         )
     layer = problem.layer
-    if layer is not None and layer.goes_through_chunks:
+    if layer is not None and layer.is_chunkwise:
         reason += (
             f" That is for the states: a call of the layer, which returns outputs, goes through "
             f"chunks of {layer.cell.chunk_size} steps by products of matrices."

@@ -18,9 +18,7 @@ from .._solve import solve
 from ..adjoints import AbstractAdjoint
 from ..adjoints._wrapped import as_adjoint
 from ..cells import AbstractCell
-from ..layers._blocks import AbstractBlock
-from ..layers._rnn import RNN
-from ..layers._stack import Bidirectional
+from ..layers import RNN, AbstractLayer
 from ..solvers import AbstractSolver
 from ..structures import AbstractStructure
 
@@ -171,14 +169,14 @@ def _as_layer(recurrence: Any) -> RNN | None:
             f"`recurrence` must be a step function, a cell or an RNN; got the class "
             f"{recurrence.__name__}: make an instance of it."
         )
-    if isinstance(recurrence, (AbstractBlock, Bidirectional)):
+    if isinstance(recurrence, RNN):
+        return recurrence
+    if isinstance(recurrence, AbstractLayer):
         raise TypeError(
             f"`recurrence` must be one recurrence; got a {type(recurrence).__name__}, which has "
             "more around it or several of them. Pass an `RNN` that it holds (the `rnn` of a "
             "ResidualBlock), with inputs of that layer."
         )
-    if isinstance(recurrence, RNN):
-        return recurrence
     if isinstance(recurrence, (AbstractCell, eqx.nn.GRUCell, eqx.nn.LSTMCell)):
         return RNN(recurrence)
     if not callable(recurrence):

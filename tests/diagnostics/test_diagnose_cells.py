@@ -21,7 +21,10 @@ def test_a_cell_and_a_layer_are_taken_with_their_raw_inputs():
     solver = prnn.Newton(chunk_size=4)
     problem = (CELL.step, CELL.project(XS), CELL.init_state())
     by_hand = prnn.verify(*problem, solver)
-    for found in (prnn.verify(CELL, XS, solver=solver), prnn.verify(prnn.RNN(CELL, solver), XS)):
+    for found in (
+        prnn.verify(CELL, XS, solver=solver),
+        prnn.verify(prnn.RNN(CELL, solver=solver), XS),
+    ):
         assert found and found.broken_promises == ()
         assert found.value_error == by_hand.value_error
     assert prnn.lyapunov(prnn.RNN(CELL), XS) == prnn.lyapunov(*problem) == prnn.lyapunov(CELL, XS)
@@ -47,7 +50,7 @@ def test_select_solver_is_that_of_the_layer():
     us, init = jax.eval_shape(CELL.project, shape), CELL.init_state()
     of_step = prnn.select_solver(CELL.step, us, init, platform="gpu")
     assert of_step == prnn.select_solver(prnn.RNN(CELL), shape, platform="gpu")
-    solver, reason = prnn.select_solver(prnn.RNN(CELL, prnn.Picard()), shape)
+    solver, reason = prnn.select_solver(prnn.RNN(CELL, solver=prnn.Picard()), shape)
     assert solver == prnn.Picard().resolved(prnn.Recurrence(CELL.step, us, init), "cpu")
     assert solver.chunk_size == 1 and solver.linear_method == prnn.scans.Sequential()
     assert "layer" in reason
@@ -68,7 +71,7 @@ def test_a_batch_is_verified_in_all_of_its_sequences():
 
 @pytest.mark.parametrize("measure", [prnn.tune, prnn.benchmark])
 def test_a_layer_is_measured_with_its_solver(measure):
-    layer = prnn.RNN(prnn.MinMax(2, 3, key=jax.random.key(0)), prnn.AssociativeScan())
+    layer = prnn.RNN(prnn.MinMax(2, 3, key=jax.random.key(0)), solver=prnn.AssociativeScan())
     options = {"costs": False} if measure is prnn.benchmark else {}
     result = measure(layer, XS, batch_size=2, solvers=[layer.solver], **options, **QUIET)
     assert all(row["agrees"] for row in result.rows)
@@ -77,7 +80,7 @@ def test_a_layer_is_measured_with_its_solver(measure):
 
 
 def test_a_clipped_gradient_is_compared_without_its_limit():
-    layer = prnn.RNN(_Declared(), prnn.Sequential(), adjoint=prnn.ClippedAdjoint(1e-3))
+    layer = prnn.RNN(_Declared(), solver=prnn.Sequential(), adjoint=prnn.ClippedAdjoint(1e-3))
     assert prnn.verify(layer, XS, structure=prnn.Dense())
 
 
@@ -201,7 +204,7 @@ def test_what_is_no_recurrence_is_refused(tool):
     with pytest.raises(TypeError, match="callable as step"):
         tool(3, XS, jnp.zeros(2))
     with pytest.raises(TypeError, match="Pass an `RNN` that it holds"):
-        tool(prnn.Bidirectional(CELL, CELL), XS)
+        tool(prnn.Bidirectional(prnn.RNN(CELL), prnn.RNN(CELL)), XS)
     with pytest.raises(ValueError, match="`init` is needed for a step"):
         tool(CELL.step, XS)
     with pytest.raises(TypeError, match=r"pass it by name, `solver=Newton\("):
@@ -210,7 +213,7 @@ def test_what_is_no_recurrence_is_refused(tool):
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_what_does_not_fit_together_is_refused():
-    layer = prnn.RNN(CELL, prnn.Newton())
+    layer = prnn.RNN(CELL, solver=prnn.Newton())
     with pytest.raises(ValueError, match="`solver` is given twice"):
         prnn.verify(layer, XS, solver=prnn.Jacobi())
     for size in (0, True, 2.0):

@@ -35,10 +35,10 @@ def test_what_is_selected_runs(kind, length, solver, adjoint):
     """Passed back, it is the same program."""
     cell, xs = prnn.GRU(SIZE, SIZE, key=jax.random.key(0)), XS[:length]
     with jax.set_mesh(mesh_of(8, kind)):
-        asked = prnn.RNN(cell, prnn.TimeSharded("time", solver), adjoint=adjoint)
+        asked = prnn.RNN(cell, solver=prnn.TimeSharded("time", solver), adjoint=adjoint)
         selected, reason = prnn.select_solver(asked, xs)
         assert ("128 steps early" if solver is None else "layer was made") in reason
-        complete = prnn.RNN(cell, selected, adjoint=select_adjoint(asked, xs)[0])
+        complete = prnn.RNN(cell, solver=selected, adjoint=select_adjoint(asked, xs)[0])
         assert selected.solver != solver and complete.adjoint != adjoint
         assert program(complete, xs) == program(asked, xs)
 
@@ -64,7 +64,7 @@ def test_what_is_selected_is_that_of_a_part():
                 solver, here, reason = selected(recurrence, xs)
                 assert solver == prnn.TimeSharded("time", inner) and here == adjoint
                 assert f"20 chunks of 32 steps on each of {mesh.size} devices" in reason
-    layer = prnn.RNN(rnn.cell, prnn.TimeSharded("time"))
+    layer = prnn.RNN(rnn.cell, solver=prnn.TimeSharded("time"))
     with jax.sharding.use_abstract_mesh(AbstractMesh((64,), ("time",))):
         xs = jax.ShapeDtypeStruct((640 * 64, SIZE), float)
         solver, _ = prnn.select_solver(layer, xs, platform="cuda")
@@ -91,7 +91,7 @@ def test_selecting_refuses_what_solving_does():
     ):
         for select in (prnn.select_solver, select_adjoint):
             with pytest.raises(ValueError, match=re.escape(message)):
-                select(prnn.RNN(cell, solver), xs)
+                select(prnn.RNN(cell, solver=solver), xs)
 
 
 def benchmarked(*args, **options):
