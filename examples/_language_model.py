@@ -50,7 +50,7 @@ class LanguageModel(eqx.Module):
         return jax.vmap(self._read_out)(xs)
 
     def step(
-        self, token: Int[Array, ""], state: PyTree[Array] | None
+        self, state: PyTree[Array] | None, token: Int[Array, ""]
     ) -> tuple[Float[Array, " vocabulary"], PyTree[Array]]:
         """One character in; the logits of the next one and the new state out. `None` is the state
         before the first character."""

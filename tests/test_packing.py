@@ -265,7 +265,7 @@ def test_starts_are_known(name):
     # Step by step; in calls that follow each other; anew, after other inputs.
     streamed, state = [], None
     for x in xs:
-        y, state = step(x, state)
+        y, state = step(state, x)
         streamed.append(y)
     assert error((jnp.stack(streamed), state), (ys, final)) <= 1e-12
     first, state = run(xs[:1])

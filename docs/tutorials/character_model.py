@@ -50,7 +50,7 @@ class Model(eqx.Module):
         xs, state = self.stack(jax.vmap(self.embedding)(tokens), state)
         return jax.vmap(self.head)(xs), state
 
-    def step(self, token, state=None):
+    def step(self, state, token):
         x, state = self.stack.step(state, self.embedding(token))
         return self.head(x), state
 
@@ -76,7 +76,7 @@ print(prnn.verify(rnn, features, solver=prnn.Newton()))
 logits, _ = eqx.filter_jit(model)(held_out[:20])
 step, state, streamed = eqx.filter_jit(model.step), None, []
 for token in held_out[:20]:
-    y, state = step(token, state)
+    y, state = step(state, token)
     streamed.append(y)
 print("streaming differs by", f"{jnp.max(jnp.abs(logits - jnp.stack(streamed))):.0e}")
 
@@ -136,7 +136,7 @@ def write(model, prompt, key, length=400):
     def body(carry, key):
         logits, state = carry
         token = jax.random.categorical(key, logits / 0.7)
-        return model.step(token, state), token
+        return model.step(state, token), token
 
     return jax.lax.scan(body, (logits[-1], state), jax.random.split(key, length))[1]
 

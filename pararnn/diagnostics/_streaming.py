@@ -125,7 +125,7 @@ def _streaming(problem: Problem, states: PyTree[Array], ys: PyTree[Array]) -> st
     if past is not None:
         state = state, past
     try:
-        y, new = eqx.filter_jit(jax.vmap(layer.step))(state, xs)
+        y, new = eqx.filter_jit(lambda s, x: jax.vmap(layer.step)(s, x))(state, xs)
     except (TypeError, ValueError) as error:
         return f"streaming fails: `step` of an RNN raises {type(error).__name__}: {error}"
     new = new if past is None else new[0]

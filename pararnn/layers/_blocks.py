@@ -57,7 +57,7 @@ class ResidualBlock(AbstractLayer):
     M²RNN. Dropout is applied to what each branch adds. Outputs have the dtype of the inputs.
     """
 
-    norm: eqx.nn.RMSNorm | None
+    norm: eqx.nn.RMSNorm | eqx.nn.Identity
     rnn: RNN[AbstractCell]
     mlp_norm: eqx.nn.RMSNorm | None
     mlp: GatedMLP | None
@@ -88,18 +88,15 @@ class ResidualBlock(AbstractLayer):
         - `key`: for the parameters of the MLP.
         """
         check_rnn("rnn", rnn)
-        self.norm = make_norm(width, dtype) if norm else None
+        self.norm = make_norm(width, dtype) if norm else eqx.nn.Identity()
         self.rnn = rnn
         hidden_size = 2 * width if mlp_size is None else mlp_size
         self.mlp_norm = make_norm(width, dtype) if hidden_size else None
         self.mlp = GatedMLP(width, hidden_size, activation, dtype, key) if hidden_size else None
         self.dropout = eqx.nn.Dropout(dropout)
 
-    def _normed(self, x: Vector) -> Vector:
-        return x if self.norm is None else self.norm(x)
-
     def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
-        return self.rnn.init_state(None if x is None else jax.eval_shape(self._normed, x))
+        return self.rnn.init_state(None if x is None else jax.eval_shape(self.norm, x))
 
     def __call__(
         self,
@@ -113,7 +110,7 @@ class ResidualBlock(AbstractLayer):
     ) -> tuple[Sequence, PyTree[Array]]:
         xs = _without_padding(xs, mask)
         key_rnn, key_mlp = (None, None) if key is None else jax.random.split(key)
-        normed = jax.vmap(self._normed)(xs)
+        normed = jax.vmap(self.norm)(xs)
         ys, state = self.rnn(normed, state, reset=reset, mask=mask, throw=throw)
         xs = _add_branch(xs, ys, self.dropout, key_rnn)
         if self.mlp is not None and self.mlp_norm is not None:
@@ -126,7 +123,7 @@ class ResidualBlock(AbstractLayer):
     ) -> tuple[Vector, PyTree[Array]]:
         _check_input(state, x)
         key_rnn, key_mlp = (None, None) if key is None else jax.random.split(key)
-        y, state = self.rnn.step(state, self._normed(x))
+        y, state = self.rnn.step(state, self.norm(x))
         x = _add_branch(x, y, self.dropout, key_rnn)
         if self.mlp is not None and self.mlp_norm is not None:
             x = _add_branch(x, self.mlp(self.mlp_norm(x)), self.dropout, key_mlp)
