@@ -138,7 +138,9 @@ class Packing(eqx.Module):
 
     def pieces(self, reset: Bool[Array, " L"]) -> Bool[Array, " L"]:
         """The slots to reset: the step, or a masked one since the previous slot, is reset."""
-        moved = jnp.cumsum(choose_shards((reset, self)).spread(reset, self.count))[self.step_of_slot]
+        moved = jnp.cumsum(choose_shards((reset, self)).spread(reset, self.count))[
+            self.step_of_slot
+        ]
         return jnp.diff(moved, prepend=0) != 0
 
     def resets(self, pieces: Bool[Array, " L"] | None) -> Bool[Array, " L"]:

@@ -34,7 +34,7 @@ from ._base import AbstractLayer, Flags
 from ._chunked import chunk_levels
 from ._segmented import default_segment_size, scan_segments
 from ._sequence import SequencePlan, check_order, initial_past, plan_sequence
-from ._sharded import map_over_shards, named_axis, shards_of, sharded_axis
+from ._sharded import map_over_shards, named_axis, sharded_axis, shards_of
 
 # Covariant, as a module does not change: an `RNN[GRU]` is an `RNN[AbstractCell]`.
 Cell = TypeVar("Cell", bound=AbstractCell, covariant=True)
