@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from .._misc import num_steps
 from .._one_device import OneDevice
@@ -97,11 +97,11 @@ class AbstractScan(abc.ABC):
         """The scan of those elements that lie on one device."""
         return self
 
-    def cumulative_max(self, x: Float[Array, "length *rest"]) -> Float[Array, "length *rest"]:
+    def cumulative_max(self, x: Shaped[Array, "length *rest"]) -> Shaped[Array, "length *rest"]:
         """The largest number so far, along the leading axis."""
         return jax.lax.cummax(x)
 
-    def cumulative_sum(self, x: Float[Array, "length *rest"]) -> Float[Array, "length *rest"]:
+    def cumulative_sum(self, x: Shaped[Array, "length *rest"]) -> Shaped[Array, "length *rest"]:
         """The sum so far, along the leading axis."""
         return jnp.cumsum(x, axis=0)
 
