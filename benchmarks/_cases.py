@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 import pararnn as prnn
-from pararnn.diagnostics import compare, scan_states, select_adjoint, select_solver
+from pararnn.diagnostics import scan_states, select_adjoint, select_solver
+from pararnn.diagnostics._compare import compare
 
 
 def _channels(size: int) -> int:

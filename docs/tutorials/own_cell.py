@@ -49,7 +49,7 @@ print(prnn.detect_structure(step, zero, xs[0]))
 
 # %%
 print(prnn.lyapunov(step, xs, zero))
-print(prnn.verify(step, xs, zero, prnn.Newton()))
+print(prnn.verify(step, xs, zero, solver=prnn.Newton()))
 
 # %% [markdown]
 # ## 4. A cell

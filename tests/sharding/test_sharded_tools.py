@@ -119,11 +119,11 @@ def test_a_benchmark_of_several_devices():
             measured, lay = benchmarked(Elman(WEIGHT), XS[:length], INIT, solvers=[None, *sharded])
         assert lay[None] == {one}, lay
         assert whole in lay[mesh] and (along in lay[mesh]) == (length % 8 == 0), lay
-        names = [row["name"] for row in measured.rows]
+        names = [row.name for row in measured.rows]
         assert names[-1] == "TimeSharded(axis='time', solver=Newton(chunk_size=1))"
-        assert all(row["agrees"] and row["gradient_error"] < 1e-12 for row in measured.rows)
-        on_mesh = [row["name"].startswith("TimeSharded") for row in measured.rows]
-        assert on_mesh == ["flops" not in row["forward"] for row in measured.rows]
+        assert all(row.agrees and row.gradient_error < 1e-12 for row in measured.rows)
+        on_mesh = [row.name.startswith("TimeSharded") for row in measured.rows]
+        assert on_mesh == [row.forward.flops is None for row in measured.rows]
         assert on_mesh == [False, True, True] and "TimeSharded" in str(measured)
 
 
@@ -131,16 +131,16 @@ def test_a_benchmark_of_inputs_that_lie_on_several_devices():
     xs = jax.device_put(XS, NamedSharding(mesh_of(8, "Explicit"), P("time")))
     rnn = prnn.RNN(prnn.DiagonalGRU(SIZE, SIZE, key=jax.random.key(0)))
     found, lay = benchmarked(rnn, xs, gradient=False, costs=False)
-    solvers = [row["solver"] for row in found.rows]
+    solvers = [row.solver for row in found.rows]
     assert solvers[-2:] == [prnn.TimeSharded("time"), prnn.TimeSharded("time", prnn.Newton())]
-    assert len(solvers) > 4 and len(lay) == 2 and all(row["agrees"] for row in found.rows)
+    assert len(solvers) > 4 and len(lay) == 2 and all(row.agrees for row in found.rows)
 
 
 def test_a_benchmark_of_a_batch():
     solvers = [prnn.TimeSharded("time", prnn.Newton(chunk_size=1))]
     with jax.set_mesh(mesh_of(8)):
         found, _ = benchmarked(Elman(WEIGHT), XS, INIT, solvers=solvers, batch_size=3, costs=False)
-    assert found.rows[0]["agrees"]
+    assert found.rows[0].agrees
 
 
 def test_a_benchmark_takes_devices():
