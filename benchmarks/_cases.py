@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 import pararnn as prnn
-from pararnn.diagnostics import compare, scan_states, select_adjoint, select_solver
+from pararnn.diagnostics import scan_states, select_adjoint, select_solver
+from pararnn.diagnostics._compare import compare
 
 
 def _channels(size: int) -> int:
@@ -134,7 +135,7 @@ def settings(text: str, cell: prnn.AbstractCell, xs: Any, platform: str | None =
     derivative's recurrence too. With `-kernels` behind it, generated kernels are switched off.
     """
     asked = parse_solver(text.removesuffix(NO_KERNELS))
-    layer = prnn.RNN(cell, asked, adjoint=asked)
+    layer = prnn.RNN(cell, solver=asked, adjoint=asked)
     with _kernels(not text.endswith(NO_KERNELS)):
         solver, _ = select_solver(layer, xs, platform=platform)
         adjoint, _ = select_adjoint(layer, xs, platform=platform)
@@ -248,7 +249,10 @@ def _read_scan(cell, xs):
 
 def _outputs(name):
     solver = parse_solver(name)
-    return lambda cell, xs: (prnn.RNN(cell, solver, adjoint=solver)(xs, throw=False)[0], None)
+    return lambda cell, xs: (
+        prnn.RNN(cell, solver=solver, adjoint=solver)(xs, throw=False)[0],
+        None,
+    )
 
 
 def _equinox(cell, xs):

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 
 import pararnn as prnn
-from pararnn.diagnostics import interleaved, spread
+from pararnn.diagnostics._compare import interleaved, spread
 from pararnn.jaxprs._counting import loop_turns
 
 from . import _gpu_cases

@@ -13,10 +13,10 @@ import equinox as eqx
 import jax
 
 import pararnn as prnn
-from pararnn.diagnostics import interleaved as interleaved
-from pararnn.diagnostics import ratio as ratio
 from pararnn.diagnostics import relative_error as relative_error
 from pararnn.diagnostics import scan_states as scan_states
+from pararnn.diagnostics._compare import interleaved as interleaved
+from pararnn.diagnostics._compare import ratio as ratio
 
 
 def environment() -> dict[str, Any]:

@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 import pararnn as prnn
-from pararnn.diagnostics import previous_states
+from pararnn._misc import previous_states
 
 from ._hostile import AXIS, FAMILIES, SIZE, Family
 

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pararnn as prnn
-from pararnn.diagnostics import interleaved, ratio, relative_error, scan_states, spread
+from pararnn.diagnostics import relative_error, scan_states
+from pararnn.diagnostics._compare import interleaved, ratio, spread
 
 from ._cases import CELLS, parse_solver
 from ._collectives import collectives

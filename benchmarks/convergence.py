@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import pararnn as prnn
-from pararnn.diagnostics import previous_states
+from pararnn._misc import previous_states
 
 from . import _groups
 from ._measure import (

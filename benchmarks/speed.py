@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pararnn.diagnostics import Spread, interleaved, spread
+from pararnn.diagnostics import Spread
+from pararnn.diagnostics._compare import interleaved, spread
 
 from . import _cases
 from ._cases import CELLS, Case

@@ -50,16 +50,16 @@ class LanguageModel(eqx.Module):
         return jax.vmap(self._read_out)(xs)
 
     def step(
-        self, token: Int[Array, ""], state: PyTree[Array] | None
+        self, state: PyTree[Array] | None, token: Int[Array, ""]
     ) -> tuple[Float[Array, " vocabulary"], PyTree[Array]]:
         """One character in; the logits of the next one and the new state out. `None` is the state
         before the first character."""
-        x, state = self.stack.step(self.embedding(token), state)
+        x, state = self.stack.step(state, self.embedding(token))
         return self._read_out(x), state
 
     def residual_blocks(self) -> list[prnn.ResidualBlock]:
         """The blocks, by the type that they were made with."""
-        return [block for block in self.stack.blocks if isinstance(block, prnn.ResidualBlock)]
+        return [block for block in self.stack.layers if isinstance(block, prnn.ResidualBlock)]
 
     def solver_stats(self, tokens: Int[Array, " length"]) -> list[prnn.Stats]:
         """The solver's report for each block."""
@@ -72,8 +72,8 @@ class LanguageModel(eqx.Module):
 
 def _make_block(cell: str, width: int, key: PRNGKeyArray) -> prnn.ResidualBlock:
     key_cell, key_mlp = jax.random.split(key)
-    made = CELLS[cell](width, key_cell)
-    return prnn.ResidualBlock(width, made, dtype=jnp.float32, key=key_mlp)
+    rnn = prnn.RNN(CELLS[cell](width, key_cell))
+    return prnn.ResidualBlock(width, rnn, dtype=jnp.float32, key=key_mlp)
 
 
 def predict(model: LanguageModel, windows: Windows) -> Float[Array, "batch length vocabulary"]:
@@ -126,7 +126,7 @@ def with_solver(
     adjoint: prnn.AbstractSolver | None = None,
 ) -> LanguageModel:
     """The same weights, with other solvers for the RNNs and for their derivatives."""
-    rnns = [prnn.RNN(b.rnn.cell, solver, adjoint=adjoint) for b in model.residual_blocks()]
+    rnns = [prnn.RNN(b.rnn.cell, solver=solver, adjoint=adjoint) for b in model.residual_blocks()]
     return eqx.tree_at(lambda m: [b.rnn for b in m.residual_blocks()], model, rnns)
 
 

@@ -69,8 +69,7 @@ class SequenceModel(eqx.Module):
             key_cell, key_mlp = jax.random.split(block_key)
             block = prnn.ResidualBlock(
                 width,
-                CELLS[cell](width, key_cell),
-                solver,
+                prnn.RNN(CELLS[cell](width, key_cell), solver=solver),
                 mlp_size=None if mlp else 0,
                 dtype=_float32,
                 key=key_mlp,
@@ -91,5 +90,5 @@ class SequenceModel(eqx.Module):
 
 def with_solver(model: SequenceModel, solver: prnn.AbstractSolver | None) -> SequenceModel:
     """The same weights, with another solver for all recurrences."""
-    rnns = [prnn.RNN(block.rnn.cell, solver) for block in model.blocks]
+    rnns = [prnn.RNN(block.rnn.cell, solver=solver) for block in model.blocks]
     return eqx.tree_at(lambda m: [block.rnn for block in m.blocks], model, rnns)

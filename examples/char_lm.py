@@ -177,7 +177,7 @@ def _sample_step(
     temperature: Float[Array, ""],
     key: PRNGKeyArray,
 ):
-    logits, state = model.step(token, state)
+    logits, state = model.step(state, token)
     return jax.random.categorical(key, logits / temperature), state
 
 

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"  {prnn.lyapunov(cell, xs)}")
     print(f"  Newton {prnn.verify(cell, xs, solver=prnn.Newton())}")
     targets = jnp.tanh(jnp.cumsum(xs[:, :1]) - jnp.roll(jnp.cumsum(xs[:, :1]), 8))[:, None]
-    before, after = train(prnn.RNN(cell, prnn.Newton()), xs, targets, args.steps)
+    before, after = train(prnn.RNN(cell, solver=prnn.Newton()), xs, targets, args.steps)
     print(f"  training in parallel: loss {before:.3f} -> {after:.3f}")
 
     never_forgets(args.length)

@@ -94,21 +94,21 @@ class Packing(eqx.Module):
     unmasked input and start from the reset state, so that they stay finite (0 * inf is NaN in the
     gradient) and need no iterations.
 
-    - `order`: the step in each slot.
-    - `places`: the slot of the last unmasked step up to each step; -1 if there is none.
+    - `step_of_slot`: the step in each slot.
+    - `slot_of_step`: the slot of the last unmasked step up to each step; -1 if there is none.
     - `count`: the number of unmasked steps.
     """
 
-    order: Int[Array, " L"]
-    places: Int[Array, " L"]
+    step_of_slot: Int[Array, " L"]
+    slot_of_step: Int[Array, " L"]
     count: Int[Array, ""]
 
     def __init__(self, mask: Bool[Array, " L"]):
         length = mask.shape[0]
         self.count = jnp.sum(mask)
-        self.places = jnp.cumsum(mask) - 1
+        self.slot_of_step = jnp.cumsum(mask) - 1
         order = jnp.flatnonzero(mask, size=length, fill_value=0)
-        self.order = jnp.where(jnp.arange(length) < self.count, order, order[:1])
+        self.step_of_slot = jnp.where(jnp.arange(length) < self.count, order, order[:1])
 
     def compact(self, tree: PyTree[Any]) -> PyTree[Array]:
         """Reorders steps to slots. Zeros if no step is unmasked, because all may be NaN then."""
@@ -116,17 +116,17 @@ class Packing(eqx.Module):
         shards = choose_shards((tree, self))
 
         def one(x):
-            moved = shards.spread(jnp.asarray(x), self.count)[self.order]
+            moved = shards.spread(jnp.asarray(x), self.count)[self.step_of_slot]
             return jnp.where(self.count > 0, moved, jnp.zeros_like(moved))
 
         return jtu.tree_map(one, tree)
 
     def expand(self, tree: PyTree[Array], before: PyTree[Array]) -> PyTree[Array]:
         """Reorders slots to steps: the row of the last unmasked step, or `before` if none."""
-        front = jnp.maximum(self.places, 0)
+        front = jnp.maximum(self.slot_of_step, 0)
 
         def one(x, start):
-            missing = over_rows(self.places < 0, x)
+            missing = over_rows(self.slot_of_step < 0, x)
             return jnp.where(missing, jnp.expand_dims(start, 0), x[front])
 
         return jtu.tree_map(one, tree, before)
@@ -138,12 +138,14 @@ class Packing(eqx.Module):
 
     def pieces(self, reset: Bool[Array, " L"]) -> Bool[Array, " L"]:
         """The slots to reset: the step, or a masked one since the previous slot, is reset."""
-        moved = jnp.cumsum(choose_shards((reset, self)).spread(reset, self.count))[self.order]
+        moved = jnp.cumsum(choose_shards((reset, self)).spread(reset, self.count))[
+            self.step_of_slot
+        ]
         return jnp.diff(moved, prepend=0) != 0
 
     def resets(self, pieces: Bool[Array, " L"] | None) -> Bool[Array, " L"]:
         """Like `pieces`, and all trailing slots."""
-        behind = jnp.arange(self.order.shape[0]) >= self.count
+        behind = jnp.arange(self.step_of_slot.shape[0]) >= self.count
         return behind if pieces is None else behind | pieces
 
 

@@ -22,7 +22,7 @@ from examples.tasks import TASKS
 from pararnn import _select
 from pararnn._norms import default_rtol
 from pararnn.adjoints import _one_pass
-from pararnn.solvers import _chunks, _convergence, _speculative, _time_sharded
+from pararnn.solvers import _convergence, _speculative, _time_sharded, _verdict
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOLVER = "pararnn/solvers/_shooting.py"
@@ -252,7 +252,7 @@ SAID = [
         lambda: [_speculative._MAX_NEWTON_SIZE],
     ),
     ("docs/how_it_works.md", "after {} iterations in a row", lambda: [_convergence._PATIENCE]),
-    ("docs/how_it_works.md", "at least {} in all, are made", lambda: [_chunks._CHECKED]),
+    ("docs/how_it_works.md", "at least {} in all, are made", lambda: [_verdict._CHECKED]),
     ("docs/speed.md", "from {} sequences under `jax.vmap` on", lambda: [_one_pass._MANY]),
     ("docs/faq.md", "From {} sequences on, the backward", lambda: [_one_pass._MANY]),
     # Several devices.

@@ -346,8 +346,11 @@ GRU = prnn.GRU(3, 4, key=jax.random.key(0))
         ("`cell` must be a pararnn.AbstractCell.*; got 'GRU'", lambda: prnn.RNN("GRU")),
         (r"`cell`.*Elman.*parentheses.*`Elman\(", lambda: prnn.RNN(prnn.Elman)),
         ("`cell`.*GRUCell.*parentheses", lambda: prnn.RNN(eqx.nn.GRUCell)),
-        ("`solver` must be a solver instance such as.* None; got 'x'", lambda: prnn.RNN(CELL, "x")),
-        (r"`solver`.*Newton.*parentheses.*`Newton\(", lambda: prnn.RNN(CELL, prnn.Newton)),
+        (
+            "`solver` must be a solver instance such as.* None; got 'x'",
+            lambda: prnn.RNN(CELL, solver="x"),
+        ),
+        (r"`solver`.*Newton.*parentheses.*`Newton\(", lambda: prnn.RNN(CELL, solver=prnn.Newton)),
         ("`adjoint`.*got 'x'", lambda: prnn.RNN(CELL, adjoint="x")),
         ("`adjoint`.*parentheses", lambda: prnn.RNN(CELL, adjoint=prnn.Newton)),
         (
@@ -356,12 +359,14 @@ GRU = prnn.GRU(3, 4, key=jax.random.key(0))
         ),
         (r"`cell`.*got RNN\(…\)\.$", lambda: prnn.RNN(prnn.RNN(CELL))),
         (
-            r"`blocks\[0\]` must be a pararnn.AbstractBlock; got RNN\(…\).*ResidualBlock\(width",
-            lambda: prnn.Stack([prnn.RNN(CELL)]),
+            r"`rnn` must be a.*got Elman\(…\).*RNN\(cell",
+            lambda: prnn.ResidualBlock(3, CELL, key=None),
         ),
-        (r"`blocks\[0\]`.*got Elman\(…\).*ResidualBlock", lambda: prnn.Stack([CELL])),
-        (r"`blocks\[0\]`.*the class MinMaxBlock.*parenth", lambda: prnn.Stack([prnn.MinMaxBlock])),
-        (r"`blocks` must be a list or tuple.*got RNN\(…\)", lambda: prnn.Stack(prnn.RNN(CELL))),
+        (r"`rnn` must be a pararnn.RNN; got 3", lambda: prnn.GatedBlock(3, 4, 3, key=None)),
+        (r"`forward` must be a.*RNN\(cell", lambda: prnn.Bidirectional(CELL, prnn.RNN(CELL))),
+        (r"`layers\[0\]`.*got Elman\(…\).*`pararnn.RNN\(cell", lambda: prnn.Stack([CELL])),
+        (r"`layers\[0\]`.*the class GatedBlock.*parenth", lambda: prnn.Stack([prnn.GatedBlock])),
+        (r"`layers` must be a list or tuple.*got RNN\(…\)", lambda: prnn.Stack(prnn.RNN(CELL))),
     ],
 )
 def test_making_a_layer(message, make):
@@ -384,9 +389,9 @@ def test_inputs_of_a_layer(cell):
             rnn(xs)
     message = r"`x` must be one time slice.*f64\[5,2\], which is a sequence of 5.*`rnn\(xs\)`"
     with pytest.raises(ValueError, match=message):
-        rnn.step(XS)
+        rnn.step(None, XS)
     with pytest.raises(ValueError, match=r"`xs` must have shape.*\(1, 3\)"):
-        rnn.step(jnp.ones(3))
+        rnn.step(None, jnp.ones(3))
 
 
 @pytest.mark.parametrize("state", [jnp.ones(5), jnp.ones(3, jnp.float32), (jnp.ones(3),)], ids=str)
@@ -462,7 +467,7 @@ def zeros():
 )
 def test_cells_that_break_the_rules(message, cell):
     rnn = prnn.RNN(cell)
-    for call in (rnn, rnn.solve, lambda xs: rnn.step(xs[0])):
+    for call in (rnn, rnn.solve, lambda xs: rnn.step(None, xs[0])):
         with pytest.raises(ValueError, match=message):
             call(XS)
 
@@ -477,7 +482,7 @@ def test_inputs_of_another_dtype(cell):
             f"`xs` is float64, but the parameters of {cell.__name__} are float32.*"
             r"`xs.astype\(jnp.float32\)`.*`dtype=jnp.float64`"
         )
-        for call in (rnn, rnn.solve, lambda xs: rnn.step(xs[0])):
+        for call in (rnn, rnn.solve, lambda xs: rnn.step(None, xs[0])):
             with pytest.raises(ValueError, match=message):
                 call(XS)
         with pytest.raises(ValueError, match="keep the dtype.*float32.*float64.*cast what in `xs`"):

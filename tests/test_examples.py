@@ -48,7 +48,7 @@ def test_streaming_gives_the_numbers_of_the_parallel_call(cell):
     model = LanguageModel(cell, text.vocabulary, 8, 2, key=jax.random.key(0))
     tokens, state, streamed = jnp.asarray(text.train[:12]), None, []
     for token in tokens:
-        logits, state = eqx.filter_jit(model.step)(token, state)
+        logits, state = eqx.filter_jit(model.step)(state, token)
         streamed.append(logits)
     np.testing.assert_allclose(jnp.stack(streamed), model(tokens), rtol=1e-5, atol=1e-5)
 

@@ -131,7 +131,7 @@ def test_a_direct_solver_that_returns_other_shapes():
 def test_a_direct_solver_in_the_tools():
     cell = prnn.GRU(D, D, key=jax.random.key(0))
     assert prnn.verify(cell, XS, solver=Unrolled())
-    assert prnn.select_solver(prnn.RNN(cell, Unrolled()), XS)[0] == Unrolled()
+    assert prnn.select_solver(prnn.RNN(cell, solver=Unrolled()), XS)[0] == Unrolled()
 
 
 def test_a_solver_must_do_both():
@@ -222,14 +222,14 @@ def test_a_structure():
         stats = agrees(leaky, jnp.asarray(0.9), solver=solver, adjoint=solver, structure=structure)
         assert not stats.fallback
     verification = prnn.verify(
-        lambda h, x: leaky(0.9, h, x), XS, INIT, prnn.Newton(), structure=structure
+        lambda h, x: leaky(0.9, h, x), XS, INIT, solver=prnn.Newton(), structure=structure
     )
     assert verification and verification.structure_ok
 
 
 def test_a_structure_that_does_not_hold_is_found():
     verification = prnn.verify(
-        lambda h, x: elman(WEIGHT, h, x), XS, INIT, prnn.Newton(), structure=Multiple()
+        lambda h, x: elman(WEIGHT, h, x), XS, INIT, solver=prnn.Newton(), structure=Multiple()
     )
     assert not verification.structure_ok
 

@@ -124,7 +124,7 @@ def test_structure_and_algebra_survive():
     cell = prnn.MinMax(SIZE, SIZE, key=jax.random.key(0))
     xs = normal(1, (LENGTH, SIZE))
     mask, reset = flags(MASKS["between"]), flags(RESETS["resets"])
-    run = eqx.filter_jit(lambda solver: prnn.RNN(cell, solver)(xs, mask=mask, reset=reset))
+    run = eqx.filter_jit(lambda solver: prnn.RNN(cell, solver=solver)(xs, mask=mask, reset=reset))
     assert error(run(prnn.AssociativeScan()), run(prnn.Sequential())) <= 1e-12
     # All but the first 4 steps are padding: the chunks behind them are right at once.
     solution = prnn.solve(
@@ -265,7 +265,7 @@ def test_starts_are_known(name):
     # Step by step; in calls that follow each other; anew, after other inputs.
     streamed, state = [], None
     for x in xs:
-        y, state = step(x, state)
+        y, state = step(state, x)
         streamed.append(y)
     assert error((jnp.stack(streamed), state), (ys, final)) <= 1e-12
     first, state = run(xs[:1])

@@ -42,7 +42,7 @@ class Model(eqx.Module):
         blocks = []
         for cell_key, block_key in (keys[1:3], keys[3:5]):
             cell = prnn.DiagonalGRU(width, width, key=cell_key)
-            blocks.append(prnn.ResidualBlock(width, cell, key=block_key))
+            blocks.append(prnn.ResidualBlock(width, prnn.RNN(cell), key=block_key))
         self.stack = prnn.Stack(blocks)
         self.head = eqx.nn.Linear(width, size, key=keys[5])
 
@@ -50,8 +50,8 @@ class Model(eqx.Module):
         xs, state = self.stack(jax.vmap(self.embedding)(tokens), state)
         return jax.vmap(self.head)(xs), state
 
-    def step(self, token, state=None):
-        x, state = self.stack.step(self.embedding(token), state)
+    def step(self, state, token):
+        x, state = self.stack.step(state, self.embedding(token))
         return self.head(x), state
 
 
@@ -67,7 +67,7 @@ print(f"{count:,} parameters")
 # method?
 
 # %%
-rnn = model.stack.blocks[0].rnn
+rnn = model.stack.layers[0].rnn
 features = jax.random.normal(jax.random.key(1), (256, 64))
 for platform in ("cpu", "gpu"):
     print(platform, "-", type(prnn.select_solver(rnn, features, platform=platform)[0]).__name__)
@@ -76,7 +76,7 @@ print(prnn.verify(rnn, features, solver=prnn.Newton()))
 logits, _ = eqx.filter_jit(model)(held_out[:20])
 step, state, streamed = eqx.filter_jit(model.step), None, []
 for token in held_out[:20]:
-    y, state = step(token, state)
+    y, state = step(state, token)
     streamed.append(y)
 print("streaming differs by", f"{jnp.max(jnp.abs(logits - jnp.stack(streamed))):.0e}")
 
@@ -136,7 +136,7 @@ def write(model, prompt, key, length=400):
     def body(carry, key):
         logits, state = carry
         token = jax.random.categorical(key, logits / 0.7)
-        return model.step(token, state), token
+        return model.step(state, token), token
 
     return jax.lax.scan(body, (logits[-1], state), jax.random.split(key, length))[1]
 
@@ -153,12 +153,12 @@ print(prompt + "".join(vocabulary[i] for i in written))
 
 # %%
 newton = eqx.tree_at(
-    lambda m: [block.rnn for block in m.stack.blocks],
+    lambda m: [block.rnn for block in m.stack.layers],
     model,
-    [prnn.RNN(block.rnn.cell, prnn.Newton()) for block in model.stack.blocks],
+    [prnn.RNN(block.rnn.cell, solver=prnn.Newton()) for block in model.stack.layers],
 )
 a, b = (eqx.filter_jit(m)(held_out[:500])[0] for m in (model, newton))
 print(f"largest difference of logits: {jnp.max(jnp.abs(a - b)):.0e}")
-for block in newton.stack.blocks:
+for block in newton.stack.layers:
     features = jax.random.normal(jax.random.key(3), (500, 64))
     print(block.rnn.solve(features).stats)

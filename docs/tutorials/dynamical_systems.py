@@ -142,7 +142,7 @@ print(f"loss {losses[0]:.3f} -> {sum(losses[-50:]) / 50:.5f}")
 free = 4000
 forced = jnp.arange(free) < 100
 values = data[:free]
-ys, _ = prnn.RNN(model, prnn.Sequential())((values, forced))
+ys, _ = prnn.RNN(model, solver=prnn.Sequential())((values, forced))
 
 figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
 axes[0].semilogy(losses)
@@ -173,7 +173,7 @@ print(f"exponent per time unit: {exponent:.2f} of the system, {learned:.2f} of t
 print("forced every | exponent | iterations | steps one after another, of 2000")
 for interval in (5, 15, 30, 60, 120, 2000):
     us = inputs(window, interval)
-    stats = prnn.RNN(model, prnn.Newton(chunk_size=20)).solve(us).stats
+    stats = prnn.RNN(model, solver=prnn.Newton(chunk_size=20)).solve(us).stats
     found, path = prnn.lyapunov(model, us).exponent, min(int(stats.sequential_steps), 2000)
     print(f"{interval:12} | {found:+8.3f} | {stats.iterations:10} | {path:5}")
 

@@ -49,7 +49,7 @@ print(prnn.detect_structure(step, zero, xs[0]))
 
 # %%
 print(prnn.lyapunov(step, xs, zero))
-print(prnn.verify(step, xs, zero, prnn.Newton()))
+print(prnn.verify(step, xs, zero, solver=prnn.Newton()))
 
 # %% [markdown]
 # ## 4. A cell
@@ -159,7 +159,7 @@ plt.show()
 trained = model[0]
 print(prnn.lyapunov(trained, xs))
 for solver in (prnn.Newton(), prnn.Newton(chunk_size=32), prnn.Jacobi(chunk_size=64)):
-    stats = prnn.RNN(trained.cell, solver).solve(xs).stats
+    stats = prnn.RNN(trained.cell, solver=solver).solve(xs).stats
     print(type(solver).__name__, solver.chunk_size, stats)
 
 # %% [markdown]

@@ -1,4 +1,4 @@
-"""What do the solvers cost on this machine, and which is fastest?"""
+"""Cost of solvers on this machine, and the choice of the fastest."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,8 +8,6 @@ import jax
 from jaxtyping import PyTree
 
 from .._misc import make_ravel, num_steps, time_slice
-from .._norms import agreement_tolerance
-from .._one_device import AxisName
 from .._recurrence import scan_states
 from .._validate import check_tolerance
 from ..solvers import (
@@ -22,18 +20,19 @@ from ..solvers import (
     TimeSharded,
 )
 from ..structures import detect_structure, is_affine
-from ._agreement import Agreement
-from ._compare import Patience, compare, rank
+from ._agreement import Agreement, agreement_tolerance
+from ._arguments import AnyRecurrence, SolveArguments, check_batch_size, solve_arguments
+from ._compare import Deadline, compare
 from ._measurements import Benchmark
-from ._places import Places, axis_of, find_places
-from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
+from ._placement import Placement, find_placement, sharded_axis
+from ._rows import Measurement, Row
 
-# Gradients of weights are sums over all steps, of which the scan's own rounding leaves less.
+# Gradients of weights are sums over all steps, in which the rounding of the scan itself adds up.
 _GRADIENT_FACTOR = 100
 
 
 def _describe(solver: AbstractSolver | None) -> str:
-    """The solver's constructor call with the arguments that are not at their defaults."""
+    """The solver's constructor call, without arguments at their defaults."""
     if solver is None:
         return "default"
     changed = [
@@ -62,23 +61,23 @@ def benchmark(
 ) -> Benchmark:
     """Measures solvers on this machine against the jitted `jax.lax.scan` of a recurrence.
 
-    Time (in turns: A B A B …), compile time, memory, operations and bytes, iterations, critical
+    Time (interleaved: A B A B …), compile time, memory, operations and bytes, iterations, critical
     path, and the error against the sequential run. Runs outside of `jit`, on concrete arrays.
 
-    What cuts time along an axis of a mesh (a [`pararnn.TimeSharded`][] among the `solvers`, or that
-    of the layer) runs on that mesh, which is the one that is set or that of `xs`, with the inputs
-    placed there beforehand; all else, the scan too, runs on one device, the first of the mesh.
+    Programs that shard time (a [`pararnn.TimeSharded`][] among the `solvers` or of the layer) run
+    on the mesh that is set, or that of `xs`, with inputs placed there beforehand; all others, the
+    scan included, run on the first device of the mesh.
 
     **Arguments:**
 
-    - `recurrence`: a step function `step(state, x)`; or a cell or an [`pararnn.RNN`][]. What is
-        measured is the recurrence, without `project` and `readout`, from which nothing is gained.
+    - `recurrence`: a step function `step(state, x)`; or a cell or an [`pararnn.RNN`][]. The
+        recurrence is measured without `project` and `readout`, which solvers do not affect.
     - `xs`, `init`: for a step function, as for [`pararnn.solve`][]; for a cell or a layer, the
-        inputs of the layer, and the state to start from, which may be left out. At least one step.
-    - `solvers`: what to measure; `None` in it is what `solve` chooses. `None` instead of it is the
-        layer's solver or the choice of `solve`, and the usual solvers with several chunk sizes; and
-        if `xs` is sharded along time, `TimeSharded` by itself and with `Newton()`.
-    - `batch_size`: measures `jax.vmap` over so many sequences: `xs`, which is one sequence here
+        inputs of the layer, and optionally the initial state. At least one step.
+    - `solvers`: the solvers to measure; an entry `None` is the choice of `solve`. By default, the
+        layer's solver or the choice of `solve`, and the usual solvers with several chunk sizes; if
+        `xs` is sharded along time, also `TimeSharded`, by itself and with `Newton()`.
+    - `batch_size`: how many sequences to measure with `jax.vmap`: `xs`, which is one sequence here
         too, and `xs` rolled along time by further and further. `None` measures `xs` without `vmap`.
     - `gradient`: whether to measure forward and gradient too, with the solver as `adjoint` (or the
         layer's): a quadratic loss of the states and its derivative with respect to `xs`, `init` and
@@ -90,14 +89,15 @@ def benchmark(
 
     **Returns:**
 
-    A [`pararnn.Benchmark`][]; after an interrupt from the keyboard, of what was measured so far.
+    A [`pararnn.Benchmark`][]; after an interrupt from the keyboard, with the measurements so far.
 
     **Raises:**
 
     `ValueError` or `TypeError` naming the argument, as [`pararnn.solve`][] does.
     """
-    options = (solvers, batch_size, gradient, repetitions, costs, progress)
-    return _benchmark(recurrence, xs, init, *options, title="benchmark", patience=Patience())
+    options = (solvers, batch_size, gradient, repetitions, costs)
+    title = "benchmark" if progress else None
+    return _benchmark(recurrence, xs, init, *options, title=title, deadline=Deadline())
 
 
 def tune(
@@ -121,14 +121,14 @@ def tune(
         [`pararnn.benchmark`][].
     - `solvers`: the candidates; `None` tries the usual ones with several chunk sizes, and the
         layer's. `Sequential` is always among them.
-    - `budget`: for how many seconds to measure, about: when they are over no further solver is
-        compiled, and what is compiled is run twice. `None` measures all of them to the end.
+    - `budget`: seconds to measure for, about: afterwards no further solver is compiled, and
+        compiled ones run twice. `None` measures all solvers completely.
 
     **Returns:**
 
-    A [`pararnn.Benchmark`][], whose `solver` is the fastest of those that were measured. An
-    interrupt from the keyboard ends the measurement early, as the end of the budget does; a second
-    one, or one before two programs are compiled, is raised.
+    A [`pararnn.Benchmark`][], whose `solver` is the fastest that agrees. An interrupt from the
+    keyboard ends the measurement early, like the end of the budget; a second one, or one before two
+    programs are compiled, is raised.
 
     **Raises:**
 
@@ -138,22 +138,13 @@ def tune(
         check_tolerance("budget", budget)
     if solvers is not None:
         solvers = [Sequential(), *(s for s in solvers if s != Sequential())]
-    options = (solvers, batch_size, gradient, repetitions, False, progress)
-    return _benchmark(recurrence, xs, init, *options, title="tune", patience=Patience(budget))
+    options = (solvers, batch_size, gradient, repetitions, False)
+    title = "tune" if progress else None
+    return _benchmark(recurrence, xs, init, *options, title=title, deadline=Deadline(budget))
 
 
 def _benchmark(
-    recurrence,
-    xs,
-    init,
-    solvers,
-    batch_size,
-    gradient,
-    repetitions,
-    costs,
-    progress,
-    title,
-    patience,
+    recurrence, xs, init, solvers, batch_size, gradient, repetitions, costs, *, title, deadline
 ) -> Benchmark:
     check_batch_size(batch_size)
     if isinstance(repetitions, bool) or not isinstance(repetitions, int) or repetitions < 1:
@@ -161,103 +152,96 @@ def _benchmark(
     for solver in solvers or ():
         if solver is not None and not isinstance(solver, AbstractSolver):
             raise TypeError(f"`solvers` must be solver instances or None; got {solver!r}.")
-    places = find_places(recurrence, xs, init, solvers or ())
-    with places.one_device():
-        one = make_problem(*places.on_one((recurrence, xs, init)))
+    placement = find_placement(recurrence, xs, init, solvers or ())
+    with placement.one_device():
+        one = solve_arguments(*placement.on_one((recurrence, xs, init)))
         if num_steps(one.us) == 0:
             raise ValueError("`xs` must have at least one step to measure anything; got 0.")
         if solvers is None:
             solvers = [one.solver] if costs or one.solver is not None else []
-            solvers += [Sequential(), *_usual_solvers(one), *_solvers_along(places.lies)]
-        options = (gradient, repetitions, costs, title if progress else None, patience)
-        return _measured(one, places, solvers, batch_size, *options)
+            solvers += [Sequential(), *_usual_solvers(one)]
+            if placement.axis is not None:
+                solvers += [TimeSharded(placement.axis, s) for s in (None, Newton())]
+        named = {_describe(solver): solver for solver in solvers}
+        options = {"gradient": gradient, "repetitions": repetitions, "costs": costs}
+        options |= {"title": title, "deadline": deadline}
+        baseline, *rows = _measure(one, placement, named, batch_size, options)
+    agreeing = [row for row in rows if row.agrees]
+    best = min(agreeing, key=lambda row: row.slowest.seconds.median, default=None)
+    left_out = tuple(name for name in named if name not in {row.name for row in rows})
+    return Benchmark(Sequential() if best is None else best.solver, baseline, tuple(rows), left_out)
 
 
-def _measured(
-    one: Problem, places: Places, solvers, batch_size, gradient, repetitions, costs, title, patience
-) -> Benchmark:
-    problem = one if batch_size is None else one.batched(batch_size)
+def _measure(
+    one: SolveArguments,
+    placement: Placement,
+    solvers: dict[str, AbstractSolver | None],
+    batch_size: int | None,
+    options: dict[str, Any],
+) -> list[Row]:
+    """The rows of the scan and of the solvers, by their names."""
+    batch = one if batch_size is None else one.batched(batch_size)
 
     def scan(step, us, init):
         return scan_states(step if batch_size is None else jax.vmap(step), us, init), None
 
-    args = (one.step, problem.us, problem.init)
+    args = (one.step, batch.us, batch.init)
     runs: dict[str, Any] = {"lax.scan": scan}
-    elsewhere: dict[str, Any] = {}
-    for solver in solvers:
-        name, run = _describe(solver), _run(one, solver)
-        runs[name] = run if batch_size is None else _over_batch(run)
-        axis = axis_of(solver, one.adjoint)
+    on_mesh: dict[str, Any] = {}
+    for name, solver in solvers.items():
+        runs[name] = _run(one, solver, batch_size)
+        axis = sharded_axis(solver, one.adjoint)
         if axis is not None:
-            elsewhere[name] = places.along(axis, args)
-    known: list[Agreement] = []
-    differences: dict[str, float] = {}
+            on_mesh[name] = placement.on_mesh(axis, args)
+    agreement: Agreement | None = None
+    rounding: dict[str, bool] = {}
 
     def judge(states, expected):
-        if not known:
-            known.append(Agreement(problem.step, problem.us, problem.init, expected))
-        error = known[0].value_error(states)
-        differences[list(runs)[len(differences)]] = known[0].value_difference
+        nonlocal agreement
+        if agreement is None:
+            agreement = Agreement(batch.step, batch.us, batch.init, expected)
+        error, difference, _ = agreement.value_error(states)
+        rounding[list(runs)[len(rounding)]] = difference > error
         return error
 
-    baseline, *rows = compare(
-        runs,
-        args,
-        gradient=gradient,
-        repetitions=repetitions,
-        costs=costs,
-        title=title,
-        judge=judge,
-        elsewhere=elsewhere,
-        patience=patience,
-    )
-    tolerance = agreement_tolerance(make_ravel(problem.init)[3])
-    named = {_describe(solver): solver for solver in solvers}
-    for row in (baseline, *rows):
-        row["rounding"] = differences[row["name"]] > row["error"]
+    tolerance = agreement_tolerance(make_ravel(batch.init)[3])
+    rows = []
+    for row in compare(runs, args, judge=judge, on_mesh=on_mesh, **options):
+        forward, gradient = (
+            Measurement(**row[k]) if k in row else None for k in ("forward", "gradient")
+        )
         right = row.get("gradient_error", 0.0) <= _GRADIENT_FACTOR * tolerance
-        row["agrees"] = right and row["error"] <= tolerance
-    rows = [{"solver": named[row["name"]], **row} for row in rows]
-    best = min((row for row in rows if row["agrees"]), key=rank, default=None)
-    left_out = tuple(name for name in named if name not in {row["name"] for row in rows})
-    solver = Sequential() if best is None else best["solver"]
-    return Benchmark(solver, baseline, tuple(rows), left_out)
+        judged = {
+            "agrees": right and row["error"] <= tolerance,
+            "rounding": rounding[row["name"]],
+            "solver": solvers.get(row["name"]),
+        }
+        rows.append(Row(**{**row, "forward": forward, "gradient": gradient, **judged}))
+    return rows
 
 
-def _run(problem: Problem, solver: AbstractSolver | None):
-    adjoint = solver if problem.adjoint is None else problem.adjoint
+def _run(arguments: SolveArguments, solver: AbstractSolver | None, batch_size: int | None):
+    adjoint = solver if arguments.adjoint is None else arguments.adjoint
 
     def run(step, us, init):
-        solution = problem.solution(step, us, init, solver=solver, adjoint=adjoint)
+        solution = arguments.solve(step, us, init, solver, adjoint)
         return solution.states, solution.stats
 
-    return run
-
-
-def _over_batch(run):
     def batched(step, us, init):
         return jax.vmap(lambda u, h: run(step, u, h), in_axes=(1, 0), out_axes=(1, 0))(us, init)
 
-    return batched
+    return run if batch_size is None else batched
 
 
-def _solvers_along(axis: AxisName | None) -> list[AbstractSolver]:
-    return [] if axis is None else [TimeSharded(axis), TimeSharded(axis, Newton())]
-
-
-def _usual_solvers(problem: Problem) -> list[AbstractSolver]:
-    step, init, slices = problem.step, problem.init, time_slice(problem.us)
-    length = num_steps(problem.us)
-    structure = problem.structure
+def _usual_solvers(arguments: SolveArguments) -> list[AbstractSolver]:
+    step, init, slices = arguments.step, arguments.init, time_slice(arguments.us)
+    length, size = num_steps(arguments.us), make_ravel(init)[2]
+    structure = arguments.structure
     if structure is None:
         structure = detect_structure(step, init, slices)
-    _, _, size, _ = make_ravel(init)
-    exact = problem.algebra is not None or is_affine(step, init, slices)
+    exact = arguments.algebra is not None or is_affine(step, init, slices)
+    few = structure.num_seeds(size) <= 4
     solvers: list[AbstractSolver] = [AssociativeScan()] if exact else []
     solvers += [Jacobi(chunk_size=c) for c in (16, 64, 256) if c < length]
-    if structure.num_seeds(size) <= 4:
-        solvers += [Newton(chunk_size=c) for c in (1, 16) if c < length]
-    else:
-        solvers += [Newton(chunk_size=c) for c in (16, 64, 256) if c < length]
-        solvers += [QuasiNewton(chunk_size=64)] if length > 64 else []
-    return solvers
+    solvers += [Newton(chunk_size=c) for c in ((1, 16) if few else (16, 64, 256)) if c < length]
+    return solvers + ([QuasiNewton(chunk_size=64)] if length > 64 and not few else [])

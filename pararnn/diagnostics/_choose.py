@@ -1,4 +1,4 @@
-"""Which solver a recurrence would get, for whatever states it: a step, a cell or a layer."""
+"""The solver and the adjoint that a step, a cell or a layer would get, and why."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..sharding._placement import mesh_context
 from ..sharding._time import TimeShards
 from ..solvers import AbstractSolver, TimeSharded
 from ..structures import AbstractStructure
-from ._problem import AnyRecurrence, Problem, check_batch_size, make_problem
+from ._arguments import AnyRecurrence, SolveArguments, check_batch_size, solve_arguments
 
 
 def select_solver(
@@ -33,13 +33,12 @@ def select_solver(
 ) -> tuple[AbstractSolver, str]:
     """The solver that `solve(..., solver=None)` would use, or that a layer uses, and why.
 
-    It is complete, the chunk size and the scan included: passed to `solve`, with the adjoint of
-    [`pararnn.select_adjoint`][], it is the program of that platform on any other.
+    All its options are resolved, chunk size and scan included: passed to `solve` with the adjoint
+    of [`pararnn.select_adjoint`][], it gives the program of `platform` on any platform.
 
-    Where the steps of the sequence lie on several devices, because `xs` is sharded along its
-    leading axis or the layer's solver is a [`pararnn.TimeSharded`][], it is a `TimeSharded` with
-    what was chosen for the part of one device. Nothing is run: the mesh, set or that of `xs`, may
-    be abstract, of more devices than there are here. What would 64 GPUs run?
+    If `xs` is sharded along time, or the layer's solver is a [`pararnn.TimeSharded`][], it is a
+    `TimeSharded` with the choice for the shard of one device. Nothing is run: the mesh, set or that
+    of `xs`, may be abstract, with more devices than there are. For example, for 64 GPUs:
 
         mesh = jax.sharding.AbstractMesh((64,), ("time",))
         time = jax.NamedSharding(mesh, jax.P("time"))
@@ -67,7 +66,7 @@ def select_solver(
     `ValueError` or `TypeError`, naming the argument; as `solve` does, for a `TimeSharded` where
     there is no mesh.
     """
-    problem, choice = _choose(
+    arguments, choice = _choose(
         recurrence,
         xs,
         init,
@@ -77,15 +76,15 @@ def select_solver(
         batch_size=batch_size,
     )
     reason, alone = choice.reason, choice.solver.axis is None
-    if inner(problem.solver) is not None:
+    if inner(arguments.solver) is not None:
         reason = "The layer was made with this solver."
     elif batch_size is not None and batch_size > 1 and alone and not choice.solver.stepwise:
         reason += (
             f" A batch of {batch_size} is not taken into account: where it keeps the device busy, "
             f"Sequential() can be faster; `tune(…, batch_size={batch_size})` measures it."
         )
-    layer = problem.layer
-    if layer is not None and layer.goes_through_chunks:
+    layer = arguments.layer
+    if layer is not None and layer.is_chunkwise:
         reason += (
             f" That is for the states: a call of the layer, which returns outputs, goes through "
             f"chunks of {layer.cell.chunk_size} steps by products of matrices."
@@ -102,11 +101,11 @@ def select_adjoint(
     platform: str | None = None,
     batch_size: int | None = None,
 ) -> tuple[AbstractAdjoint, str]:
-    """What `solve(..., adjoint=None)` would use for the derivative, or what a layer uses, and why.
+    """The adjoint that `solve(..., adjoint=None)` would use, or that a layer uses, and why.
 
-    It is complete, as what [`pararnn.select_solver`][] returns, which has the same arguments; the
-    `batch_size` counts here. Where the steps lie on several devices, it is what runs on each, to be
-    passed to `solve` beside that solver.
+    The arguments are those of [`pararnn.select_solver`][]; all options of the result are resolved,
+    too. The choice depends on `batch_size`. If time is sharded, it is the adjoint of each shard,
+    for `solve` beside that solver.
 
     **Returns:**
 
@@ -116,43 +115,49 @@ def select_adjoint(
 
     `ValueError` or `TypeError`, naming the argument.
     """
-    problem, choice = _choose(
+    arguments, choice = _choose(
         recurrence, xs, init, structure=structure, platform=platform, batch_size=batch_size
     )
-    if inner(problem.adjoint) is not None:
+    if inner(arguments.adjoint) is not None:
         return choice.adjoint, "The layer was made with this adjoint."
     return choice.adjoint, choice.adjoint_reason
 
 
 def _choose(
     recurrence, xs, init, *, structure=None, algebra=None, platform=None, batch_size=None
-) -> tuple[Problem, Choice]:
+) -> tuple[SolveArguments, Choice]:
     check_batch_size(batch_size)
     platform = check_platform(platform)
     batch = 1 if batch_size is None else batch_size
     with mesh_context((xs, init, recurrence)):
-        problem = make_problem(
+        arguments = solve_arguments(
             recurrence, xs, init, structure=structure, algebra=algebra, abstract=True
         )
-        arrays = problem.xs, (problem.layer, problem.state)
-        time = time_axis(problem.solver, problem.adjoint, arrays) if num_steps(problem.us) else None
+        arrays = arguments.xs, (arguments.layer, arguments.state)
+        time = (
+            time_axis(arguments.solver, arguments.adjoint, arrays)
+            if num_steps(arguments.us)
+            else None
+        )
         if time is not None:
-            return problem, _choose_across(problem, time, platform, batch)
+            return arguments, _choose_across(arguments, time, platform, batch)
     stated = Recurrence(
-        problem.step,
-        problem.us,
-        problem.init,
-        structure=problem.structure,
-        algebra=problem.algebra,
+        arguments.step,
+        arguments.us,
+        arguments.init,
+        structure=arguments.structure,
+        algebra=arguments.algebra,
     )
-    return problem, choose(stated, problem.solver, problem.adjoint, platform=platform, batch=batch)
+    return arguments, choose(
+        stated, arguments.solver, arguments.adjoint, platform=platform, batch=batch
+    )
 
 
-def _choose_across(problem: Problem, time: TimeAxis, platform: str, batch: int) -> Choice:
-    """The choice for the part of one device, made where `solve` makes it: on that device. Nothing
-    is run, hence a mesh of any devices will do."""
+def _choose_across(arguments: SolveArguments, time: TimeAxis, platform: str, batch: int) -> Choice:
+    """The choice for the shard of one device, made inside `shard_map` as by `solve`. It is only
+    traced, so the mesh may be abstract."""
     choices: list[Choice] = []
-    arrays, rest = eqx.partition(problem.step, eqx.is_array)
+    arrays, rest = eqx.partition(arguments.step, eqx.is_array)
 
     def choose_part(us, whole, real):
         arrays, init = whole
@@ -163,12 +168,12 @@ def _choose_across(problem: Problem, time: TimeAxis, platform: str, batch: int) 
             step,
             us,
             init,
-            structure=problem.structure,
-            algebra=problem.algebra,
+            structure=arguments.structure,
+            algebra=arguments.algebra,
             row_shards=shards,
             mask=real,
         )
-        solver, adjoint = inner(problem.solver), inner(problem.adjoint)
+        solver, adjoint = inner(arguments.solver), inner(arguments.adjoint)
         choices.append(choose(part, solver, adjoint, platform=platform, batch=batch))
         return (), ()
 
@@ -177,6 +182,6 @@ def _choose_across(problem: Problem, time: TimeAxis, platform: str, batch: int) 
             return choose_part(us, whole, None)
         return over_devices(time, choose_part, us, whole)
 
-    jax.eval_shape(choose_anywhere, problem.us, (arrays, problem.init))
+    jax.eval_shape(choose_anywhere, arguments.us, (arrays, arguments.init))
     choice = choices[0]
     return choice._replace(solver=TimeSharded(time.axis, choice.solver))

@@ -1,4 +1,4 @@
-"""Measuring functions against a baseline, in turns, on this machine."""
+"""Measurement of functions against a baseline, interleaved, on this machine."""
 
 import contextlib
 import functools
@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from .._misc import real_leaves
-from .._norms import relative_error
 from ..jaxprs._counting import count
+from ._agreement import relative_error
 
-# Fast functions take so much of the slowest one's time in a turn, by so many calls at most.
-_SHARE, _MOST_CALLS = 0.1, 20
-# To compare at all takes the baseline and one function more.
-_FEWEST = 2
+# A fast function is called repeatedly, for this share of the slowest one's time, in each round.
+_SHARE, _MAX_CALLS = 0.1, 20
+# A comparison needs the baseline and one other function.
+_MIN_FUNCTIONS = 2
 
 
 class Spread(NamedTuple):
@@ -41,31 +41,31 @@ def spread(samples: Sequence[float] | np.ndarray) -> Spread:
     return Spread(float(median), float(lower), float(upper))
 
 
-class Patience:
-    """For how long to measure: until the `budget`, in seconds, is spent, or somebody interrupts."""
+class Deadline:
+    """Ends a measurement when a budget, in seconds, is spent, or at an interrupt from the keyboard.
 
-    def __init__(self, budget: float | None = None):
+    - `share`: the share of the budget at which it is over.
+    - `catches`: whether it catches an interrupt, or lets it pass.
+    """
+
+    def __init__(self, budget: float | None = None, catches: bool = True):
         self._begin = time.perf_counter()
+        self.catches = catches
         self._budget = float("inf") if budget is None else budget
-        self._share = 1.0
+        self.share = 1.0
         self.interrupted = False
-
-    def spend_until(self, share: float) -> None:
-        """From now on it is over when this share of the budget is spent."""
-        self._share = share
 
     @property
     def is_over(self) -> bool:
-        spent = time.perf_counter() - self._begin
-        return self.interrupted or spent > self._share * self._budget
+        return self.interrupted or time.perf_counter() - self._begin > self.share * self._budget
 
     @contextlib.contextmanager
     def until_interrupted(self) -> Iterator[None]:
-        """Ends what is done within it at an interrupt from the keyboard; a second one is raised."""
+        """Ends the block at an interrupt from the keyboard; a second one is raised."""
         try:
             yield
         except KeyboardInterrupt:
-            if self.interrupted:
+            if self.interrupted or not self.catches:
                 raise
             self.interrupted = True
 
@@ -77,34 +77,31 @@ def interleaved(
     warm_up: bool = True,
     limit: float = float("inf"),
     tick: Callable[[], Any] = lambda: None,
-    patience: "Patience | None" = None,
+    deadline: Deadline | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call, A B A B …, after one warm-up call each; waits for every result.
 
-    A function that is much faster than the slowest is called a few times in its turn, and the mean
-    counts. After two rounds, ends early once `limit` seconds, or the `patience`, are spent. Calls
-    `tick` after each. With a `patience`, an interrupt ends the rounds, too, after the first one.
+    A function that is much faster than the slowest is called several times per round, and the mean
+    counts. After two rounds, ends early once `limit` seconds or the `deadline` are over; at an
+    interrupt, which a `deadline` catches, after one. Calls `tick` after each round.
     """
+    deadline = Deadline(catches=False) if deadline is None else deadline
     for function in functions.values() if warm_up else ():
         jax.block_until_ready(function())
     times: dict[str, list[float]] = {name: [] for name in functions}
     calls = dict.fromkeys(functions, 1)
     begin = time.perf_counter()
-    with contextlib.nullcontext() if patience is None else patience.until_interrupted():
+    with deadline.until_interrupted():
         for i in range(repetitions):
-            over = patience is not None and patience.is_over
-            if i >= 2 and (over or time.perf_counter() - begin > limit):
+            if i >= 2 and (deadline.is_over or time.perf_counter() - begin > limit):
                 break
             for name, function in functions.items():
                 start = time.perf_counter()
                 for _ in range(calls[name]):
                     jax.block_until_ready(function())
                 times[name].append((time.perf_counter() - start) / calls[name])
-            slowest = max(seconds[0] for seconds in times.values())
-            calls = {
-                name: int(min(max(_SHARE * slowest / times[name][0], 1), _MOST_CALLS))
-                for name in times
-            }
+            share = _SHARE * max(seconds[0] for seconds in times.values())
+            calls = {k: int(min(max(share / times[k][0], 1), _MAX_CALLS)) for k in times}
             tick()
     rounds = min(map(len, times.values()))
     if rounds == 0:
@@ -113,7 +110,7 @@ def interleaved(
 
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, baseline: str) -> Spread:
-    """The spread of the ratios pair by pair, which cancels slow drifts of a shared machine."""
+    """The spread of the ratios, round by round, which cancels slow drifts of a shared machine."""
     return spread(np.asarray(times[name]) / np.asarray(times[baseline]))
 
 
@@ -127,8 +124,8 @@ def compare(
     costs: bool = True,
     title: str | None = None,
     judge: Callable[[Any, Any], float] = relative_error,
-    elsewhere: Mapping[str, tuple[Mesh, tuple[Any, ...]]] = types.MappingProxyType({}),
-    patience: Patience | None = None,
+    on_mesh: Mapping[str, tuple[Mesh, tuple[Any, ...]]] = types.MappingProxyType({}),
+    deadline: Deadline | None = None,
 ) -> list[dict[str, Any]]:
     """Measures functions that compute the same states; the first is the baseline.
 
@@ -141,90 +138,85 @@ def compare(
         squares with fixed random weights, and its derivative with respect to all floating-point
         and complex arrays in `args`.
     - `repetitions`, `limit`: as for `interleaved`.
-    - `costs`: whether to count operations and bytes, which compiles and runs each function anew.
-        Not of those that run on a mesh: what they do on each device is not seen.
+    - `costs`: whether to count operations and bytes, which compiles and runs each function again.
+        Not counted for programs on a mesh, whose work per device the counter does not see.
     - `title`: of a progress bar; `None` for no bar.
-    - `judge`: the error of states, given those of the baseline too.
-    - `elsewhere`: of runs on a mesh: by name, the mesh, and `args` as they lie there.
-    - `patience`: when it is over, what is measured so far is returned, of two functions at least.
+    - `judge`: the error of states, from them and those of the baseline.
+    - `on_mesh`: for runs on a mesh, by name: the mesh, and `args` as they are placed on it.
+    - `deadline`: when it is over, returns what is measured of two functions or more.
 
     **Returns:**
 
-    One dictionary per function, with the keys that [`pararnn.Benchmark`][] describes; those that
-    were not measured in all respects are left out.
+    One dictionary per function with the fields of [`pararnn.diagnostics.Row`][], without those that
+    were not measured; functions that were not timed are left out.
     """
     kinds = ("forward", "gradient") if gradient else ("forward",)
+    deadline = Deadline(catches=False) if deadline is None else deadline
     jax.block_until_ready(jax.jit(lambda x: x + 1)(1))  # the first compilation of a process is slow
-    made = _Comparison(runs, args, costs, judge, elsewhere)
+    comparison = _Comparison(runs, args, costs, judge, on_mesh)
     names, done = list(runs), []
     total = len(kinds) * (len(runs) + repetitions)
     with tqdm(total=total, desc=title, disable=title is None, leave=False) as bar:
         for i, kind in enumerate(kinds):
-            if patience is not None and patience.interrupted:
+            if deadline.interrupted:
                 break
-            if patience is not None:
-                patience.spend_until((i + 1) / len(kinds))
-            options = {"warm_up": False, "limit": limit, "tick": bar.update, "patience": patience}
+            deadline.share = (i + 1) / len(kinds)
+            options = {"warm_up": False, "limit": limit, "tick": bar.update, "deadline": deadline}
             try:
-                calls = _prepared(made, kind, names, patience, bar)
+                calls = _compile_all(comparison, kind, names, deadline, bar)
                 times = interleaved(calls, repetitions, **options)
             except KeyboardInterrupt:
-                if patience is None or not done:
+                if not deadline.catches or not done:
                     raise
                 break
             names = list(calls)
             done.append(kind)
             for name in names:
-                made.rows[name][kind]["seconds"] = spread(times[name])
-                made.rows[name][kind]["ratio"] = ratio(times, name, names[0])
-    return [made.finished(name, done) for name in names]
+                comparison.rows[name][kind]["seconds"] = spread(times[name])
+                comparison.rows[name][kind]["ratio"] = ratio(times, name, names[0])
+    return [comparison.finished(name, done) for name in names]
 
 
-def rank(row: dict[str, Any]) -> float:
-    """The time by which a row of `compare` ranks: with the gradient, if it was measured."""
-    return row.get("gradient", row["forward"])["seconds"].median
-
-
-def _prepared(
-    made: "_Comparison", kind: str, names: Sequence[str], patience: Patience | None, bar: tqdm
+def _compile_all(
+    comparison: "_Comparison", kind: str, names: Sequence[str], deadline: Deadline, bar: tqdm
 ) -> dict[str, Callable[[], Any]]:
-    """The compiled functions, as many as there is patience for, and two at least."""
+    """The compiled functions, as many as the deadline allows, and two at least."""
     calls: dict[str, Callable[[], Any]] = {}
     for name in names:
-        if patience is not None and patience.is_over and len(calls) >= _FEWEST:
+        if deadline.is_over and len(calls) >= _MIN_FUNCTIONS:
             break
         bar.set_postfix_str(name)
-        with contextlib.nullcontext() if patience is None else patience.until_interrupted():
-            calls[name] = made.prepare(kind, name)
-        if patience is not None and patience.interrupted and len(calls) < _FEWEST:
+        with deadline.until_interrupted():
+            calls[name] = comparison.prepare(kind, name)
+        if deadline.interrupted and len(calls) < _MIN_FUNCTIONS:
             raise KeyboardInterrupt
         bar.update()
     return calls
 
 
 class _Comparison:
-    """What is known of the functions so far: their `rows`, and what the next ones need of the
-    first."""
+    """Rows of the functions so far, and the states, weights and gradient of the baseline, with
+    which the others are compared."""
 
-    def __init__(self, runs, args, costs, judge, elsewhere):
+    def __init__(self, runs, args, costs, judge, on_mesh):
         self.rows: dict[str, dict[str, Any]] = {name: {"name": name} for name in runs}
         self._runs, self._args, self._costs = runs, args, costs
-        self._judge, self._elsewhere = judge, elsewhere
+        self._judge, self._on_mesh = judge, on_mesh
         self._weights: Any = None
         self._shardings: dict[str, Any] = {}
         self._expected: dict[str, Any] = {}  # by kind
 
     def prepare(self, kind: str, name: str) -> Callable[[], Any]:
         """Compiles a function, judges what it returns, and returns a call of it."""
-        mesh, own = self._elsewhere.get(name, (None, self._args))
+        mesh, own = self._on_mesh.get(name, (None, self._args))
         arrays, static = eqx.partition(own, eqx.is_array)
         run, row = self._runs[name], self.rows[name]
         if kind == "forward":
             function, inputs = _forward(run, static), (arrays,)
         else:
-            here = self._weights
-            here = here if mesh is None else jax.device_put(here, self._shardings[name])
-            function, inputs = _gradient(run, static), (arrays, here)
+            weights = self._weights
+            weights = weights if mesh is None else jax.device_put(weights, self._shardings[name])
+            function, inputs = _gradient(run, static), (arrays, weights)
         measured, call = _compiled(function, inputs, self._costs, mesh)
         results, other = jax.block_until_ready(call())
         if kind == "forward":
@@ -242,16 +234,15 @@ class _Comparison:
         return call
 
     def finished(self, name: str, kinds: Sequence[str]) -> dict[str, Any]:
-        """The row of a function, without what was begun and not ended."""
-        begun = {"forward", "gradient"} - set(kinds)
-        begun |= {"gradient_error"} if "gradient" not in kinds else set()
-        return {key: value for key, value in self.rows[name].items() if key not in begun}
+        """The row of a function, without kinds that were compiled but not timed."""
+        untimed = set() if "gradient" in kinds else {"gradient", "gradient_error"}
+        return {key: value for key, value in self.rows[name].items() if key not in untimed}
 
 
 def _compiled(
     function: Callable[..., Any], inputs: tuple[Any, ...], costs: bool, mesh: Mesh | None
 ) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """What can be said of a function before it is timed, and a call of it."""
+    """Compiles a function: its costs, and a call of it."""
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         start = time.perf_counter()
         compiled = jax.jit(function).lower(*inputs).compile()
@@ -267,8 +258,8 @@ def _forward(run, static):
 
 
 def _gradient(run, static):
-    # Value and derivative need the states; those of a linear loss would not, and the compiler could
-    # leave the states out of the baseline.
+    # A loss whose value and derivative need the states: with a linear one the compiler could remove
+    # the states from the baseline.
     def loss(args, weights):
         states, _ = run(*args)
         pairs = zip(weights, real_leaves(states), strict=True)

@@ -1,4 +1,5 @@
-"""Does the driven system forget its state? This decides whether it can be solved in parallel."""
+"""The largest Lyapunov exponent of a driven recurrence, which decides whether it can be solved in
+parallel."""
 
 import dataclasses
 from typing import Any
@@ -9,12 +10,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._misc import make_ravel, num_steps, struct
-from ._problem import AnyRecurrence, make_problem
+from ._arguments import AnyRecurrence, solve_arguments
 
 
 @dataclasses.dataclass(frozen=True)
 class Lyapunov:
-    """What [`pararnn.lyapunov`][] found; printing it says what it means.
+    """The result of [`pararnn.lyapunov`][]; printing it interprets the exponent.
 
     - `exponent`: the estimate of the largest Lyapunov exponent, in nats per step: by how much the
         logarithm of a small difference between two runs with the same inputs grows per step.
@@ -74,14 +75,14 @@ def lyapunov(
 
     - `recurrence`: a step function `step(state, x)`; or a cell or an [`pararnn.RNN`][].
     - `xs`, `init`: for a step function, as for [`pararnn.solve`][]; for a cell or a layer, the
-        inputs of the layer, and the state to start from, which may be left out. At least one step.
+        inputs of the layer, and optionally the initial state. At least one step.
 
     **Returns:**
 
     A [`pararnn.Lyapunov`][].
     """
-    problem = make_problem(recurrence, xs, init)
-    step, us, start = problem.step, problem.us, problem.init
+    arguments = solve_arguments(recurrence, xs, init)
+    step, us, start = arguments.step, arguments.us, arguments.init
     length = num_steps(us)
     if length == 0:
         raise ValueError("`xs` must have at least one step to estimate an exponent; got 0.")

@@ -1,8 +1,7 @@
-"""What rounding can do to a function: Monte Carlo arithmetic.
+"""Monte Carlo arithmetic: evaluation with random roundings (Parker, 1997).
 
-The function is evaluated primitive by primitive, and what a primitive rounds is rounded otherwise,
-at random (Parker, *Monte Carlo arithmetic*, 1997). How far the results of such evaluations lie
-apart is what rounding alone explains: no more can be asked of another way to compute the same.
+A function is evaluated primitive by primitive, and each rounded result gets another rounding, at
+random. The spread of such evaluations is the error that rounding alone explains.
 """
 
 from collections.abc import Callable

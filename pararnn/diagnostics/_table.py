@@ -10,10 +10,8 @@ _NAME_WIDTH = 40
 
 
 def number(x: float) -> str:
-    """Three digits, without an exponent where people would not write one."""
-    if 1000 <= abs(x) < 1e7:
-        return f"{x:,.0f}"
-    return f"{x:.3g}"
+    """Three digits, without an exponent below ten million."""
+    return f"{x:,.0f}" if 1000 <= abs(x) < 1e7 else f"{x:.3g}"
 
 
 def spread_text(spread: Spread) -> str:

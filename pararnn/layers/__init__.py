@@ -1,11 +1,14 @@
 """Equinox modules that put cells and solvers together."""
 
-from ._blocks import AbstractBlock as AbstractBlock
+from ._base import AbstractLayer as AbstractLayer
+from ._blocks import GatedBlock as GatedBlock
 from ._blocks import ResidualBlock as ResidualBlock
-from ._gated_block import GatedBlock as GatedBlock
-from ._minmax_block import MinMaxBlock as MinMaxBlock
+from ._minmax_block import minmax_block as minmax_block
+from ._published import gated_deltanet_block as gated_deltanet_block
+from ._published import mamba_block as mamba_block
+from ._published import mlstm_block as mlstm_block
+from ._published import slstm_block as slstm_block
 from ._rnn import RNN as RNN
 from ._stack import Bidirectional as Bidirectional
 from ._stack import Stack as Stack
-from ._torch import TorchRNN as TorchRNN
 from ._torch import from_torch as from_torch

@@ -5,28 +5,18 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._algebra import AbstractAlgebra
-from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell, ClampAlgebra, MinMax
 from ..solvers import AbstractSolver
-from ._blocks import (
-    AbstractBlock,
-    Flags,
-    GatedMLP,
-    Sequence,
-    Vector,
-    add_branch,
-    make_norm,
-    without_padding,
-)
+from ._blocks import GatedMLP, ResidualBlock, Sequence, make_linear, make_norm
 from ._rnn import RNN
 
 
 class _Cascade(AbstractCell):
-    """A MinMax neuron behind a convolution over two inputs and an MLP. As they are part of what the
-    cell does with its inputs, resets, padding and streaming are right for them as well."""
+    """A MinMax neuron behind a convolution over two inputs and an MLP. These are part of the cell's
+    projection, so that resets, padding and streaming hold for the convolution, too."""
 
     algebra: ClassVar[AbstractAlgebra | None] = ClampAlgebra()
 
@@ -42,8 +32,8 @@ class _Cascade(AbstractCell):
         keys = jax.random.split(key, 4)
         self.neuron = MinMax(width, hidden_size, width, dtype=dtype, key=keys[0])
         self.conv_norm = make_norm(width, dtype)
-        self.conv_past = eqx.nn.Linear(width, width, use_bias=False, dtype=dtype, key=keys[1])
-        self.conv_present = eqx.nn.Linear(width, width, use_bias=False, dtype=dtype, key=keys[2])
+        self.conv_past = make_linear(width, width, dtype, keys[1])
+        self.conv_present = make_linear(width, width, dtype, keys[2])
         self.mlp_norm = make_norm(width, dtype)
         self.mlp = GatedMLP(width, mlp_size, jax.nn.relu, dtype, keys[3])
         self.neuron_norm = make_norm(width, dtype)
@@ -77,7 +67,16 @@ class _Cascade(AbstractCell):
         return self.neuron.readout(states, us)
 
 
-class MinMaxBlock(AbstractBlock):
+def minmax_block(
+    width: int,
+    hidden_size: int | None = None,
+    *,
+    mlp_size: int | None = None,
+    solver: AbstractSolver | None = None,
+    dropout: float = 0.0,
+    dtype: Any = None,
+    key: PRNGKeyArray,
+) -> ResidualBlock:
     r"""The layer of *MinMax Recurrent Neural Cascades* (2026): a convolution over two inputs and an
     MLP gated by a ReLU in front of a [`pararnn.MinMax`][] neuron, and one residual connection:
 
@@ -85,71 +84,28 @@ class MinMaxBlock(AbstractBlock):
     b = a + \mathrm{MLP}(\mathrm{RMSNorm}(a)), \qquad
     y = x + \mathrm{MinMax}(\mathrm{RMSNorm}(b)).$$
 
-    The input before the first counts as 0. The MLP, and with it $b$, is taken to see what the
-    convolution gives, behind a norm of its own. Dropout is applied to what the neuron adds.
+    The input before the first counts as 0. The MLP, and with it $b$, is taken to see the output of
+    the convolution, behind a norm of its own. Dropout is applied to what the neuron adds.
 
     Where this departs from the authors' code (the package minmaxrnc, 0.3.0): norms are RMS norms,
     where it has layer norms unless told otherwise; only the bounds $r$ and $s$ have biases, where
     all linear maps have them; the MLP has 2 times the `width` by default, not 1.3 times; and
     parameters start as in [`pararnn.MinMax`][], so that every unit writes, where it has normal
     weights, scaled by width and depth, and biases of 0 (but for its option `'asymmetric'`).
+
+    **Arguments:**
+
+    - `width`: the number of features of inputs and outputs.
+    - `hidden_size`: the number of elements of the state; `None` is the `width`.
+    - `mlp_size`: the number of hidden features of the MLP; `None` is twice the `width`.
+    - `solver`: as for [`pararnn.RNN`][].
+    - `dropout`: the probability of each number that the neuron adds to be dropped.
+    - `dtype`: of the parameters; the state has at least float32.
+    - `key`: for the parameters.
     """
-
-    rnn: RNN[_Cascade]
-    dropout: eqx.nn.Dropout
-
-    def __init__(
-        self,
-        width: int,
-        hidden_size: int | None = None,
-        solver: AbstractSolver | None = None,
-        *,
-        adjoint: AbstractSolver | AbstractAdjoint | None = None,
-        learn_init: bool = False,
-        mlp_size: int | None = None,
-        dropout: float = 0.0,
-        dtype: Any = None,
-        key: PRNGKeyArray,
-    ):
-        """**Arguments:**
-
-        - `width`: the number of features of inputs and outputs.
-        - `hidden_size`: the number of elements of the state; `None` is the `width`.
-        - `solver`, `adjoint`, `learn_init`: as for [`pararnn.RNN`][].
-        - `mlp_size`: the number of hidden features of the MLP; `None` is twice the `width`.
-        - `dropout`: the probability of each number that the neuron adds to be dropped.
-        - `dtype`: of the parameters; the state has at least float32.
-        - `key`: for the parameters.
-        """
-        hidden_size = width if hidden_size is None else hidden_size
-        mlp_size = 2 * width if mlp_size is None else mlp_size
-        cell = _Cascade(width, hidden_size, mlp_size, dtype, key)
-        self.rnn = RNN(cell, solver, adjoint=adjoint, learn_init=learn_init)
-        self.dropout = eqx.nn.Dropout(dropout)
-
-    def init_state(self, x: Vector | jax.ShapeDtypeStruct | None = None) -> PyTree[Array]:
-        return self.rnn.init_state(x)
-
-    def __call__(
-        self,
-        xs: Sequence,
-        state: PyTree[Array] | None = None,
-        *,
-        reset: Flags | None = None,
-        mask: Flags | None = None,
-        key: PRNGKeyArray | None = None,
-        throw: bool = True,
-    ) -> tuple[Sequence, PyTree[Array]]:
-        xs = without_padding(xs, mask)
-        ys, state = self.rnn(xs, state, reset=reset, mask=mask, throw=throw)
-        return add_branch(xs, ys, self.dropout, key), state
-
-    def step(
-        self,
-        x: Vector,
-        state: PyTree[Array] | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Vector, PyTree[Array]]:
-        y, state = self.rnn.step(x, state)
-        return add_branch(x, y, self.dropout, key), state
+    hidden_size = width if hidden_size is None else hidden_size
+    inner_size = 2 * width if mlp_size is None else mlp_size
+    cell = _Cascade(width, hidden_size, inner_size, dtype, key)
+    rnn = RNN(cell, solver=solver)
+    # Norms and MLP are inside the cell.
+    return ResidualBlock(width, rnn, norm=False, mlp_size=0, dropout=dropout, dtype=dtype, key=key)

@@ -1,150 +1,145 @@
 """Several recurrent layers: one after another, and in both directions."""
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._checks import brief, check_sequence, instance_hint
+from .._checks import brief, instance_hint
 from .._misc import flip_time
 from .._packing import segment_starts
-from ..adjoints import AbstractAdjoint
 from ..cells import AbstractCell
-from ..solvers import AbstractSolver
-from ._blocks import AbstractBlock
+from ._base import AbstractLayer, Flags
+from ._blocks import check_rnn
 from ._rnn import RNN
 
 
-class Stack(AbstractBlock):
-    """Blocks, one after another; a block itself. Its state is the tuple of theirs."""
+class Stack(AbstractLayer):
+    """Layers, one after another; a layer itself. Its state is the tuple of theirs."""
 
-    blocks: tuple[AbstractBlock, ...]
+    layers: tuple[AbstractLayer, ...]
 
-    def __init__(self, blocks: Sequence[AbstractBlock]):
+    def __init__(self, layers: Sequence[AbstractLayer]):
         """**Arguments:**
 
-        - `blocks`: such as [`pararnn.ResidualBlock`][] and [`pararnn.MinMaxBlock`][].
+        - `layers`: such as [`pararnn.RNN`][], [`pararnn.ResidualBlock`][] and
+            [`pararnn.Bidirectional`][].
         """
-        if not isinstance(blocks, Sequence):
-            raise TypeError(f"`blocks` must be a list or tuple of blocks; got {brief(blocks)}.")
-        for i, block in enumerate(blocks):
-            if not isinstance(block, AbstractBlock):
+        if not isinstance(layers, Sequence):
+            raise TypeError(f"`layers` must be a list or tuple of layers; got {brief(layers)}.")
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, AbstractLayer):
+                hint = " Wrap the cell: `pararnn.RNN(cell)`."
                 raise TypeError(
-                    f"`blocks[{i}]` must be a pararnn.AbstractBlock; got {brief(block)}."
-                    f"{instance_hint(block) or _block_hint(block)}"
+                    f"`layers[{i}]` must be a pararnn.AbstractLayer; got {brief(layer)}."
+                    f"{hint if isinstance(layer, AbstractCell) else instance_hint(layer)}"
                 )
-        self.blocks = tuple(blocks)
+        self.layers = tuple(layers)
 
     def _parts(self, state, key):
-        """Each block with its state and its key."""
-        count = len(self.blocks)
+        """Each layer with its state and its key."""
+        count = len(self.layers)
         states = (None,) * count if state is None else state
-        if len(states) != count:
+        if not isinstance(states, (tuple, list)) or len(states) != count:
             raise ValueError(
-                f"`state` must be a tuple of {count} states, one per block; got {state}."
+                f"`state` must be a tuple of {count} states, one per layer; got "
+                f"{eqx.tree_pformat(state)}. (`step` takes the state before the input, "
+                "`stack.step(state, x)`.)"
             )
         keys = (None,) * count if key is None else jax.random.split(key, count)
-        return zip(self.blocks, states, keys, strict=True)
+        return zip(self.layers, states, keys, strict=True)
 
-    def init_state(
-        self, x: Float[Array, " width"] | jax.ShapeDtypeStruct | None = None
-    ) -> PyTree[Array]:
-        return tuple(block.init_state(x) for block in self.blocks)
+    def init_state(self, x: PyTree[Any] | None = None) -> PyTree[Array]:
+        states = []
+        for layer in self.layers:
+            states.append(layer.init_state(x))
+            if x is not None and len(states) < len(self.layers):
+                step = eqx.nn.inference_mode(layer).step
+                x, _ = eqx.filter_eval_shape(step, states[-1], x)
+        return tuple(states)
 
     def __call__(
         self,
-        xs: Float[Array, "L width"],
+        xs: PyTree[Any],
         state: PyTree[Array] | None = None,
         *,
-        reset: Bool[Array | np.ndarray, " L"] | None = None,
-        mask: Bool[Array | np.ndarray, " L"] | None = None,
+        reset: Flags | None = None,
+        mask: Flags | None = None,
         key: PRNGKeyArray | None = None,
         throw: bool = True,
-    ) -> tuple[Float[Array, "L width"], PyTree[Array]]:
-        check_sequence("stack", xs)
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
         new = []
-        for block, old, block_key in self._parts(state, key):
-            xs, final = block(xs, old, reset=reset, mask=mask, key=block_key, throw=throw)
+        for layer, old, layer_key in self._parts(state, key):
+            xs, final = layer(xs, old, reset=reset, mask=mask, key=layer_key, throw=throw)
             new.append(final)
         return xs, tuple(new)
 
     def step(
-        self,
-        x: Float[Array, " width"],
-        state: PyTree[Array] | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, " width"], PyTree[Array]]:
+        self, state: PyTree[Array] | None, x: PyTree[Any], *, key: PRNGKeyArray | None = None
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
         new = []
-        for block, old, block_key in self._parts(state, key):
-            x, final = block.step(x, old, key=block_key)
+        for layer, old, layer_key in self._parts(state, key):
+            x, final = layer.step(old, x, key=layer_key)
             new.append(final)
         return x, tuple(new)
 
 
-def _block_hint(value: object) -> str:
-    if not isinstance(value, (RNN, AbstractCell, Bidirectional)):
-        return ""
-    return (
-        " A block keeps the width: `pararnn.ResidualBlock(width, cell, key=key)` puts one around a "
-        "cell. Layers without residuals are called one after another: `ys, final = rnn(xs)`."
-    )
-
-
-class Bidirectional(eqx.Module):
+class Bidirectional(AbstractLayer):
     """Two recurrent layers, one of which reads the sequence from its end.
 
     Each output has seen all of the sequence (of its piece, if there are resets), so there is no
-    streaming form and no state to continue from.
+    streaming form and no state to continue from: `step`, `init_state` and a `state` raise a
+    `ValueError`.
     """
 
     forward: RNN[AbstractCell]
     backward: RNN[AbstractCell]
 
-    def __init__(
-        self,
-        forward_cell: AbstractCell,
-        backward_cell: AbstractCell,
-        solver: AbstractSolver | None = None,
-        *,
-        adjoint: AbstractSolver | AbstractAdjoint | None = None,
-        learn_init: bool = False,
-    ):
+    def __init__(self, forward: RNN[AbstractCell], backward: RNN[AbstractCell]):
         """**Arguments:**
 
-        - `forward_cell`, `backward_cell`: the recurrences of the two directions.
-        - `solver`, `adjoint`, `learn_init`: as for [`pararnn.RNN`][], for both.
+        - `forward`, `backward`: the layers of the two directions.
         """
-        self.forward, self.backward = (
-            RNN(cell, solver, adjoint=adjoint, learn_init=learn_init)
-            for cell in (forward_cell, backward_cell)
-        )
+        check_rnn("forward", forward)
+        check_rnn("backward", backward)
+        self.forward, self.backward = forward, backward
+
+    def init_state(self, x: PyTree[Any] | None = None) -> PyTree[Array]:
+        _refuse_state()
 
     def __call__(
         self,
-        xs: PyTree[Array],
+        xs: PyTree[Any],
+        state: None = None,
         *,
-        reset: Bool[Array | np.ndarray, " L"] | None = None,
-        mask: Bool[Array | np.ndarray, " L"] | None = None,
+        reset: Flags | None = None,
+        mask: Flags | None = None,
+        key: PRNGKeyArray | None = None,
         throw: bool = True,
     ) -> tuple[PyTree[Array], tuple[PyTree[Array], PyTree[Array]]]:
-        """**Arguments:**
+        """Apply the layer to a whole sequence.
+
+        **Arguments:**
 
         - `xs`: the inputs, with a leading axis of length `L`.
+        - `state`: `None`.
         - `reset`: a boolean per step; where true, a new piece begins. No information passes between
             pieces, in neither direction.
-        - `mask`, `throw`: as for [`pararnn.RNN`][].
+        - `mask`, `throw`: as for calling an [`pararnn.RNN`][].
+        - `key`: ignored, as there is no dropout; for the interface of all layers.
 
         **Returns:**
 
-        `(ys, (forward, backward))`: the outputs of both directions, joined along their last axis,
-        and their final states: the forward one after the last step, the backward one after the
-        first.
+        `(ys, (forward, backward))`: the outputs of both directions, concatenated along their last
+        axis, and their final states: the forward one after the last step, the backward one after
+        the first.
         """
+        if state is not None:
+            _refuse_state()
         ys, final = self.forward(xs, reset=reset, mask=mask, throw=throw)
         if reset is not None:
             reset = segment_starts(jnp.flip(jnp.cumsum(jnp.asarray(reset))))
@@ -153,3 +148,15 @@ class Bidirectional(eqx.Module):
         back, backward_final = self.backward(flipped, reset=reset, mask=mask, throw=throw)
         joined = jtu.tree_map(lambda a, b: jnp.concatenate([a, b], -1), ys, flip_time(back))
         return joined, (final, backward_final)
+
+    def step(
+        self, state: PyTree[Array] | None, x: PyTree[Any], *, key: PRNGKeyArray | None = None
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        _refuse_state()
+
+
+def _refuse_state() -> NoReturn:
+    raise ValueError(
+        "A bidirectional layer has seen all of the sequence before its first output, so it has no "
+        "`step` and no `state` to continue from; call it with all of `xs`."
+    )

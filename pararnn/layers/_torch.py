@@ -1,22 +1,20 @@
-"""The recurrent networks of PyTorch, from their weights; PyTorch itself is not needed."""
+"""Networks with the weights of PyTorch's, without PyTorch itself."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array
 
-from .._misc import struct
 from ..adjoints import AbstractAdjoint
 from ..cells import GRU, LSTM, AbstractCell, Elman
 from ..solvers import AbstractSolver
 from ._rnn import RNN
-from ._stack import Bidirectional
+from ._stack import Bidirectional, Stack
 
 _NAME = re.compile(r"(weight|bias)_(ih|hh|hr)_l(0|[1-9][0-9]*)(_reverse)?")
 # By the blocks of rows that the weights have for each hidden unit.
@@ -24,105 +22,14 @@ _KINDS = {1: "RNN", 3: "GRU", 4: "LSTM"}
 _ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
 
-class TorchRNN(eqx.Module):
-    """Recurrent layers, one after another, as those of `torch.nn.LSTM`, `GRU` and `RNN`; made by
-    [`pararnn.from_torch`][].
-
-    One sequence at a time, without a batch axis: use `jax.vmap` for batches. Each layer is a
-    [`pararnn.RNN`][] or, if the network reads both ways, a [`pararnn.Bidirectional`][].
-    """
-
-    layers: tuple[RNN | Bidirectional, ...]
-
-    def __call__(
-        self,
-        xs: Float[Array | np.ndarray, "L input_size"],
-        state: tuple[PyTree[Array], ...] | None = None,
-        *,
-        reset: Bool[Array | np.ndarray, " L"] | None = None,
-        mask: Bool[Array | np.ndarray, " L"] | None = None,
-        throw: bool = True,
-    ) -> tuple[Float[Array, "L output_size"], tuple[PyTree[Array], ...]]:
-        """**Arguments:**
-
-        - `xs`: the inputs, with a leading axis of length `L`.
-        - `state`: where to continue, as returned by the call or the step before; `None` starts
-            anew. Always `None` if the network reads both ways.
-        - `reset`, `mask`, `throw`: as for [`pararnn.RNN`][].
-
-        **Returns:**
-
-        `(ys, final)`: the outputs of the last layer, and of each layer the state after the last
-        step. That of an LSTM layer is `(c, h)`, that of the others `h`; that of a layer which reads
-        both ways is the pair of the two directions.
-        """
-        ys, new = jnp.asarray(xs), []
-        for layer, old in zip(self.layers, self._states(state), strict=True):
-            if isinstance(layer, Bidirectional):
-                ys, final = layer(ys, reset=reset, mask=mask, throw=throw)
-            else:
-                ys, final = layer(ys, old, reset=reset, mask=mask, throw=throw)
-            new.append(final)
-        return ys, tuple(new)
-
-    def step(
-        self,
-        x: Float[Array | np.ndarray, " input_size"],
-        state: tuple[PyTree[Array], ...] | None = None,
-    ) -> tuple[Float[Array, " output_size"], tuple[PyTree[Array], ...]]:
-        """The streaming form: one input in, one output and the state for the next call out, with
-        the numbers of the parallel call. Not for a network that reads both ways.
-
-        **Arguments:**
-
-        - `x`: one time slice of the inputs.
-        - `state`: as returned by the step, or the call, before; `None` starts anew.
-
-        **Returns:**
-
-        `(y, state)`.
-        """
-        y, new = jnp.asarray(x), []
-        for layer, old in zip(self._one_way(), self._states(state), strict=True):
-            y, final = layer.step(y, old)
-            new.append(final)
-        return y, tuple(new)
-
-    def init_state(self) -> tuple[PyTree[Array], ...]:
-        """The states of all layers before the first step. Not for a network that reads both
-        ways."""
-        return tuple(layer.init_state() for layer in self._one_way())
-
-    def _one_way(self) -> list[RNN]:
-        layers = [layer for layer in self.layers if not isinstance(layer, Bidirectional)]
-        if len(layers) < len(self.layers):
-            raise ValueError(
-                "A bidirectional network has seen all of the sequence before its first output, so "
-                "it has no `step` and no `state` to continue from; call it with all of `xs`."
-            )
-        return layers
-
-    def _states(self, state: Any) -> tuple[Any, ...]:
-        if state is None:
-            return (None,) * len(self.layers)
-        expected, got = struct(self.init_state()), struct(jtu.tree_map(jnp.asarray, state))
-        if got != expected:
-            raise ValueError(
-                "`state` must be shaped like `init_state()`, a tuple of one state per layer, "
-                f"{expected}; got {got}."
-            )
-        return state
-
-
 def from_torch(
     state_dict: Mapping[str, Any],
-    solver: AbstractSolver | None = None,
     *,
+    solver: AbstractSolver | None = None,
     adjoint: AbstractSolver | AbstractAdjoint | None = None,
     nonlinearity: str = "tanh",
-) -> TorchRNN:
-    """A `torch.nn.LSTM`, `torch.nn.GRU` or `torch.nn.RNN` as layers of this package, from its
-    weights.
+) -> Stack:
+    """A stack of layers with the weights of a `torch.nn.LSTM`, `torch.nn.GRU` or `torch.nn.RNN`.
 
     Any number of layers, in one direction or both, with biases or without. The weights are copied
     into [`pararnn.LSTM`][], [`pararnn.GRU`][] or [`pararnn.Elman`][] cells and keep their dtype
@@ -140,7 +47,8 @@ def from_torch(
 
     **Returns:**
 
-    A [`pararnn.TorchRNN`][], to be called as `ys, final = network(xs)`.
+    A [`pararnn.Stack`][] of one [`pararnn.RNN`][] per layer or, if the network reads both ways, of
+    one [`pararnn.Bidirectional`][]. The state of an LSTM layer is `(c, h)`, that of the others `h`.
 
     **Raises:**
 
@@ -159,18 +67,16 @@ def from_torch(
         )
     layers, inputs = [], None
     for number in range(num_layers):
-        cells = []
+        rnns = []
         for suffix in suffixes:
             weights = {part: f"{part}_l{number}{suffix}" for part in parts}
             inputs = _check_shapes(entries, weights, gates, hidden_size, inputs)
-            found = {part: entries[name] for part, name in weights.items()}
-            cells.append(_cell(found, gates, hidden_size, nonlinearity))
-        if len(cells) == 1:
-            layers.append(RNN(cells[0], solver, adjoint=adjoint))
-        else:
-            layers.append(Bidirectional(cells[0], cells[1], solver, adjoint=adjoint))
-        inputs = hidden_size * len(cells)
-    return TorchRNN(tuple(layers))
+            arrays = {part: entries[name] for part, name in weights.items()}
+            cell = _cell(arrays, gates, hidden_size, nonlinearity)
+            rnns.append(RNN(cell, solver=solver, adjoint=adjoint))
+        layers.append(Bidirectional(*rnns) if len(rnns) == 2 else rnns[0])
+        inputs = hidden_size * len(rnns)
+    return Stack(layers)
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -229,7 +135,7 @@ def _array(name: str, value: Any) -> Array:
 
 
 def _names(entries: Mapping[str, Any]) -> tuple[int, list[str], list[str]]:
-    """How many layers there are, what ends the names of each direction, and what begins them."""
+    """The number of layers, the suffix of each direction's names, and their prefixes."""
     matches = [match for match in map(_NAME.fullmatch, entries) if match]
     num_layers = 1 + max(int(match[3]) for match in matches)
     suffixes = ["", "_reverse"] if any(match[4] for match in matches) else [""]
@@ -237,12 +143,8 @@ def _names(entries: Mapping[str, Any]) -> tuple[int, list[str], list[str]]:
     if any(match[1] == "bias" for match in matches):
         parts += ["bias_ih", "bias_hh"]
 
-    def wanted() -> Iterator[str]:
-        for number in range(num_layers):
-            for suffix in suffixes:
-                yield from (f"{part}_l{number}{suffix}" for part in parts)
-
-    missing = next((name for name in wanted() if name not in entries), None)
+    names = (f"{p}_l{n}{s}" for n in range(num_layers) for s in suffixes for p in parts)
+    missing = next((name for name in names if name not in entries), None)
     if missing is not None:
         raise ValueError(
             f"`state_dict` lacks the entry {missing!r}; it has {', '.join(sorted(entries))}."

@@ -125,4 +125,4 @@ def test_misplaced(as_users_run_it):
         prnn.ClippedAdjoint(1.0, "x")
     clipped = prnn.ClippedAdjoint(1.0)
     with pytest.raises(TypeError, match="`solver` must be a solver instance.*Pass it as `adjoint`"):
-        prnn.RNN(prnn.Elman(2, 3, key=jax.random.key(0)), clipped)
+        prnn.RNN(prnn.Elman(2, 3, key=jax.random.key(0)), solver=clipped)

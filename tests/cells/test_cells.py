@@ -454,10 +454,12 @@ def test_rollout(name):
 
     @eqx.filter_jit
     def both(rnn, xs):
-        step = lambda state, x: rnn.step(x, state)[::-1]  # noqa: E731
+        step = lambda state, x: rnn.step(state, x)[::-1]  # noqa: E731
         return rnn(xs, throw=False), jax.lax.scan(step, rnn.init_state(), xs)[::-1]
 
-    close(*both(prnn.RNN(CELLS[name], prnn.Sequential()), inputs(6, cell=CELLS[name])), 1e-12)
+    close(
+        *both(prnn.RNN(CELLS[name], solver=prnn.Sequential()), inputs(6, cell=CELLS[name])), 1e-12
+    )
 
 
 def cast(cell, dtype):
@@ -504,7 +506,7 @@ def test_half_precision(name):
     assert total.dtype == jnp.float32
     assert {g.dtype for g in jtu.tree_leaves(grads) if hasattr(g, "dtype")} == {xs.dtype}
     state = rnn.init_state()
-    _, after = eqx.filter_eval_shape(lambda rnn, x, state: rnn.step(x, state), rnn, xs[0], state)
+    _, after = eqx.filter_eval_shape(lambda rnn, x, state: rnn.step(state, x), rnn, xs[0], state)
     structs = lambda tree: jax.eval_shape(lambda: tree)  # noqa: E731
     assert after == structs(state) == final
 
@@ -623,7 +625,7 @@ def test_from_equinox(kind, use_bias):
     half_ys = eqx.filter_eval_shape(lambda: prnn.RNN(half)(inputs(dtype=jnp.bfloat16), throw=False))
     assert half_ys[0].dtype == jnp.float32
     if use_bias:
-        solution = prnn.RNN(ours, NEWTON).solve(xs)
+        solution = prnn.RNN(ours, solver=NEWTON).solve(xs)
         close(solution.states, states, 1e-11)
 
 

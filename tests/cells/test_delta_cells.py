@@ -164,7 +164,7 @@ def test_streaming(name):
 
     @eqx.filter_jit
     def stream(rnn, xs):
-        step = lambda state, x: rnn.step(x, state)[::-1]  # noqa: E731
+        step = lambda state, x: rnn.step(state, x)[::-1]  # noqa: E731
         final, ys = jax.lax.scan(step, rnn.init_state(), xs)
         return ys, final
 
@@ -176,7 +176,7 @@ def test_named_solver(name):
     """The associative scan, with resets and padding, is what the steps are."""
     cell, xs = make(name), normal(6, (70, 4))
     reset, mask = flags(70)
-    rnn = prnn.RNN(cell, prnn.AssociativeScan())
+    rnn = prnn.RNN(cell, solver=prnn.AssociativeScan())
     got = eqx.filter_jit(rnn)(xs, reset=reset, mask=mask, throw=False)
     expected = eqx.filter_jit(scanned)(cell, xs, cell.init_state(), reset, mask)
     assert error(got, expected) <= 1e-12

@@ -50,8 +50,8 @@ def test_promises(name):
 
 def test_conv_s5_is_solved_in_one_pass():
     cell = prnn.ConvS5(2, 2, (3, 4), key=KEY)
-    one_pass = prnn.RNN(cell, prnn.AssociativeScan()).solve(images(13), throw=False)
-    expected = prnn.RNN(cell, prnn.Sequential()).solve(images(13), throw=False)
+    one_pass = prnn.RNN(cell, solver=prnn.AssociativeScan()).solve(images(13), throw=False)
+    expected = prnn.RNN(cell, solver=prnn.Sequential()).solve(images(13), throw=False)
     close(one_pass.states, expected.states)
     many = jax.ShapeDtypeStruct((500, 2, 3, 4), float)
     solver, _ = prnn.select_solver(cell, many, platform="gpu")
@@ -87,7 +87,9 @@ def test_learning(name):
     @eqx.filter_grad
     def by_layer(arguments):
         cell, xs = arguments
-        return jnp.vdot(weights, prnn.RNN(cell, prnn.Jacobi(chunk_size=3))(xs, throw=False)[0])
+        return jnp.vdot(
+            weights, prnn.RNN(cell, solver=prnn.Jacobi(chunk_size=3))(xs, throw=False)[0]
+        )
 
     @eqx.filter_jit
     @eqx.filter_grad

@@ -68,7 +68,7 @@ def test_one_pass_is_the_scan(name):
     @eqx.filter_jit
     def states(cell, xs):
         solvers = prnn.AssociativeScan(), prnn.Sequential()
-        return [prnn.RNN(cell, solver).solve(xs, throw=False).states for solver in solvers]
+        return [prnn.RNN(cell, solver=solver).solve(xs, throw=False).states for solver in solvers]
 
     jtu.tree_map(lambda a, b: close(a, b, 1e-12), *states(cell, xs))
     many = jax.ShapeDtypeStruct((500, 4), float)
@@ -104,7 +104,7 @@ def test_packed_sequences(name):
 
     @eqx.filter_jit
     def stream(rnn, xs):
-        step = lambda state, x: rnn.step(x, state)[::-1]  # noqa: E731
+        step = lambda state, x: rnn.step(state, x)[::-1]  # noqa: E731
         return jax.lax.scan(step, rnn.init_state(), xs)
 
     streamed, ys = stream(rnn, xs[:5])

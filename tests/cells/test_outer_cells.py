@@ -185,7 +185,7 @@ def test_outputs_without_states():
                 yield from sizes(inner) if hasattr(inner, "eqns") else ()
 
     def largest(solver):
-        gradient = jax.grad(lambda xs: loss(prnn.RNN(cell, solver)(xs, throw=False)))
+        gradient = jax.grad(lambda xs: loss(prnn.RNN(cell, solver=solver)(xs, throw=False)))
         return max(sizes(jax.make_jaxpr(gradient)(inputs(length)).jaxpr))
 
     states = length * cell.init_state().size

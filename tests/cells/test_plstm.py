@@ -25,7 +25,7 @@ def inputs(length, dtype=jnp.float64, seed=0):
 
 @eqx.filter_jit
 def run(cell, xs, state=None, solver=None, **options):
-    return prnn.RNN(cell, solver)(xs, state, throw=False, **options)
+    return prnn.RNN(cell, solver=solver)(xs, state, throw=False, **options)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 1000, 4097])
@@ -76,7 +76,7 @@ def test_chunks_of_pieces():
 def test_streaming():
     cell, xs = make(), inputs(70)
     rnn = prnn.RNN(cell)
-    step = lambda state, x: rnn.step(x, state)[::-1]  # noqa: E731
+    step = lambda state, x: rnn.step(state, x)[::-1]  # noqa: E731
     final, ys = jax.lax.scan(step, rnn.init_state(xs[0]), xs)
     assert error((ys, final), run(cell, xs)) <= 1e-12
 

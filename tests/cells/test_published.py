@@ -194,7 +194,7 @@ def mamba_block(p):
         **{"weight_rank": rank, "weight_b": b, "weight_c": c, "weight_dt": m["dt_proj.weight"]},
         **{"bias_dt": m["dt_proj.bias"], "a_log": m["A_log"], "skip": m["D"]},
     )
-    block = prnn.GatedBlock(5, 10, cell, key=KEY)
+    block = prnn.GatedBlock(5, 10, prnn.RNN(cell), key=KEY)
     where = lambda b: [b.norm.weight, b.inputs.weight, b.gate.weight, b.output.weight]  # noqa: E731
     weights = [p["p_norm.weight"], inputs, gate, m["out_proj.weight"]]
     return eqx.tree_at(where, block, weights)(p["x"], throw=False)[0]

@@ -116,7 +116,7 @@ def test_streaming():
     rnn = prnn.RNN(cell)
     ys, final = by_layer(cell, xs)
     got, state = [], None
-    step = eqx.filter_jit(lambda rnn, x, state: rnn.step(x, state))
+    step = eqx.filter_jit(lambda rnn, x, state: rnn.step(state, x))
     for x in xs:
         y, state = step(rnn, x, rnn.init_state() if state is None else state)
         got.append(y)
@@ -127,7 +127,7 @@ def test_solvers_solve_the_steps():
     """A named solver solves the recurrence, of which the chunks are another way."""
     cell, xs = chunked(chunk_length=4), inputs(17)
     for solver in (prnn.Sequential(), prnn.Jacobi(chunk_size=4)):
-        run = eqx.filter_jit(lambda cell, xs, solver=solver: prnn.RNN(cell, solver)(xs))
+        run = eqx.filter_jit(lambda cell, xs, solver=solver: prnn.RNN(cell, solver=solver)(xs))
         same(run(cell, xs), by_layer(cell, xs), 1e-12)
 
 

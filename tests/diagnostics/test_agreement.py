@@ -9,7 +9,7 @@ import pytest
 from systems import normal, scan
 
 import pararnn as prnn
-from pararnn.diagnostics import _problem
+from pararnn.diagnostics import _arguments
 from pararnn.diagnostics._agreement import Agreement, _recent
 from pararnn.diagnostics._rounding import rounded_anew
 
@@ -52,9 +52,9 @@ def test_nothing_excuses_another_element(name):
     xs, init = jnp.asarray(xs, dtype), jnp.asarray(init, dtype)
     states = scan(step, xs, init)
     agreement = Agreement(step, xs, init, states)
-    assert agreement.value_error(states) == 0
-    assert agreement.value_error(flipped(states)) > 1
-    assert agreement.where.startswith("states[")
+    assert agreement.value_error(states).error == 0
+    wrong = agreement.value_error(flipped(states))
+    assert wrong.error > 1 and wrong.where.startswith("states[")
 
 
 def changed_solve(change):
@@ -71,7 +71,7 @@ def changed_solve(change):
 def test_verify_catches_wrong_states(name, monkeypatch):
     step, xs, init, dtype = SYSTEMS[name]
     xs, init = jnp.asarray(xs, dtype), jnp.asarray(init, dtype)
-    monkeypatch.setattr(_problem, "solve", changed_solve(flipped))
+    monkeypatch.setattr(_arguments, "solve", changed_solve(flipped))
     verification = prnn.verify(step, xs, init)
     assert not verification and verification.value_error > 1 and not verification.result
     assert verification.where in str(verification)
@@ -98,8 +98,8 @@ def test_verify_catches_wrong_gradients_and_values(change, monkeypatch):
     def step(h, x):
         return scale * tanh_step(h / scale, x / scale)
 
-    assert prnn.verify(step, xs, jnp.zeros_like(scale), prnn.Sequential())
-    monkeypatch.setattr(_problem, "solve", changed_solve(change))
+    assert prnn.verify(step, xs, jnp.zeros_like(scale), solver=prnn.Sequential())
+    monkeypatch.setattr(_arguments, "solve", changed_solve(change))
     assert not prnn.verify(step, xs, jnp.zeros_like(scale))
 
 
@@ -113,8 +113,8 @@ def test_a_slow_drift_is_not_rounding():
     states = scan(step, xs, init)
     agreement = Agreement(step, xs, init, states)
     drift = jnp.arange(4096, dtype=np.float32) / 4096
-    assert agreement.value_error(states * (1 + 1e-3 * drift)) == pytest.approx(1e-3, rel=1e-2)
-    assert agreement.value_error(states * (1 + 5e-6 * drift)) <= agreement.tolerance
+    assert agreement.value_error(states * (1 + 1e-3 * drift)).error == pytest.approx(1e-3, rel=1e-2)
+    assert agreement.value_error(states * (1 + 5e-6 * drift)).error <= agreement.tolerance
 
 
 @pytest.mark.parametrize("adjoint", [prnn.Sequential(), prnn.Newton(chunk_size=1)])
@@ -153,9 +153,9 @@ def test_a_trajectory_of_a_chaotic_system_is_right_if_it_is_one():
     other = scan(step, xs, init * (1 + 1e-6))
     assert np.max(np.abs(other - expected)) > 0.5
     agreement = Agreement(step, xs, init, expected)
-    assert agreement.value_error(other) <= agreement.tolerance
-    assert agreement.value_error(other.at[200:].set(0.1)) > 0.1
-    assert agreement.value_error(other.at[250, 2].add(1e-3)) > agreement.tolerance
+    assert agreement.value_error(other).error <= agreement.tolerance
+    assert agreement.value_error(other.at[200:].set(0.1)).error > 0.1
+    assert agreement.value_error(other.at[250, 2].add(1e-3)).error > agreement.tolerance
 
 
 def test_what_is_left_of_a_cancellation_is_rounding():
@@ -170,8 +170,8 @@ def test_what_is_left_of_a_cancellation_is_rounding():
     agreement = Agreement(step, xs, init, states)
     other = scan(lambda h, x: rounded_anew(step, jnp.uint32(7))(h, x), xs, init)
     assert not np.allclose(other[:, 1], states[:, 1], rtol=1e-2, atol=0)
-    assert agreement.value_error(other) <= agreement.tolerance
-    assert agreement.value_error(states.at[:, 1].add(1e-4)) > agreement.tolerance
+    assert agreement.value_error(other).error <= agreement.tolerance
+    assert agreement.value_error(states.at[:, 1].add(1e-4)).error > agreement.tolerance
 
 
 def test_leaves_of_mixed_precision_are_judged_by_their_own():
@@ -186,16 +186,16 @@ def test_leaves_of_mixed_precision_are_judged_by_their_own():
     agreement = Agreement(step, xs, init, (wide, narrow))
     assert agreement.tolerance == 1e-5
     close = narrow * jnp.asarray(1.01, jnp.bfloat16)
-    assert agreement.value_error((wide, close)) <= agreement.tolerance
-    assert agreement.value_error((wide * 1.001, narrow)) > agreement.tolerance
-    assert agreement.value_error((wide, -narrow)) > agreement.tolerance
+    assert agreement.value_error((wide, close)).error <= agreement.tolerance
+    assert agreement.value_error((wide * 1.001, narrow)).error > agreement.tolerance
+    assert agreement.value_error((wide, -narrow)).error > agreement.tolerance
 
 
 def test_what_is_not_finite_is_wrong():
     xs, init = normal(0, (20,)), jnp.zeros(())
     states = scan(tanh_step, xs, init)
     agreement = Agreement(tanh_step, xs, init, states)
-    assert agreement.value_error(states.at[3].set(np.nan)) == np.inf
+    assert agreement.value_error(states.at[3].set(np.nan)).error == np.inf
 
 
 def test_roundings_are_off_by_ulps_and_integers_stay():
@@ -222,7 +222,7 @@ def test_benchmark_disqualifies_what_a_large_neighbour_hid(monkeypatch):
         wrong = isinstance(solver, prnn.Jacobi)
         return (changed_solve(flipped) if wrong else prnn.solve)(*args, solver=solver, **kwargs)
 
-    monkeypatch.setattr(_problem, "solve", solve)
+    monkeypatch.setattr(_arguments, "solve", solve)
     result = prnn.tune(
         step,
         jnp.asarray(xs, dtype),
@@ -231,8 +231,8 @@ def test_benchmark_disqualifies_what_a_large_neighbour_hid(monkeypatch):
         repetitions=1,
         progress=False,
     )
-    assert [row["agrees"] for row in result.rows] == [True, False]
-    assert result.rows[1]["error"] > 1 and result.solver == prnn.Sequential()
+    assert [row.agrees for row in result.rows] == [True, False]
+    assert result.rows[1].error > 1 and result.solver == prnn.Sequential()
 
 
 def test_benchmark_disqualifies_wrong_gradients(monkeypatch):
@@ -241,7 +241,7 @@ def test_benchmark_disqualifies_wrong_gradients(monkeypatch):
         change = changed_solve(lambda s: 0.8 * s + jax.lax.stop_gradient(0.2 * s))
         return (change if wrong else prnn.solve)(*args, solver=solver, **kwargs)
 
-    monkeypatch.setattr(_problem, "solve", solve)
+    monkeypatch.setattr(_arguments, "solve", solve)
     result = prnn.tune(
         tanh_step,
         normal(0, (50,)),
@@ -251,7 +251,7 @@ def test_benchmark_disqualifies_wrong_gradients(monkeypatch):
         repetitions=1,
         progress=False,
     )
-    assert [row["agrees"] for row in result.rows] == [True, False]
+    assert [row.agrees for row in result.rows] == [True, False]
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 40, 129, 400])

@@ -10,8 +10,8 @@ import pytest
 from systems import normal
 
 import pararnn as prnn
-from pararnn.diagnostics import _problem
-from pararnn.diagnostics._purity import is_pure
+from pararnn.diagnostics import _arguments
+from pararnn.diagnostics._promises import is_pure
 
 XS, INIT = normal(5, (30, 4)), jnp.zeros(4)
 
@@ -29,7 +29,7 @@ def drawing():
 @pytest.mark.parametrize("make", [counting, drawing])
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_a_step_that_changes_when_it_is_traced_again(make, batch_size):
-    found = prnn.verify(make(), XS, INIT, prnn.Newton(), batch_size=batch_size)
+    found = prnn.verify(make(), XS, INIT, solver=prnn.Newton(), batch_size=batch_size)
     assert not found and not found.pure
     assert np.isnan(found.value_error) and np.isnan(found.gradient_error)
     first, values, gradients = str(found).splitlines()
@@ -61,7 +61,7 @@ def test_what_rounding_explains_is_no_measurement(monkeypatch):
     def off(step, xs, init, **options):
         return prnn.solve(step, xs, init * (1 + 1e-6), solver=prnn.Sequential())
 
-    monkeypatch.setattr(_problem, "solve", off)
+    monkeypatch.setattr(_arguments, "solve", off)
     found = prnn.verify(lambda h, x: jnp.sin(4 * h + x), xs, init)
     assert found and found.pure
     assert found.value_error <= found.tolerance < 0.1 < found.value_difference
@@ -72,8 +72,8 @@ def test_what_rounding_explains_is_no_measurement(monkeypatch):
     measured = prnn.tune(
         lambda h, x: jnp.sin(4 * h + x), xs, init, solvers=[], repetitions=1, progress=False
     )
-    assert measured.rows[0]["agrees"] and measured.rows[0]["rounding"]
-    assert not measured.baseline["rounding"]
+    assert measured.rows[0].agrees and measured.rows[0].rounding
+    assert not measured.baseline.rounding
     row = next(line for line in str(measured).splitlines() if line.startswith("Sequential"))
     assert row.split()[-1] == "rounding"
 
@@ -83,6 +83,6 @@ def test_what_is_not_finite_is_told(monkeypatch):
         solution = prnn.solve(*args, solver=prnn.Sequential())
         return eqx.tree_at(lambda s: s.states, solution, solution.states * jnp.nan)
 
-    monkeypatch.setattr(_problem, "solve", broken)
+    monkeypatch.setattr(_arguments, "solve", broken)
     found = prnn.verify(lambda h, x: 0.5 * h + x, XS[:5], INIT)
     assert not found and "values:    not finite" in str(found)

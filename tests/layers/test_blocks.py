@@ -154,9 +154,9 @@ def numpy_gated_deltanet(block, xs):
 
 
 BLOCKS = {
-    "mLSTM": (prnn.GatedBlock.mlstm, numpy_mlstm),
-    "sLSTM": (prnn.ResidualBlock.slstm, numpy_slstm),
-    "gated DeltaNet": (prnn.ResidualBlock.gated_deltanet, numpy_gated_deltanet),
+    "mLSTM": (prnn.mlstm_block, numpy_mlstm),
+    "sLSTM": (prnn.slstm_block, numpy_slstm),
+    "gated DeltaNet": (prnn.gated_deltanet_block, numpy_gated_deltanet),
 }
 over_blocks = pytest.mark.parametrize(
     "method, transcribed", BLOCKS.values(), ids=list(BLOCKS.keys())
@@ -171,7 +171,7 @@ def test_values_and_gradients(method, transcribed):
 
     def scanned(block, xs):
         def body(state, x):
-            y, state = block.step(x, state)
+            y, state = block.step(state, x)
             return state, y
 
         final, ys = jax.lax.scan(body, block.init_state(), xs)
@@ -204,7 +204,7 @@ def test_without_convolution_there_is_no_context(method, transcribed):
 
 def test_parameters_of_the_mlstm_block():
     """The maps to queries, keys and values have few: three of the inner width hold nearly all."""
-    block = prnn.GatedBlock.mlstm(64, key=jax.random.key(0))
+    block = prnn.mlstm_block(64, key=jax.random.key(0))
     large = 3 * 64 * 128
     small = sum(x.size for x in jtu.tree_leaves(eqx.filter(block, eqx.is_array))) - large
     assert 3 * 4 * 128 < small < 0.15 * large
@@ -213,10 +213,10 @@ def test_parameters_of_the_mlstm_block():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda key: prnn.GatedBlock.mlstm(8, num_heads=3, key=key), "`num_heads` must divide.*16"),
-        (lambda key: prnn.GatedBlock.mlstm(6, num_heads=2, block_size=5, key=key), "`block_size`"),
-        (lambda key: prnn.ResidualBlock.slstm(6, key=key), "must divide `input_size`; got 4 for 6"),
-        (lambda key: prnn.ResidualBlock.slstm(4, depth=2, key=key), r"`depth` must be in \[0, 1\]"),
+        (lambda key: prnn.mlstm_block(8, num_heads=3, key=key), "`num_heads` must divide.*16"),
+        (lambda key: prnn.mlstm_block(6, num_heads=2, block_size=5, key=key), "`block_size`"),
+        (lambda key: prnn.slstm_block(6, key=key), "must divide `input_size`; got 4 for 6"),
+        (lambda key: prnn.slstm_block(4, depth=2, key=key), r"`depth` must be in \[0, 1\]"),
         (lambda key: prnn.MLSTM(6, 2, 3, 4, bare=True, key=key), "With `bare`.* 6; got 8 and 6"),
         (lambda key: prnn.MLSTM(6, 2, 3, 4, conv_width=-1, key=key), "`conv_width` must be at"),
         (lambda key: prnn.DeltaNet(6, 2, 3, 4, conv_width=-1, key=key), "`conv_width` must be at"),
@@ -229,11 +229,11 @@ def test_errors(make, message):
 
 HALF = [
     *(method for method, _ in BLOCKS.values()),
-    *(prnn.GatedBlock.mamba, prnn.MinMaxBlock),
+    *(prnn.mamba_block, prnn.minmax_block),
 ]
 
 
-@pytest.mark.parametrize("method", HALF, ids=lambda method: method.__qualname__)
+@pytest.mark.parametrize("method", HALF, ids=lambda method: method.__name__)
 def test_half_precision(method):
     """Nothing is promoted silently; outputs have the dtype of the inputs."""
     block = eqx.filter_eval_shape(method, WIDTH, dtype=jnp.bfloat16, key=jax.random.key(0))
@@ -242,7 +242,7 @@ def test_half_precision(method):
     def loss(arguments):
         block, xs = arguments
         ys, final = block(xs, throw=False)
-        return jnp.sum(ys), (ys, final, block.step(xs[0], block.init_state()))
+        return jnp.sum(ys), (ys, final, block.step(block.init_state(), xs[0]))
 
     gradient = eqx.filter_value_and_grad(loss, has_aux=True)
     (_, (ys, final, (y, after))), grads = eqx.filter_eval_shape(gradient, (block, xs))

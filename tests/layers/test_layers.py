@@ -23,7 +23,7 @@ over_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.k
 
 
 def layer(make, solver=None, seed=0, **options):
-    return prnn.RNN(make(INPUTS, SIZE, key=jax.random.key(seed)), solver, **options)
+    return prnn.RNN(make(INPUTS, SIZE, key=jax.random.key(seed)), solver=solver, **options)
 
 
 def inputs(seed=0, length=LENGTH):
@@ -56,10 +56,10 @@ def test_call_and_stream(make, solver):
     assert error(state, final) <= 1e-10
 
     step = eqx.filter_jit(rnn.step)
-    y, state = step(xs[0])
+    y, state = step(None, xs[0])
     streamed = [y]
     for x in xs[1:]:
-        y, state = step(x, state)
+        y, state = step(state, x)
         streamed.append(y)
     assert error(jnp.stack(streamed), ys) <= 1e-10
     assert error(state, final) <= 1e-10
@@ -117,7 +117,7 @@ def test_gradient_of_the_weights(make, solver):
         return jnp.mean(jnp.sin(3 * jax.vmap(lambda xs: run(cell, xs))(batch)))
 
     def solved(cell, xs):
-        return prnn.RNN(cell, solver)(xs)[0]
+        return prnn.RNN(cell, solver=solver)(xs)[0]
 
     def scanned(cell, xs):
         return by_scan(cell, xs, cell.init_state())
@@ -175,7 +175,7 @@ def test_vmap_over_layers(make):
     """An ensemble: a batch of layers on a batch of sequences."""
     keys = jax.random.split(jax.random.key(0), 3)
     ensemble = eqx.filter_vmap(
-        lambda key: prnn.RNN(make(INPUTS, SIZE, key=key), prnn.Newton(chunk_size=6))
+        lambda key: prnn.RNN(make(INPUTS, SIZE, key=key), solver=prnn.Newton(chunk_size=6))
     )(keys)
     batch = jnp.stack([inputs(seed) for seed in range(3)])
     ys, final = eqx.filter_jit(eqx.filter_vmap(lambda rnn, xs: rnn(xs)))(ensemble, batch)
@@ -217,7 +217,7 @@ def test_empty_sequence(make):
 def test_failure_is_raised_or_returned():
     rnn = prnn.RNN(
         eqx.tree_at(lambda c: c.bias, layer(prnn.Elman).cell, jnp.full(SIZE, jnp.nan)),
-        prnn.Newton(chunk_size=3),
+        solver=prnn.Newton(chunk_size=3),
     )
     with pytest.raises(eqx.EquinoxRuntimeError, match="A state is not finite"):
         jax.block_until_ready(rnn(inputs()))
@@ -234,7 +234,7 @@ def test_export(solver):
     expected = by_scan(rnn.cell, xs, rnn.init_state())
     exported = jax.export.export(jax.jit(lambda xs: rnn(xs, throw=False)[0]))(xs)
     assert error(exported.call(xs), expected) <= 1e-10
-    both = prnn.Bidirectional(rnn.cell, rnn.cell, solver)
+    both = prnn.Bidirectional(rnn, rnn)
     exported = jax.export.export(jax.jit(lambda xs: both(xs, throw=False)[0]))(xs)
     assert error(exported.call(xs)[:, :SIZE], expected) <= 1e-10
 
@@ -242,7 +242,7 @@ def test_export(solver):
 def test_failures_pass_without_raising():
     rnn = prnn.RNN(
         eqx.tree_at(lambda c: c.bias, layer(prnn.Elman).cell, jnp.full(SIZE, jnp.nan)),
-        prnn.Newton(chunk_size=3),
+        solver=prnn.Newton(chunk_size=3),
     )
     ys, final = rnn(inputs(), throw=False)
     assert np.all(np.isnan(ys)) and np.all(np.isnan(final))
@@ -268,7 +268,7 @@ def test_initial_states_are_accepted(make, learn_init):
     for state in (rnn.init_state(), rnn.init_state(xs[0]), rnn.init_state(x)):
         got, last = call(xs, state)
         assert error(got, ys) == 0 and error(last, final) == 0
-        y, after = make_step(xs[0], state)
+        y, after = make_step(state, xs[0])
         again, last = call(xs[1:], after)
         assert error(jnp.concatenate([y[None], again]), ys) <= 1e-10
         assert error(last, final) <= 1e-10
@@ -276,7 +276,7 @@ def test_initial_states_are_accepted(make, learn_init):
         assert jtu.tree_structure(state) == jtu.tree_structure(final)
 
     def body(state, x):
-        y, state = rnn.step(x, state)
+        y, state = rnn.step(state, x)
         return state, y
 
     last, streamed = jax.lax.scan(body, rnn.init_state(), xs)
@@ -302,6 +302,16 @@ def test_states_of_other_layers_are_refused():
         rnn(xs, (jnp.zeros(4), 1))
     with pytest.raises(ValueError, match="recurrence's state and the last 3 inputs, or `init"):
         prnn.RNN(prnn.SelectiveSSM(4, 2, key=key))(xs, rnn.init_state())
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("make", [prnn.GRU, prnn.LSTM, m2rnn])
+def test_swapped_arguments_of_a_step(make):
+    rnn, x = layer(make), inputs()[0]
+    states = [rnn.step(None, x)[1], rnn.init_state(), None]
+    for state in states:
+        with pytest.raises(ValueError, match=r"`step` takes the state before the input, `rnn.step"):
+            rnn.step(x, state)
 
 
 # --- cells ----------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from systems import error, normal
 import pararnn as prnn
 from pararnn.cells._chunk_maps import MatrixAlgebra
 from pararnn.diagnostics import temporary_bytes
-from pararnn.layers._chunks import apply_chunks, steps_at_once
-from pararnn.layers._segments import default_size
+from pararnn.layers._chunked import apply_chunks_parallel, parallel_segment_size
+from pararnn.layers._segmented import default_segment_size
 
 LENGTH, INPUTS = 23, 3
 KEY = jax.random.key(0)
@@ -94,7 +94,7 @@ BOTH = {"reset": RESET, "mask": MASK}
 def test_segments_give_the_numbers_of_the_whole(solver, options):
     learned = bool(options)
     whole, parts = (
-        prnn.RNN(CELL, solver, learn_init=learned, segment_size=size) for size in (LENGTH, 7)
+        prnn.RNN(CELL, solver=solver, learn_init=learned, segment_size=size) for size in (LENGTH, 7)
     )
     assert error(outcome(parts, XS, **options), outcome(whole, XS, **options)) <= 1e-10
 
@@ -112,11 +112,11 @@ def test_a_cell_goes_through_chunks(length):
     state = jnp.ones(2)
     for options in ({}, {"mask": MASK[:length]}, {"reset": RESET[:length]}):
         chunked = outcome(prnn.RNN(cell), xs, state, **options)
-        assert error(chunked, outcome(prnn.RNN(cell, prnn.Sequential()), xs, state, **options)) < (
-            1e-12
-        )
+        assert error(
+            chunked, outcome(prnn.RNN(cell, solver=prnn.Sequential()), xs, state, **options)
+        ) < (1e-12)
     assert "chunks of 4 steps" in prnn.select_solver(cell, xs)[1]
-    assert "chunks of 4" not in prnn.select_solver(prnn.RNN(cell, prnn.Sequential()), xs)[1]
+    assert "chunks of 4" not in prnn.select_solver(prnn.RNN(cell, solver=prnn.Sequential()), xs)[1]
     ys, _ = jax.jit(jax.vmap(prnn.RNN(cell)))(jnp.stack([xs, 2 * xs]))
     assert error(ys[1], 2 * ys[0]) <= 1e-12  # linear
     assert error(ys[0], prnn.RNN(cell)(xs)[0]) <= 1e-12
@@ -133,7 +133,7 @@ def test_a_learned_state_is_started_from_within_chunks():
 def test_only_large_states_are_left_out():
     def size(cell):
         us = jax.eval_shape(cell.project, jax.ShapeDtypeStruct((1, 4), float))
-        return default_size(cell.init_state(), us, 10_000)
+        return default_segment_size(cell.init_state(), us, 10_000)
 
     assert size(prnn.GRU(4, 8, key=KEY)) == 10_000
     assert size(prnn.M2RNN(4, 2, 64, 16, key=KEY)) == 100
@@ -174,7 +174,7 @@ def test_a_segment_that_overflows_is_told_of():
     assert not jnp.all(jnp.isfinite(layer(xs, throw=False)[0]))
 
 
-# --- many chunks at once ----------------------------------------------------------------------
+# --- many chunks in parallel ------------------------------------------------------------------
 
 WHOLE = 4 * 64 + 9
 # One of each way to say what is left of a state: by rows, by a matrix, and those with an algebra of
@@ -190,7 +190,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_chunks_at_once(name):
+def test_parallel_chunks(name):
     """As one after another; with starts anew, some of them between chunks."""
     cell = CELLS[name](INPUTS, 2, 4, 3, key=KEY)
     xs = normal(4, (WHOLE, INPUTS))
@@ -217,7 +217,8 @@ def test_chunks_at_once(name):
 
     run = eqx.filter_jit(lambda way: results(way, reset))
     got, expected = (
-        jax.tree.leaves(eqx.filter(run(way), eqx.is_array)) for way in (apply_chunks, one_by_one)
+        jax.tree.leaves(eqx.filter(run(way), eqx.is_array))
+        for way in (apply_chunks_parallel, one_by_one)
     )
     assert error(got, expected) <= 1e-11
 
@@ -226,16 +227,21 @@ def test_chunks_at_once(name):
     "options, length",
     [({}, 3), ({}, 4), ({}, 23), ({"reset": True}, 24), ({"mask": True, "reset": True}, 23)],
 )
-def test_an_accelerator_makes_chunks_at_once(length, options, monkeypatch):
+def test_accelerators_apply_chunks_in_parallel(length, options, monkeypatch):
     cell = Mixing(jnp.asarray([[0.5, 0.1]]))
     flags = {"reset": RESET, "mask": MASK}
     options = {name: jnp.resize(flags[name], length) for name in options}
     xs = normal(5, (length, 2))
     expected = outcome(prnn.RNN(cell), xs, **options)
-    monkeypatch.setattr("pararnn.layers._rnn.chosen_platform", lambda _: "gpu")
-    monkeypatch.setattr("pararnn.layers._chunks._CHUNKS_AT_ONCE", 2)
+    monkeypatch.setattr("pararnn.layers._chunked.chosen_platform", lambda _: "gpu")
+    monkeypatch.setattr("pararnn.layers._chunked._PARALLEL_CHUNKS", 2)
     assert error(outcome(prnn.RNN(cell), xs, **options), expected) <= 1e-12
 
 
-def test_steps_at_once():
-    assert [steps_at_once(n, 64) for n in (65, 4096, 4097, 8192)] == [128, 4096, 33 * 64, 4096]
+def test_sizes_of_parallel_segments():
+    assert [parallel_segment_size(n, 64) for n in (65, 4096, 4097, 8192)] == [
+        128,
+        4096,
+        33 * 64,
+        4096,
+    ]

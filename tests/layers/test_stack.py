@@ -19,35 +19,35 @@ WIDTH, LENGTH = 4, 9
 def para(key, **options):
     key_cell, key = jax.random.split(key)
     cell = prnn.DiagonalGRU(WIDTH, WIDTH, dtype=options.get("dtype"), key=key_cell)
-    return prnn.ResidualBlock(WIDTH, cell, key=key, **options)
+    return prnn.ResidualBlock(WIDTH, prnn.RNN(cell), key=key, **options)
 
 
 def matrix(key, **options):
     key_cell, key = jax.random.split(key)
     dtype = options.get("dtype")
     cell = prnn.M2RNN(WIDTH, 1, 2, 2, conv_width=3, dtype=dtype, key=key_cell)
-    return prnn.ResidualBlock(WIDTH, cell, key=key, mlp_size=0, **options)
+    return prnn.ResidualBlock(WIDTH, prnn.RNN(cell), key=key, mlp_size=0, **options)
 
 
 def minmax(key, **options):
-    return prnn.MinMaxBlock(WIDTH, 3, mlp_size=5, key=key, **options)
+    return prnn.minmax_block(WIDTH, 3, mlp_size=5, key=key, **options)
 
 
 def mamba(key, **options):
-    return prnn.GatedBlock.mamba(WIDTH, state_size=2, key=key, **options)
+    return prnn.mamba_block(WIDTH, state_size=2, key=key, **options)
 
 
 def mlstm(key, **options):
-    return prnn.GatedBlock.mlstm(WIDTH, num_heads=2, conv_width=3, key=key, **options)
+    return prnn.mlstm_block(WIDTH, num_heads=2, conv_width=3, key=key, **options)
 
 
 def slstm(key, **options):
     # A norm that takes the mean from heads of two features leaves but the sign.
-    return prnn.ResidualBlock.slstm(WIDTH, num_heads=1, conv_width=3, key=key, **options)
+    return prnn.slstm_block(WIDTH, num_heads=1, conv_width=3, key=key, **options)
 
 
 def deltanet(key, **options):
-    return prnn.ResidualBlock.gated_deltanet(WIDTH, num_heads=2, conv_width=3, key=key, **options)
+    return prnn.gated_deltanet_block(WIDTH, num_heads=2, conv_width=3, key=key, **options)
 
 
 def stack(key, **options):
@@ -144,12 +144,29 @@ def test_streaming_and_carrying(make):
     first, state = eqx.filter_jit(made)(xs[:4])
     step, streamed = eqx.filter_jit(made.step), []
     for x in xs[4:]:
-        y, state = step(x, state)
+        y, state = step(state, x)
         streamed.append(y)
     assert error(jnp.concatenate([first, jnp.stack(streamed)]), ys) <= 1e-10
     assert error(state, final) <= 1e-10
-    y, _ = step(xs[0])
+    y, _ = step(None, xs[0])
     assert error(y, ys[0]) <= 1e-10
+
+
+def test_a_stack_of_any_layers():
+    """Layers of any width, one after another; what each sees is the output of the one before."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    narrow = prnn.RNN(prnn.Elman(WIDTH, 3, key=keys[0]))
+    wide = prnn.RNN(prnn.SelectiveSSM(3, 2, key=keys[1]))
+    both = prnn.Bidirectional(narrow, prnn.RNN(prnn.GRU(WIDTH, 2, key=keys[2])))
+    xs = inputs()
+    ys, final = prnn.Stack([narrow, wide])(xs)
+    expected, state = narrow(xs)
+    expected, second = wide(expected)
+    assert error(ys, expected) == 0 and error(final, (state, second)) == 0
+    state = prnn.Stack([narrow, wide]).init_state(xs[0])
+    assert jtu.tree_structure(state) == jtu.tree_structure(final)
+    ys, _ = prnn.Stack([both, prnn.RNN(prnn.Elman(5, 1, key=keys[1]))])(xs)
+    assert ys.shape == (LENGTH, 1)
 
 
 # --- pieces and padding -----------------------------------------------------------------------
@@ -196,7 +213,7 @@ def both_ways():
         prnn.Elman(WIDTH, 3, key=keys[0]),
         prnn.M2RNN(WIDTH, 1, 2, 2, 5, conv_width=3, key=keys[1]),
     )
-    return prnn.Bidirectional(*cells)
+    return prnn.Bidirectional(*map(prnn.RNN, cells))
 
 
 def test_bidirectional():
@@ -232,10 +249,10 @@ def test_initial_states_and_export(make):
         got, last = call(xs, state)
         # Of another program: a state that is an argument may be rounded in another order.
         assert error(got, ys) <= 1e-15 and error(last, final) <= 1e-15
-        assert error(step(xs[0], state)[0], ys[0]) <= 1e-10
+        assert error(step(state, xs[0])[0], ys[0]) <= 1e-10
 
     def body(state, x):
-        y, state = made.step(x, state)
+        y, state = made.step(state, x)
         return state, y
 
     last, streamed = jax.lax.scan(body, made.init_state(), xs)
@@ -250,12 +267,12 @@ def test_initial_states_and_export(make):
 def bare(key, **options):
     """One branch only, which shows what dropout does to it."""
     cell = prnn.Elman(WIDTH, WIDTH, key=key)
-    return prnn.ResidualBlock(WIDTH, cell, mlp_size=0, key=key, **options)
+    return prnn.ResidualBlock(WIDTH, prnn.RNN(cell), mlp_size=0, key=key, **options)
 
 
 def test_dropout():
     made, xs = block(bare, dropout=0.5), inputs()
-    for call in (made, lambda xs: made.step(xs[0]), prnn.Stack([made])):
+    for call in (made, lambda xs: made.step(None, xs[0]), prnn.Stack([made])):
         with pytest.raises(ValueError, match="`key` must be given.*0.5.*inference_mode"):
             call(xs)
     keys = jax.random.split(jax.random.key(1))
@@ -390,10 +407,14 @@ def test_bfloat16(name):
 
 def test_errors(as_users_run_it):
     key = jax.random.key(0)
-    with pytest.raises(TypeError, match=r"`blocks\[1\]` must be a pararnn.AbstractBlock; got RNN"):
-        prnn.Stack([block(para), block(para).rnn])
-    with pytest.raises(ValueError, match="`state` must be a tuple of 2 states, one per block; got"):
+    with pytest.raises(ValueError, match="`state` must be a tuple of 2 states, one per layer; got"):
         block(stack)(inputs(), (jnp.zeros(WIDTH),))
+    for make in (para, matrix, mamba, stack):
+        state = block(make).init_state()
+        with pytest.raises(
+            ValueError, match=r"`step` takes the state before the input, `\w+.step\("
+        ):
+            block(make).step(inputs()[0], state if make is not para else None)
     for make in (para, minmax, stack):
         with pytest.raises(
             ValueError, match=r"`xs` must have shape \(L, width\).*\(2, 9, 4\).*vmap"
@@ -403,6 +424,6 @@ def test_errors(as_users_run_it):
             block(make)(inputs(), mask=np.ones(LENGTH, int))
     with pytest.raises(ValueError, match=r"`state` must be what the call.*last 1 inputs"):
         block(minmax)(inputs(), (jnp.zeros(3), jnp.zeros((2, WIDTH))))
-    narrow = prnn.ResidualBlock(WIDTH, prnn.Elman(WIDTH, 3, key=key), key=key)
-    with pytest.raises(ValueError, match=r"`cell` must have.*\(9, 4\).*got \(9, 3\)"):
+    narrow = prnn.ResidualBlock(WIDTH, prnn.RNN(prnn.Elman(WIDTH, 3, key=key)), key=key)
+    with pytest.raises(ValueError, match=r"`rnn` must have.*\(9, 4\).*got \(9, 3\)"):
         narrow(inputs())

@@ -132,11 +132,11 @@ def test_solved_in_parallel():
     """The solver and the adjoint are those of all layers."""
     entries = random_weights("GRU", layers=1, bidirectional=True)
     solver, adjoint = prnn.Newton(chunk_size=4), prnn.Sequential()
-    network = prnn.from_torch(entries, solver, adjoint=adjoint)
+    network = prnn.from_torch(entries, solver=solver, adjoint=adjoint)
     rnns = [rnn for layer in network.layers for rnn in (layer.forward, layer.backward)]
     assert all(rnn.solver == solver and rnn.adjoint == adjoint for rnn in rnns)
     check("GRU", network, inputs(), *transcription("GRU", entries, inputs()), 1e-10)
-    one_way = prnn.from_torch(random_weights("GRU"), solver, adjoint=adjoint)
+    one_way = prnn.from_torch(random_weights("GRU"), solver=solver, adjoint=adjoint)
     assert all(rnn.solver == solver and rnn.adjoint == adjoint for rnn in one_way.layers)
 
 
@@ -156,12 +156,12 @@ def test_streaming_and_going_on():
     head, state = network(xs[:5], network.init_state())
     step, rest = eqx.filter_jit(network.step), []
     for x in xs[5:]:
-        y, state = step(x, state)
+        y, state = step(state, x)
         rest.append(y)
     np.testing.assert_allclose(jnp.concatenate([head, jnp.stack(rest)]), ys, atol=1e-14)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(final), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-14)
-    np.testing.assert_allclose(step(xs[0])[0], ys[0], atol=1e-14)
+    np.testing.assert_allclose(step(None, xs[0])[0], ys[0], atol=1e-14)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -307,12 +307,12 @@ def test_errors(as_users_run_it):
         network(xs[:, :2])
     # As PyTorch has them: would be taken for (c, h) of two units each, were they not checked.
     theirs = (np.zeros((2, UNITS)), np.zeros((2, UNITS)))
-    for call in (lambda: network(xs, theirs), lambda: network.step(xs[0], theirs)):
+    for call in (lambda: network(xs, theirs), lambda: network.step(theirs, xs[0])):
         with pytest.raises(ValueError, match=r"`state` must be shaped like `init_state\(\)`"):
             call()
     both = prnn.from_torch(random_weights("LSTM", bidirectional=True))
-    for call in (both.init_state, lambda: both.step(xs[0]), lambda: both(xs, theirs)):
-        with pytest.raises(ValueError, match="A bidirectional network has seen all"):
+    for call in (both.init_state, lambda: both.step(None, xs[0]), lambda: both(xs, theirs)):
+        with pytest.raises(ValueError, match="A bidirectional layer has seen all"):
             call()
 
 

@@ -262,7 +262,7 @@ def test_clipped():
 )
 def test_training(cell, solver):
     """Two steps of gradient descent, in shard_map and on explicit axes, against one device."""
-    rnn = prnn.RNN(cell, solver, learn_init=True)
+    rnn = prnn.RNN(cell, solver=solver, learn_init=True)
     weights, static = eqx.partition(rnn, eqx.is_inexact_array)
 
     def mean_loss(weights, xs):

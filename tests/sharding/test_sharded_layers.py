@@ -34,9 +34,10 @@ def test_both_directions():
 
     flags = {"reset": RESET[:LENGTH], "mask": MASK[:LENGTH]}
     for length, kind, options in ((24, "Explicit", {}), (LENGTH, "Auto", flags)):
-        expected = run(prnn.Bidirectional(*cells), XS[:length], **options)
+        expected = run(prnn.Bidirectional(*map(prnn.RNN, cells)), XS[:length], **options)
         with jax.set_mesh(mesh_of(8, kind)):
-            layer = prnn.Bidirectional(*cells, prnn.TimeSharded("time"))
+            rnns = (prnn.RNN(cell, solver=prnn.TimeSharded("time")) for cell in cells)
+            layer = prnn.Bidirectional(*rnns)
             got = run(layer, XS[:length], **options)
         got, wanted = (eqx.filter(x, eqx.is_array) for x in (got, expected))
         close(jax.tree.leaves(got), jax.tree.leaves(wanted))
@@ -44,18 +45,20 @@ def test_both_directions():
 
 def layers(solver):
     key = jax.random.key(0)
-    mlp = prnn.ResidualBlock(SIZE, prnn.DiagonalGRU(SIZE, SIZE, key=key), solver, key=key)
+    mlp = prnn.ResidualBlock(
+        SIZE, prnn.RNN(prnn.DiagonalGRU(SIZE, SIZE, key=key), solver=solver), key=key
+    )
     return {
-        "gru": prnn.RNN(prnn.GRU(SIZE, SIZE, key=key), solver),
-        "convolution": prnn.RNN(prnn.M2RNN(SIZE, 2, 3, 2, key=key), solver),
+        "gru": prnn.RNN(prnn.GRU(SIZE, SIZE, key=key), solver=solver),
+        "convolution": prnn.RNN(prnn.M2RNN(SIZE, 2, 3, 2, key=key), solver=solver),
         # Its first step is unlike the others.
-        "starts": prnn.RNN(prnn.RGLRU(SIZE, key=key), solver),
-        "affine": prnn.RNN(prnn.LRU(SIZE, SIZE, key=key), solver),
-        "algebra": prnn.RNN(prnn.MinMax(SIZE, SIZE, key=key), solver, learn_init=True),
-        "stack": prnn.Stack([mlp, prnn.MinMaxBlock(SIZE, SIZE, solver, key=key)]),
+        "starts": prnn.RNN(prnn.RGLRU(SIZE, key=key), solver=solver),
+        "affine": prnn.RNN(prnn.LRU(SIZE, SIZE, key=key), solver=solver),
+        "algebra": prnn.RNN(prnn.MinMax(SIZE, SIZE, key=key), solver=solver, learn_init=True),
+        "stack": prnn.Stack([mlp, prnn.minmax_block(SIZE, SIZE, solver=solver, key=key)]),
         # A state of two arrays, which starts from constants.
-        "block": prnn.GatedBlock.mlstm(
-            SIZE, solver, num_heads=1, conv_width=3, block_size=SIZE, key=key
+        "block": prnn.mlstm_block(
+            SIZE, solver=solver, num_heads=1, conv_width=3, block_size=SIZE, key=key
         ),
     }
 

@@ -35,10 +35,10 @@ def test_what_is_selected_runs(kind, length, solver, adjoint):
     """Passed back, it is the same program."""
     cell, xs = prnn.GRU(SIZE, SIZE, key=jax.random.key(0)), XS[:length]
     with jax.set_mesh(mesh_of(8, kind)):
-        asked = prnn.RNN(cell, prnn.TimeSharded("time", solver), adjoint=adjoint)
+        asked = prnn.RNN(cell, solver=prnn.TimeSharded("time", solver), adjoint=adjoint)
         selected, reason = prnn.select_solver(asked, xs)
         assert ("128 steps early" if solver is None else "layer was made") in reason
-        complete = prnn.RNN(cell, selected, adjoint=select_adjoint(asked, xs)[0])
+        complete = prnn.RNN(cell, solver=selected, adjoint=select_adjoint(asked, xs)[0])
         assert selected.solver != solver and complete.adjoint != adjoint
         assert program(complete, xs) == program(asked, xs)
 
@@ -64,7 +64,7 @@ def test_what_is_selected_is_that_of_a_part():
                 solver, here, reason = selected(recurrence, xs)
                 assert solver == prnn.TimeSharded("time", inner) and here == adjoint
                 assert f"20 chunks of 32 steps on each of {mesh.size} devices" in reason
-    layer = prnn.RNN(rnn.cell, prnn.TimeSharded("time"))
+    layer = prnn.RNN(rnn.cell, solver=prnn.TimeSharded("time"))
     with jax.sharding.use_abstract_mesh(AbstractMesh((64,), ("time",))):
         xs = jax.ShapeDtypeStruct((640 * 64, SIZE), float)
         solver, _ = prnn.select_solver(layer, xs, platform="cuda")
@@ -91,7 +91,7 @@ def test_selecting_refuses_what_solving_does():
     ):
         for select in (prnn.select_solver, select_adjoint):
             with pytest.raises(ValueError, match=re.escape(message)):
-                select(prnn.RNN(cell, solver), xs)
+                select(prnn.RNN(cell, solver=solver), xs)
 
 
 def benchmarked(*args, **options):
@@ -119,11 +119,11 @@ def test_a_benchmark_of_several_devices():
             measured, lay = benchmarked(Elman(WEIGHT), XS[:length], INIT, solvers=[None, *sharded])
         assert lay[None] == {one}, lay
         assert whole in lay[mesh] and (along in lay[mesh]) == (length % 8 == 0), lay
-        names = [row["name"] for row in measured.rows]
+        names = [row.name for row in measured.rows]
         assert names[-1] == "TimeSharded(axis='time', solver=Newton(chunk_size=1))"
-        assert all(row["agrees"] and row["gradient_error"] < 1e-12 for row in measured.rows)
-        on_mesh = [row["name"].startswith("TimeSharded") for row in measured.rows]
-        assert on_mesh == ["flops" not in row["forward"] for row in measured.rows]
+        assert all(row.agrees and row.gradient_error < 1e-12 for row in measured.rows)
+        on_mesh = [row.name.startswith("TimeSharded") for row in measured.rows]
+        assert on_mesh == [row.forward.flops is None for row in measured.rows]
         assert on_mesh == [False, True, True] and "TimeSharded" in str(measured)
 
 
@@ -131,16 +131,16 @@ def test_a_benchmark_of_inputs_that_lie_on_several_devices():
     xs = jax.device_put(XS, NamedSharding(mesh_of(8, "Explicit"), P("time")))
     rnn = prnn.RNN(prnn.DiagonalGRU(SIZE, SIZE, key=jax.random.key(0)))
     found, lay = benchmarked(rnn, xs, gradient=False, costs=False)
-    solvers = [row["solver"] for row in found.rows]
+    solvers = [row.solver for row in found.rows]
     assert solvers[-2:] == [prnn.TimeSharded("time"), prnn.TimeSharded("time", prnn.Newton())]
-    assert len(solvers) > 4 and len(lay) == 2 and all(row["agrees"] for row in found.rows)
+    assert len(solvers) > 4 and len(lay) == 2 and all(row.agrees for row in found.rows)
 
 
 def test_a_benchmark_of_a_batch():
     solvers = [prnn.TimeSharded("time", prnn.Newton(chunk_size=1))]
     with jax.set_mesh(mesh_of(8)):
         found, _ = benchmarked(Elman(WEIGHT), XS, INIT, solvers=solvers, batch_size=3, costs=False)
-    assert found.rows[0]["agrees"]
+    assert found.rows[0].agrees
 
 
 def test_a_benchmark_takes_devices():

@@ -1,4 +1,4 @@
-"""What the diagnostic tools are given, a step function, a cell or a layer, as one problem."""
+"""Arguments of `solve` from what users pass to the diagnostics: a step, a cell or an `RNN`."""
 
 import dataclasses
 import inspect
@@ -18,9 +18,7 @@ from .._solve import solve
 from ..adjoints import AbstractAdjoint
 from ..adjoints._wrapped import as_adjoint
 from ..cells import AbstractCell
-from ..layers._blocks import AbstractBlock
-from ..layers._rnn import RNN
-from ..layers._stack import Bidirectional
+from ..layers import RNN, AbstractLayer
 from ..solvers import AbstractSolver
 from ..structures import AbstractStructure
 
@@ -28,14 +26,14 @@ AnyRecurrence = Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]] | AbstractCell
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """A recurrence as [`pararnn.solve`][] takes it.
+class SolveArguments:
+    """Arguments of [`pararnn.solve`][], and the layer that they come from.
 
-    - `step`, `us`, `init`: the recurrence itself; of a cell, after its projection.
-    - `solver`, `adjoint`, `structure`, `algebra`: what the caller, the layer or the cell says of
-        it, or `None`.
-    - `layer`, `xs`, `state`: the layer (of a cell, one made of it), its inputs and the state to
-        start from as the layer takes it; `layer` is `None` for a step function.
+    - `step`, `us`, `init`: the recurrence; of a cell, with its projected inputs.
+    - `solver`, `adjoint`, `structure`, `algebra`: from the caller, the layer or the cell, or
+        `None`.
+    - `layer`, `xs`, `state`: the layer (made of the cell, if a cell was passed), its inputs and its
+        initial state; `layer` is `None` for a step function.
     """
 
     step: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]]
@@ -49,17 +47,8 @@ class Problem:
     xs: PyTree[Any]
     state: PyTree[Any]
 
-    def solution(
-        self,
-        step: Any,
-        us: PyTree[Any],
-        init: PyTree[Any],
-        *,
-        solver: AbstractSolver | None,
-        adjoint: AbstractSolver | AbstractAdjoint | None,
-    ) -> Solution:
-        """What `solve` makes of the step, as the tools ask it: with what is known of the problem,
-        the true derivative, and no error at run time."""
+    def solve(self, step: Any, us: PyTree[Any], init: PyTree[Any], solver, adjoint) -> Solution:
+        """Solves the recurrence with the true derivative, without raising at run time."""
         return solve(
             step,
             us,
@@ -71,11 +60,10 @@ class Problem:
             throw=False,
         )
 
-    def batched(self, batch_size: int, axis_name: Any = None) -> "Problem":
-        """The recurrence of `batch_size` sequences, with the batch axis behind time's. The inputs
-        are these ones, each time rolled further along time."""
-        length = num_steps(self.us)
-        shifts = [i * length // batch_size for i in range(batch_size)]
+    def batched(self, batch_size: int, axis_name: Any = None) -> "SolveArguments":
+        """The same for `batch_size` sequences: the inputs rolled along time by further and further.
+        The batch axis is behind the time axis."""
+        shifts = [i * num_steps(self.us) // batch_size for i in range(batch_size)]
 
         def roll(x):
             return jnp.stack([jnp.roll(x, shift, 0) for shift in shifts], axis=1)
@@ -88,7 +76,7 @@ class Problem:
         return dataclasses.replace(self, step=step, us=us, init=init)
 
 
-def make_problem(
+def solve_arguments(
     recurrence: Any,
     xs: PyTree[Any],
     init: PyTree[Any] | None = None,
@@ -98,20 +86,17 @@ def make_problem(
     structure: AbstractStructure | None = None,
     algebra: AbstractAlgebra | None = None,
     abstract: bool = False,
-) -> Problem:
-    """Checks what belongs together, and projects the inputs of a cell.
+) -> SolveArguments:
+    """Checks that the arguments belong together, and projects the inputs of a cell.
 
     **Arguments:**
 
-    - `recurrence`, `xs`, `init`: `step, us, init`; or a cell or a layer, with the inputs that the
-        layer takes and the state to start from, `None` for its own.
-    - `solver`, `adjoint`, `structure`, `algebra`: those of the caller.
-    - `abstract`: whether shapes and dtypes are enough.
+    - `recurrence`, `xs`, `init`: `step, us, init`; or a cell or a layer, with the inputs of the
+        layer and the initial state, `None` for its own.
+    - `solver`, `adjoint`, `structure`, `algebra`: from the caller.
+    - `abstract`: whether shapes and dtypes suffice.
     """
     layer = _as_layer(recurrence)
-    for name, value in (("init", init), ("xs", xs)):
-        if isinstance(value, AbstractSolver):
-            raise TypeError(f"`{name}` is a solver: pass it by name, `solver={value!r}`.")
     xs, init = jtu.tree_map(_to_array, (xs, init))
     if layer is None:
         if init is None:
@@ -119,15 +104,15 @@ def make_problem(
                 "`init` is needed for a step function: the state before the first step. (A cell or "
                 "an RNN knows its own: pass that itself instead of its `step`, with its raw `xs`.)"
             )
-        return Problem(
+        return SolveArguments(
             recurrence, xs, init, solver, adjoint, structure, algebra, layer=None, xs=xs, state=init
         )
-    if abstract:  # wherever the inputs lie: what is asked of the result are its shapes
+    if abstract:  # `struct` drops shardings, which only matter when a program runs
         us, start = eqx.filter_eval_shape(_prepare, layer, *struct((xs, init)))
     else:
-        us, start = _call(_prepare, layer, xs, init)
+        us, start = eqx.filter_jit(_prepare)(layer, xs, init)
     cell = layer.cell
-    return Problem(
+    return SolveArguments(
         cell.step,
         us,
         start,
@@ -155,11 +140,6 @@ def _to_array(x: Any) -> Any:
     return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
 
 
-@eqx.filter_jit
-def _call(function, *args):
-    return function(*args)
-
-
 def _prepare(layer: RNN, xs: PyTree[Array], state: PyTree[Array] | None) -> Any:
     prepared = layer._prepare(xs, state)
     return prepared.us(layer.cell), prepared.start
@@ -171,14 +151,13 @@ def _as_layer(recurrence: Any) -> RNN | None:
             f"`recurrence` must be a step function, a cell or an RNN; got the class "
             f"{recurrence.__name__}: make an instance of it."
         )
-    if isinstance(recurrence, (AbstractBlock, Bidirectional)):
-        raise TypeError(
-            f"`recurrence` must be one recurrence; got a {type(recurrence).__name__}, which has "
-            "more around it or several of them. Pass an `RNN` that it holds (the `rnn` of a "
-            "ResidualBlock), with inputs of that layer."
-        )
     if isinstance(recurrence, RNN):
         return recurrence
+    if isinstance(recurrence, AbstractLayer):
+        raise TypeError(
+            f"`recurrence` must be one recurrence; got a {type(recurrence).__name__}. Pass an "
+            "`RNN` that it holds (the `rnn` of a ResidualBlock), with the inputs of that layer."
+        )
     if isinstance(recurrence, (AbstractCell, eqx.nn.GRUCell, eqx.nn.LSTMCell)):
         return RNN(recurrence)
     if not callable(recurrence):
@@ -189,10 +168,10 @@ def _as_layer(recurrence: Any) -> RNN | None:
     return None
 
 
-def _only(name: str, given: Any, own: Any) -> Any:
-    if given is not None and own is not None and given != own:
+def _only(name: str, argument: Any, own: Any) -> Any:
+    if argument is not None and own is not None and argument != own:
         raise ValueError(
-            f"`{name}` is given twice: the layer has {own!r}, the argument is {given!r}. Pass "
+            f"`{name}` is given twice: the layer has {own!r}, the argument is {argument!r}. Pass "
             "`rnn.cell` to judge the cell with another one."
         )
-    return own if given is None else given
+    return own if argument is None else argument
