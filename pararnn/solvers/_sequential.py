@@ -27,8 +27,9 @@ class Sequential(AbstractSolver):
     **Arguments:**
 
     - `sweep_method`: how the steps are made, as for [`pararnn.solvers.AbstractIterativeSolver`][];
-        `"kernel"` makes them in one kernel. `None` is `jax.lax.scan`. Some states of any other
-        sweep are compared with the plain step; if one is wrong, `jax.lax.scan` makes all of them.
+        [`pararnn.sweeps.Fused`][] makes them in one kernel. `None` is `jax.lax.scan`. Some states
+        of any other sweep are compared with the plain step; if one is wrong, `jax.lax.scan` makes
+        all of them.
     """
 
     stepwise: ClassVar[bool] = True
