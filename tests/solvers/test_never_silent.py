@@ -71,8 +71,8 @@ def assert_trajectory(solution, images, gain=1.0):
     __tracebackhide__ = True
     assert successful(solution), solution.result
     eps = float(jnp.finfo(images.dtype).eps)
-    # A chunk's start may be off the end before it by twice the default `rtol`, which is eps**0.8. If
-    # the steps amplify, so does the one that follows; and where a chunk amplifies its own rounding,
+    # A chunk's start may be off the end before it by twice the default `rtol`, which is eps**0.8.
+    # If steps amplify, so does the one that follows; and where a chunk amplifies its own rounding,
     # the stopping rule grants up to four times the tolerance (`_tolerance._AMPLIFIED`).
     granted = 2 * eps**0.8 * (1 if gain <= 1 else 4 * gain)
     assert error(solution.states, images) <= granted + 8 * eps * gain
