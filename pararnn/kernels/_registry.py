@@ -8,7 +8,7 @@ import jax.extend.core as jex_core
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ..jaxprs._walk import ENTERED, evaluate, evaluate_alone, open_jaxpr
+from ..jaxprs._walk import ENTERED, equations, evaluate, evaluate_alone, open_jaxpr
 from . import _complex, _elementwise, _rules
 
 _SUPPORTED = _elementwise.NAMES | _rules.RULES.keys() | _complex.RULES.keys()
@@ -68,6 +68,8 @@ def expand(step: Callable[..., Any]) -> Callable[..., Any]:
 
     def expanded(carry: PyTree[Any], x: PyTree[Any]) -> PyTree[Any]:
         closed, shape = jax.make_jaxpr(step, return_shape=True)(carry, x)
+        if not any(eqn.primitive.name in _registered for eqn in equations(closed)):
+            return step(carry, x)  # a rule must not change the kernels of other steps
         outs = evaluate(*open_jaxpr(closed), jtu.tree_leaves((carry, x)), _replace)
         return jtu.tree_unflatten(jtu.tree_structure(shape), outs)
 
