@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from ._misc import bool_where, struct
 from ._norms import all_finite
+from ._one_device import OneDevice
 from ._program_cache import is_traced
 from ._recurrence import Recurrence
 from ._shards import choose_shards
@@ -42,21 +43,22 @@ class CheckedSolve:
         _check_states(self.solver, output.states, recurrence)
         checked, resume = _check(output, recurrence), output.resume
         if resume is None:
-            return self._raise(checked)
+            return self._raise(checked, recurrence.shards)
 
         def turn(checked):
             # Raising is a part of it, so that a successful solve waits for the device only once.
-            return self._raise(_check(resume(checked[0]), recurrence))
+            return self._raise(_check(resume(checked[0]), recurrence), recurrence.shards)
 
         failed = checked[1] != RESULTS.successful
         return recurrence.shards.once_where(failed, checked, turn, FALLBACK)
 
-    def _raise(self, checked: _Checked) -> _Checked:
+    def _raise(self, checked: _Checked, shards: OneDevice) -> _Checked:
         # Here and not on what `solve` returns, so that derivatives read checked states, too.
         if self.throw_from is None:
             return checked
         states, result, stats = checked
-        return throw_unless_successful(states, result, self.throw_from), result, stats
+        states = throw_unless_successful(states, result, self.throw_from, shards)
+        return states, result, stats
 
 
 def _check(output: SolverOutput, recurrence: Recurrence) -> _Checked:
@@ -91,14 +93,16 @@ def call_site() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def throw_unless_successful(states: PyTree[Array], result: RESULTS, where: str) -> PyTree[Array]:
+def throw_unless_successful(
+    states: PyTree[Array], result: RESULTS, where: str, shards: OneDevice
+) -> PyTree[Array]:
     """The states, with an error at run time, which names the place `where`, unless the result is
     `successful`. Every state depends on it, so that a caller may use any of them.
 
     The error is raised in a loop that turns only then. A condition around all states would copy
     them, and the compiler drops an error in a single row where nothing reads that row.
     """
-    failed, some, error = _raiser(states, result, where)
+    failed, some, error = _raiser(states, result, where, shards)
     if error is None:
         return _not_a_number(states, failed)
 
@@ -111,9 +115,11 @@ def throw_unless_successful(states: PyTree[Array], result: RESULTS, where: str) 
         return jax.lax.while_loop(lambda carry: carry[0], turn, (some, states))[1]
 
 
-def fail_unless_successful(tree: PyTree[Array], result: RESULTS, where: str) -> PyTree[Array]:
+def fail_unless_successful(
+    tree: PyTree[Array], result: RESULTS, where: str, shards: OneDevice
+) -> PyTree[Array]:
     """Like `throw_unless_successful`, for small arrays, and differentiable."""
-    failed, _, error = _raiser(tree, result, where)
+    failed, _, error = _raiser(tree, result, where, shards)
     if error is None:
         return _not_a_number(tree, failed)
     # What an error passes through must be the same on all devices: a flag, not the arrays.
@@ -125,13 +131,14 @@ def checked(tree: PyTree[Array], result: RESULTS, throw: bool) -> PyTree[Array]:
     if not throw:
         return tree
     if is_traced((tree, result)):
-        return fail_unless_successful(tree, result, call_site())
+        shards = choose_shards((tree, result))
+        return fail_unless_successful(tree, result, call_site(), shards)
     if not bool(result == RESULTS.successful):
         raise eqx.EquinoxRuntimeError(RESULTS[result])
     return tree
 
 
-def _raiser(tree, result, where):
+def _raiser(tree, result, where, shards):
     failed = result != RESULTS.successful
     messages = [
         f"{RESULTS[item]} (The solve is that at {where}. Of a batch, the `result` of "
@@ -139,11 +146,11 @@ def _raiser(tree, result, where):
         for item in (RESULTS.not_converged, RESULTS.nonfinite)
     ]
     index = (result == RESULTS.nonfinite).astype(int)
-    return failed, *choose_shards((tree, result)).raiser(tree, failed, index, messages)
+    return failed, *shards.raiser(tree, failed, index, messages)
 
 
 def _not_a_number(tree, failed):
-    """Nor are derivatives of it a number."""
+    """NaN in place of the tree, and of its derivatives, if the solve has failed."""
     return jtu.tree_map(lambda x: x * jnp.where(failed, jnp.nan, 1).astype(x.dtype), tree)
 
 

@@ -313,7 +313,7 @@ def blame_slice(error: Exception, cell: AbstractCell, x: PyTree[Array]) -> None:
         us = eqx.filter_eval_shape(cell.project, x)
         check_projected(us, length)
     except Exception:
-        return
+        return  # `x` is no sequence that the cell takes, so `error` is about something else
     raise ValueError(
         f"`x` must be one time slice of the inputs; got {_describe(x)}, which is a sequence of "
         f"{length}. Call the layer for a sequence, `rnn(xs)`, or pass one step of it, `xs[t]`."

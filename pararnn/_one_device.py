@@ -41,7 +41,7 @@ class OneDevice:
     - `reverse`: whether time runs from the last row to the first.
     """
 
-    axis: AxisName | None = None
+    axis: AxisName | None = dataclasses.field(default=None, kw_only=True)
     reverse: bool = False
 
     @property

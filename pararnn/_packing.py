@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Int, Integer, PyTree
 
 from ._misc import bool_where, is_symbolic, over_rows
 from ._one_device import OneDevice
-from ._shards import choose_shards
 from .scans import Sequential
 
 
@@ -97,13 +96,16 @@ class Packing(eqx.Module):
     - `step_of_slot`: the step in each slot.
     - `slot_of_step`: the slot of the last unmasked step up to each step; -1 if there is none.
     - `count`: the number of unmasked steps.
+    - `shards`: where the sequence lies.
     """
 
     step_of_slot: Int[Array, " L"]
     slot_of_step: Int[Array, " L"]
     count: Int[Array, ""]
+    shards: OneDevice = eqx.field(static=True)
 
-    def __init__(self, mask: Bool[Array, " L"]):
+    def __init__(self, mask: Bool[Array, " L"], shards: OneDevice):
+        self.shards = shards
         length = mask.shape[0]
         self.count = jnp.sum(mask)
         self.slot_of_step = jnp.cumsum(mask) - 1
@@ -113,10 +115,8 @@ class Packing(eqx.Module):
     def compact(self, tree: PyTree[Any]) -> PyTree[Array]:
         """Reorders steps to slots. Zeros if no step is unmasked, because all may be NaN then."""
 
-        shards = choose_shards((tree, self))
-
         def one(x):
-            moved = shards.spread(jnp.asarray(x), self.count)[self.step_of_slot]
+            moved = self.shards.spread(jnp.asarray(x), self.count)[self.step_of_slot]
             return jnp.where(self.count > 0, moved, jnp.zeros_like(moved))
 
         return jtu.tree_map(one, tree)
@@ -138,9 +138,7 @@ class Packing(eqx.Module):
 
     def pieces(self, reset: Bool[Array, " L"]) -> Bool[Array, " L"]:
         """The slots to reset: the step, or a masked one since the previous slot, is reset."""
-        moved = jnp.cumsum(choose_shards((reset, self)).spread(reset, self.count))[
-            self.step_of_slot
-        ]
+        moved = jnp.cumsum(self.shards.spread(reset, self.count))[self.step_of_slot]
         return jnp.diff(moved, prepend=0) != 0
 
     def resets(self, pieces: Bool[Array, " L"] | None) -> Bool[Array, " L"]:

@@ -244,7 +244,7 @@ def _solve(step, arrays: _Arrays, options: _Options, throw_from) -> Solution:
     if mask is not None and shards.is_sharded:
         xs, reset = without_moving(shards, mask, xs, reset)
     elif mask is not None:
-        packing, mask = Packing(mask), None
+        packing, mask = Packing(mask, shards), None
         xs, guess = packing.compact((xs, guess))
         reset = packing.resets(None if reset is None else packing.pieces(reset))
     recurrence = Recurrence(
@@ -274,7 +274,7 @@ def _unpacked(packing: Packing, solution: Solution, init, throw) -> Solution:
     # Before the first unmasked step, they are `init`, which has not been judged.
     result = RESULTS.where(all_finite(states), solution.result, RESULTS.nonfinite)
     if throw is not None:
-        final = fail_unless_successful(final, result, throw)
+        final = fail_unless_successful(final, result, throw, packing.shards)
         states = jtu.tree_map(lambda h, last: h.at[-1].set(last), states, final)
     return Solution(states, final, result, solution.stats)
 

@@ -20,16 +20,19 @@ def type_sharding(x: Any) -> Any:
     return jax.typeof(x).sharding if eqx.is_array(x) else None
 
 
+def mesh_sharding(x: Any) -> jax.sharding.NamedSharding | None:
+    """The sharding of an array or of a `jax.ShapeDtypeStruct` on a mesh, if any."""
+    traced = isinstance(x, jax.core.Tracer)
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
 def on_mesh(tree: PyTree[Any]) -> bool:
     """Whether a mesh is set, or any array lies on one."""
     if not jax.sharding.get_abstract_mesh().empty:
         return True
-    for x in jtu.tree_leaves(tree):
-        traced = not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer)
-        sharding = type_sharding(x) if traced else x.sharding
-        if isinstance(sharding, jax.sharding.NamedSharding) and not sharding.mesh.empty:
-            return True
-    return False
+    shardings = map(mesh_sharding, jtu.tree_leaves(tree))
+    return any(sharding is not None and not sharding.mesh.empty for sharding in shardings)
 
 
 def typed_struct(tree: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:

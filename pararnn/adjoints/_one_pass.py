@@ -122,16 +122,9 @@ def _step_by_step(
         return leaving, leaving
 
     is_first = jnp.arange(recurrence.length) == 0
-    shifted = jtu.tree_map(_shifted, states)
-    inputs = is_first, shifted, recurrence.xs, tangents.xs, added
+    inputs = is_first, previous_states(None, states), recurrence.xs, tangents.xs, added
     push = jax.checkpoint(push, prevent_cse=False)
     return jax.lax.scan(push, or_zeros(tangents.init, init), inputs)
-
-
-def _shifted(states: Array) -> Array:
-    """Later by one step, with zeros in front."""
-    rest = [(0, 0, 0)] * (states.ndim - 1)
-    return jax.lax.pad(states, jnp.zeros((), states.dtype), [(1, -1, 0), *rest])
 
 
 def _in_blocks(

@@ -93,8 +93,8 @@ def sharded_tangents(
         linear = zero, of_tangents._replace(init=None), g
 
         def pull(rows: slice, g, incoming):
-            """What a pass over some steps makes of what flows back to their states, and to the last
-            of them from what follows: that of the state before, of the arrays and of each step."""
+            """The cotangents of the state before some steps, and of the arrays and each step, from
+            those of their states and, `incoming`, of the last one from the steps after it."""
             pulled = jax.linear_transpose(functools.partial(pass_over, rows), *linear)
             leaving, *others = pulled((incoming, g))
             return leaving, others
@@ -155,9 +155,8 @@ def _fixed_point_over_devices(
     first: Any,
     differ: Callable[[Any, Any], Bool[Array, ""]],
 ) -> tuple[Any, Any]:
-    """What `run(incoming)` returns on each device, what leaves it and anything else, when what
-    arrives is what leaves the device before; `first` is what arrives at the first, and `guess` at
-    each next one to begin with."""
+    """`run(incoming)` on each device, a pair of what leaves it and anything else, with `incoming`
+    what leaves the previous device: `first` on the first one, and `guess` to begin with."""
     incoming = shards.shift_from_prev(guess, first)
     made = run(incoming)
     arrived = shards.shift_from_prev(made[0], first)

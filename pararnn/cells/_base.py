@@ -97,9 +97,9 @@ class AbstractCell(eqx.Module):
         raise NotImplementedError
 
     def chunk_factor(self, us: PyTree[Array], reset: Bool[Array, " T"] | None) -> PyTree[Array]:
-        """What becomes of the state before a chunk, given the same `us` and `reset` as
-        `apply_chunk`: the first part of an element of `chunk_algebra`, of which the second is
-        what the chunk makes of `init_state()`."""
+        """The linear part of a chunk's map from state to state, for the arguments of
+        `apply_chunk`: the first part of an element of `chunk_algebra`, whose second part is the
+        state after the chunk from `init_state()`."""
         raise NotImplementedError
 
 
@@ -125,13 +125,13 @@ def check_eps(norm_eps: Any) -> float:
 
 
 def head_sizes(num_heads: int, **sizes: int) -> list[int]:
-    """What of each named size falls to one head. Raises unless all are positive Python ints and
+    """The share of one head in each named size. Raises unless all are positive Python ints and
     `num_heads` divides each."""
     return _shares("num_heads", num_heads, sizes)
 
 
 def block_sizes(num_blocks: int, **sizes: int) -> list[int]:
-    """The same for the blocks on the diagonal of a map."""
+    """The share of one block on the diagonal of a map in each named size."""
     return _shares("num_blocks", num_blocks, sizes)
 
 

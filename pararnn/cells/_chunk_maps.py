@@ -1,4 +1,4 @@
-"""What a chunk of steps makes of the state, where that is affine."""
+"""The maps of chunks from state to state, where they are affine."""
 
 import dataclasses
 from typing import Any

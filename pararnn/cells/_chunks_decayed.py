@@ -52,7 +52,7 @@ def decayed_step(
 def reads(
     q: Float[Array, "L #heads key_size"], states: Float[Array, "L heads key_size value_size"]
 ) -> Float[Array, "L heads value_size"]:
-    """What the queries find in the states, step by step."""
+    """The states read by the queries, step by step."""
     with jax.default_matmul_precision("highest"):
         return jnp.einsum("lnk,lnkv->lnv", wide(q), states)
 

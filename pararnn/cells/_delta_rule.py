@@ -37,7 +37,7 @@ _SMALL = 4
 
 
 class DeltaInputs(NamedTuple):
-    """What steps consume, with a leading axis of time where it is that of several steps.
+    """The inputs of a step, or of several with a leading axis of time.
 
     - `query`: $q$ of each head.
     - `keys`, `values`, `betas`: $k$, $v$ and $β$ of each head, for each of the corrections.
@@ -69,7 +69,7 @@ def delta_step(
 def delta_read(
     states: Float[Array, "L heads key_size value_size"], query: Float[Array, "L heads key_size"]
 ) -> Float[Array, "L heads value_size"]:
-    """What the queries find in the states."""
+    """The states read by the queries."""
     return jnp.einsum("lnk,lnkv->lnv", query, states)
 
 

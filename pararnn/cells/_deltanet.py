@@ -151,7 +151,7 @@ class DeltaNet(AbstractDeltaCell):
         return DeltaInputs(_query(q), [unit(k)], [v], [beta], alpha, gate)
 
     def _channels(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L features"]]:
-        """What becomes $q$, $k$ and $v$."""
+        """The inputs of the maps to $q$, $k$ and $v$."""
         maps = [xs @ weight.T for weight in (self.weight_q, self.weight_k, self.weight_v)]
         if self.weight_conv is None:
             return maps

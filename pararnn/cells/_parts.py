@@ -1,4 +1,4 @@
-"""What cells are made of: initial parameters, states, and the maps that `project` and `step` share.
+"""Parts of cells: initial parameters, states, and the maps that `project` and `step` share.
 
 All is written for one sequence. A map from inputs takes all of its steps at once, `(L, features)`,
 and a stacked weight gives one array per gate.

@@ -111,8 +111,8 @@ class PLSTM(AbstractCell):
         return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        r"""What the step before passes on, $S k$, $v$ and $\log T$; and how this one reads, $M q$
-        and $D$ times what is direct."""
+        r"""The source of the previous step, $S k$ and $v$, and its transition $\log T$; the mark of
+        this one, $M q$; and its direct term, $D (q^\top k) v$."""
         check_inputs(xs, self.input_size)
         seen = jnp.pad(xs, ((1, 0), (0, 0)))
         k = wide(split_heads(seen @ self.weight_k.T, self.num_heads))

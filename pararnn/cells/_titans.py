@@ -320,7 +320,7 @@ class _Flow(NamedTuple):
     def recall(
         self, old: _Old, q: Array, k: Array, errors: _Errors
     ) -> Float[Array, "T value_size"]:
-        """What the memory after each step answers to the query of the step."""
+        """The answer of the memory after each step to the query of the step."""
         of_hidden, hidden, of_answer = errors
 
         def layer(index, x, keys, gradients):

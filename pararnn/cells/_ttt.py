@@ -115,5 +115,5 @@ class TTTLinear(AbstractDeltaCell):
         return super()._output(y + self._at_start(us.query), us)
 
     def _at_start(self, x: Float[Array, "L heads key_size"]) -> Float[Array, "L heads value_size"]:
-        """What the inner model makes of it before it has learned."""
+        """The output of the inner model before it has learned."""
         return jnp.einsum("lnk,nkv->lnv", x, wide(self.weight_start))

@@ -162,7 +162,7 @@ def _choose_across(arguments: SolveArguments, time: TimeAxis, platform: str, bat
     def choose_part(us, whole, real):
         arrays, init = whole
         step = precise(ExplainedStep(eqx.combine(arrays, rest)))
-        shards = TimeShards(time.axis)
+        shards = TimeShards(axis=time.axis)
         step, _, (us, init) = shards.convert_step(step, us, init, (us, init))
         part = Recurrence(
             step,

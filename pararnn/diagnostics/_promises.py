@@ -28,7 +28,7 @@ def is_pure(
     """
     if num_steps(xs) == 0:
         return True
-    steps = _sample(num_steps(xs), 8)
+    steps = sample_steps(num_steps(xs), 8)
     inputs = jtu.tree_map(lambda x: x[steps], (previous_states(init, states), xs))
     # A new function each time, which JAX has not traced yet.
     first, again = (jax.jit(lambda h, x: jax.vmap(step)(h, x))(*inputs) for _ in range(2))
@@ -67,7 +67,8 @@ def broken_promises(arguments: SolveArguments, states: PyTree[Array]) -> tuple[s
     return tuple(sentence for sentence in sentences if sentence)
 
 
-def _sample(length: int, count: int = 4) -> np.ndarray:
+def sample_steps(length: int, count: int = 4) -> np.ndarray:
+    """At most `count` steps of so many, spread evenly, with the first and the last one."""
     return np.unique(np.linspace(0, length - 1, count).astype(int))
 
 
@@ -80,7 +81,7 @@ def _mixing(
     name: str, what: str, function: Callable[[Any], Any], inputs: Any, outputs: Any, context: int
 ) -> str:
     """Says which steps of the outputs wrongly depend on one step of the inputs, if any do."""
-    for t in _sample(num_steps(inputs)):
+    for t in sample_steps(num_steps(inputs)):
         exchanged = _exchanged(inputs, int(t))
         if exchanged is None:
             continue
@@ -119,7 +120,7 @@ def _streaming(arguments: SolveArguments, states: PyTree[Array], ys: PyTree[Arra
     """Says where a streamed step differs from the parallel call, if one does."""
     layer, xs = arguments.layer, arguments.xs
     assert layer is not None
-    steps = _sample(num_steps(xs))
+    steps = sample_steps(num_steps(xs))
 
     def at_steps(tree):
         return jtu.tree_map(lambda x: x[steps], tree)

@@ -19,7 +19,7 @@ from ..solvers import AbstractSolver
 from ..structures import AbstractStructure
 from ._agreement import GRADIENT_FACTOR, Agreement
 from ._arguments import AnyRecurrence, SolveArguments, check_batch_size, solve_arguments
-from ._promises import broken_promises, is_pure
+from ._promises import broken_promises, is_pure, sample_steps
 
 _IMPURE = (
     "the step gives other numbers when it is traced again. It must be a pure function of "
@@ -231,7 +231,7 @@ def _contains(one: SolveArguments, batch: SolveArguments, states, axis_name) -> 
         return True
     ravel, unravel, size, _ = make_ravel(one.init)
     before = previous_states(batch.init, states)
-    sample = np.unique(np.linspace(0, num_steps(one.us) - 1, 8).astype(int))
+    sample = sample_steps(num_steps(one.us), 8)
     pick = jtu.tree_map(lambda x: x[sample], (before, batch.us))
 
     def jacobian(state, x):

@@ -66,6 +66,18 @@ def register_rule(primitive: jex_core.Primitive | str, rule: Rule) -> None:
     user's or JAX's. When a step is analysed, `ValueError` if the rule returns anything but patterns
     of the right shapes.
     """
+    name = check_rule(primitive, rule, "rule(eqn, patterns)")
+    if name in ENTERED or name in RULES or name in _registered:
+        raise ValueError(
+            f"`primitive`: there is a rule for `{name}` already. Rules are looked up by the "
+            "primitive's name: if this is another primitive, rename it."
+        )
+    _registered[name] = rule
+
+
+def check_rule(primitive: Any, rule: Any, form: str) -> str:
+    """The name of the primitive; raises a `TypeError` unless it is one, and `rule` a function of
+    the `form` that the message shows."""
     name = primitive.name if isinstance(primitive, jex_core.Primitive) else primitive
     if not isinstance(name, str):
         raise TypeError(
@@ -73,13 +85,8 @@ def register_rule(primitive: jex_core.Primitive | str, rule: Rule) -> None:
             f"{primitive!r}."
         )
     if not callable(rule) or isinstance(rule, type):
-        raise TypeError(f"`rule` must be a function `rule(eqn, patterns)`; got {rule!r}.")
-    if name in ENTERED or name in RULES or name in _registered:
-        raise ValueError(
-            f"`primitive`: there is a rule for `{name}` already. Rules are looked up by the "
-            "primitive's name: if this is another primitive, rename it."
-        )
-    _registered[name] = rule
+        raise TypeError(f"`rule` must be a function `{form}`; got {rule!r}.")
+    return name
 
 
 def carry(eqn: jex_core.JaxprEqn, patterns: list[Pattern]) -> Sequence[Pattern]:

@@ -27,7 +27,7 @@ from ._tiles import (
 
 
 class Writer(NamedTuple):
-    """What rules need to generate the code of a step.
+    """The context in which rules generate the code of a step.
 
     **Arguments:**
 

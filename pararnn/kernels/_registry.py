@@ -8,6 +8,7 @@ import jax.extend.core as jex_core
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ..jaxprs._registry import check_rule
 from ..jaxprs._walk import ENTERED, equations, evaluate, evaluate_alone, open_jaxpr
 from . import _complex, _elementwise, _rules
 
@@ -45,14 +46,7 @@ def register_rule(primitive: jex_core.Primitive | str, rule: Callable[..., Any])
     already or that has a rule. When a step is traced, `ValueError` if the results have other shapes
     or dtypes than the primitive's.
     """
-    name = primitive.name if isinstance(primitive, jex_core.Primitive) else primitive
-    if not isinstance(name, str):
-        raise TypeError(
-            "`primitive` must be a `jax.extend.core.Primitive` or the name of one; got "
-            f"{primitive!r}."
-        )
-    if not callable(rule) or isinstance(rule, type):
-        raise TypeError(f"`rule` must be a function `rule(*operands, **params)`; got {rule!r}.")
+    name = check_rule(primitive, rule, "rule(*operands, **params)")
     if name in _SUPPORTED or name in ENTERED or name in _registered:
         raise ValueError(
             f"`primitive`: kernels support `{name}` already. Rules are looked up by the "

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from .._misc import num_steps
+from .._misc import num_steps, previous_states
 from .._norms import all_finite
 from .._platform import chosen_platform
 from .._recurrence import precise
@@ -88,8 +88,5 @@ def _apply_full_chunks(cell, start, us, reset) -> tuple[PyTree[Array], PyTree[Ar
     elements = jax.vmap(element)(us, reset)
     running = jax.lax.associative_scan(lambda earlier, later: compose(later, earlier), elements)
     after = jax.vmap(lambda element: algebra.apply(element, start))(running)
-    before = jtu.tree_map(
-        lambda h, hs: jnp.concatenate([jnp.expand_dims(h, 0), hs[:-1]]), start, after
-    )
-    _, ys = jax.vmap(cell.apply_chunk)(before, us, reset)
+    _, ys = jax.vmap(cell.apply_chunk)(previous_states(start, after), us, reset)
     return jtu.tree_map(lambda hs: hs[-1], after), ys

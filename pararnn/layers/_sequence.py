@@ -1,5 +1,5 @@
-"""What the cell of a layer sees of a call: the inputs without padding, the context before them, and
-where sequences begin.
+"""The sequence of a call as the cell of a layer sees it: the inputs without padding, the context
+before them, and the starts of sequences.
 
 Three index spaces: a *step* is a position in `xs`; a *slot* is a position after padding is taken
 out, the real steps first (without a mask, slots are steps); a *row* of what `project` sees is a
@@ -24,7 +24,7 @@ from ..scans import Sequential
 
 
 class ProjectInputs(NamedTuple):
-    """What `project` sees; the first `context` rows are past inputs.
+    """The arguments of `project`; the first `context` rows are past inputs.
 
     - `xs`: the inputs.
     - `starts`: whether a sequence begins with each of them; `None` unless the cell `sees_starts`.
@@ -118,7 +118,7 @@ def _plan(cell, shards, xs, start, past, reset, mask) -> SequencePlan:
     length, context = num_steps(xs), cell.context
     packing, count, pieces = None, length, reset
     if mask is not None and length > 0:
-        packing = Packing(mask)
+        packing = Packing(mask, shards)
         count, xs = packing.count, packing.compact(xs)
         pieces = None if reset is None else packing.pieces(reset)
         reset = packing.resets(pieces)
@@ -165,7 +165,7 @@ def _plan_on_shard(cell, shards, xs, start, past, reset, mask) -> SequencePlan:
     last_piece = shards.pmax(piece_ids[-1])
     new, count, slot_of_step = (xs, starts, piece_ids), length, None
     if mask is not None:
-        packing = Packing(mask)
+        packing = Packing(mask, shards)
         new, count = packing.compact(new), packing.count
         slot_of_step = jnp.maximum(packing.slot_of_step, 0)
     old_starts = None if starts is None else jnp.zeros(context, bool)

@@ -34,7 +34,7 @@ def named_axis(layer: Any) -> AxisName | None:
 def shards_of(layer: Any) -> OneDevice:
     """The devices that share a sequence with this one, inside `map_over_shards`."""
     axis = named_axis(layer)
-    return choose_shards(layer, axis if is_manual(axis) else None)
+    return choose_shards(layer, axis if axis is not None and is_manual(axis) else None)
 
 
 def map_over_shards(

@@ -8,11 +8,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, PyTree
 
 from .._misc import num_steps
 from .._one_device import AxisName
+from .._tracing import mesh_sharding
 from ._time import axis_names
 
 # Longer parts that must be filled up anyway are filled up to a multiple of this, so that they can
@@ -70,7 +71,7 @@ def find_time_axis(axis: AxisName, tree: PyTree[Any]) -> TimeAxis:
     mesh = jax.sharding.get_abstract_mesh()
     if is_manual(axis):
         return TimeAxis(axis, None)
-    shardings = map(_sharding_of, jtu.tree_leaves(tree))
+    shardings = map(mesh_sharding, jtu.tree_leaves(tree))
     meshes = [mesh, *(sharding.mesh for sharding in shardings if sharding is not None)]
     meshes = [mesh for mesh in meshes if not mesh.empty]
     for mesh in meshes:
@@ -86,7 +87,7 @@ def find_time_axis(axis: AxisName, tree: PyTree[Any]) -> TimeAxis:
 def time_axis_of(xs: PyTree[Any]) -> AxisName | None:
     """The axis over which the steps of a sequence are sharded, as far as that can be told."""
     for x in jtu.tree_leaves(xs):
-        sharding = _sharding_of(x)
+        sharding = mesh_sharding(x)
         if sharding is not None and sharding.spec and sharding.spec[0] is not None:
             return sharding.spec[0]
     return None
@@ -131,13 +132,6 @@ def over_devices(
     if surplus:
         joined = jtu.tree_map(lambda x: _gathered(x, time)[:length], joined)
     return joined, same
-
-
-def _sharding_of(x: Any) -> NamedSharding | None:
-    """The sharding of an array or of a `jax.ShapeDtypeStruct` on a mesh, if any."""
-    traced = isinstance(x, jax.core.Tracer)
-    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _manual_axes(mesh: Mesh | AbstractMesh, names: frozenset[str], tree: Any) -> frozenset[Any]:

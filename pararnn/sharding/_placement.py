@@ -8,7 +8,7 @@ steps of a recurrence too: a step is traced for the arrays that it will meet.
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,8 +17,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._tracing import ConvertedStep, convert_step, type_sharding, typed_slice, typed_struct
-
-_T = TypeVar("_T")
 
 
 def _arrays(tree: PyTree[Any]) -> list[Array]:

@@ -112,14 +112,15 @@ class Chunks:
     def guess_early(self, guess: PyTree[Array] | None, overlap: int) -> Float[Array, "chunks size"]:
         """The starts that `overlap` steps, at most a chunk, lead to from guesses before them."""
         if overlap == self.chunk_size:
-            guesses = self.guess(guess)[: self.num_followed]
+            # The initial state, which may be anything, is among them.
+            guesses = finite_or(self.guess(guess)[: self.num_followed], 0.0)
         else:
             guesses = self._guess_at(guess, self.chunk_size - 1 - overlap)
         if not self.num_followed:
             return self.incoming(self.pad(guesses))
         rows = self.last_rows(overlap)
         inputs = self.sweep_method.prepare(self.xs, rows)
-        ends = self.run(self.step, finite_or(guesses, 0.0), inputs, rows)
+        ends = self.run(self.step, guesses, inputs, rows)
         return self.incoming(self.pad(finite_or(ends, 0.0)))
 
     def _guess_at(self, guess: PyTree[Array] | None, place: int) -> Float[Array, "followed size"]:
@@ -211,7 +212,7 @@ class Chunks:
         return used.apply(point.jacobians, vectors)
 
     def propagate_defects(self, point: Point) -> Float[Array, "chunks size"]:
-        r"""What arrives at each chunk of the corrections of the previous ones, $A_c δ_c$."""
+        r"""The corrections of the previous chunks as they arrive at each chunk, $A_c δ_c$."""
         used = self.linearization.used
         if used is None or point.jacobians is None:
             return jnp.zeros_like(point.starts)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._base import Report
 from ._chunks import Chunks, Point
 from ._convergence import Progress, StepReport, summarize
-from ._verdict import Verdict, is_wrong, judge
+from ._verdict import GOLDEN, Verdict, is_wrong, judge
 
 # The trajectory is computed by another program than the sweeps that were judged, with roundings of
 # its own: its defects may be this many times the tolerance.
@@ -100,7 +100,7 @@ def init_iterate(method: Method, chunks: Chunks, starts: Float[Array, "chunks si
 
 def _any_direction(starts: Float[Array, "chunks size"]) -> Float[Array, "chunks size"]:
     """Numbers close to zero, of both signs."""
-    signs = np.where(np.arange(starts.shape[1]) * 0.6180339887498949 % 1 < 0.5, -1.0, 1.0)
+    signs = np.where(np.arange(starts.shape[1]) * GOLDEN % 1 < 0.5, -1.0, 1.0)
     tiny = float(jnp.finfo(starts.dtype).tiny)
     return jnp.broadcast_to(jnp.asarray(tiny * signs, starts.dtype), starts.shape)
 

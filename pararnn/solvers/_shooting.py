@@ -237,7 +237,7 @@ class AbstractIterativeSolver(AbstractSolver):
     def _output(
         self, chunks: Chunks, trajectory: Trajectory, steps: int, last: bool
     ) -> SolverOutput:
-        """What a solve returns. If nothing follows, what is not right is finished sequentially."""
+        """The output of a solve; after the `last` part, with the sequential finish."""
         iterate, states, bad, pending = trajectory
         if last and self.fallback:
             chunk_size = chunks.chunk_size

@@ -22,7 +22,7 @@ from ._tolerance import SAMPLES
 _MANY_SEEDS = 16
 # The number of steps that check a sweep which does not call the step as it is, at places spread
 # over the chunks by the golden ratio, which visits all places evenly.
-_CHECKED, _GOLDEN = 64, 0.6180339887498949
+_CHECKED, GOLDEN = 64, 0.6180339887498949
 
 
 class Verdict(NamedTuple):
@@ -87,7 +87,7 @@ def is_wrong(
     size, tolerance = chunks.chunk_size, chunks.tolerance
     many = min(-(-_CHECKED // chunks.num_chunks), size)
     index = np.arange(chunks.num_chunks * many)
-    place = np.floor(index * _GOLDEN % 1 * size).astype(int)
+    place = np.floor(index * GOLDEN % 1 * size).astype(int)
     chunk = index // many
     times = np.minimum(chunk * size + place, chunks.length - 1)
     at_start = times % size == 0
