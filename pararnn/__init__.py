@@ -82,6 +82,7 @@ from .layers import slstm_block as slstm_block
 from .scans import linear_recurrence as linear_recurrence
 from .solvers import AbstractSolver as AbstractSolver
 from .solvers import AssociativeScan as AssociativeScan
+from .solvers import ElementwiseNewton as ElementwiseNewton
 from .solvers import Jacobi as Jacobi
 from .solvers import LevenbergMarquardt as LevenbergMarquardt
 from .solvers import Newton as Newton

@@ -1,7 +1,7 @@
 """The problem that every solver and every adjoint gets."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,7 +11,8 @@ from ._algebra import AbstractAlgebra, WithIdentity, WithResets
 from ._misc import bool_where, make_ravel, num_steps
 from ._one_device import OneDevice
 from ._step_properties import lacks_derivative, lacks_transpose, shared_axes
-from ._tracing import typed_slice
+from ._tracing import typed_slice, typed_struct
+from .jaxprs._elementwise import elementwise_tangents, passes_tangents
 from .scans import AbstractScan
 from .structures import AbstractStructure, detect_structure, is_affine
 
@@ -27,6 +28,17 @@ class _Found:
         if question not in self.answers:
             self.answers[question] = find()
         return self.answers[question]
+
+
+class ElementwisePart(NamedTuple):
+    """The part of a step's Jacobian that passes through elementwise operations only.
+
+    - `structure`: its structure; `None` if it is zero.
+    - `is_all`: whether it is the whole Jacobian.
+    """
+
+    structure: AbstractStructure | None
+    is_all: bool
 
 
 class Recurrence(eqx.Module):
@@ -136,6 +148,20 @@ class Recurrence(eqx.Module):
     def structure(self) -> AbstractStructure:
         """The structure of `∂step/∂state`: the one that was declared, or else detected."""
         return self._found.get("structure", lambda: detect_structure(*self._example()))
+
+    @property
+    def elementwise(self) -> "ElementwisePart":
+        """The part of the step's Jacobian that passes through elementwise operations only."""
+        return self._found.get("elementwise", self._find_elementwise)
+
+    def _find_elementwise(self) -> "ElementwisePart":
+        step, state, x = self._example()
+        step = elementwise_tangents(step)
+        any_left, all_left = passes_tangents(self.step, typed_struct(state), x)
+        if all_left:
+            return ElementwisePart(self.structure, is_all=True)
+        structure = detect_structure(step, state, x) if any_left else None
+        return ElementwisePart(structure, is_all=False)
 
     @property
     def is_affine(self) -> bool:

@@ -7,6 +7,7 @@ from ._chunks import Chunks as Chunks
 from ._chunks import Point as Point
 from ._convergence import StepReport as StepReport
 from ._damped import LevenbergMarquardt as LevenbergMarquardt
+from ._elementwise import ElementwiseNewton as ElementwiseNewton
 from ._exact import AssociativeScan as AssociativeScan
 from ._fixed_point import Jacobi as Jacobi
 from ._fixed_point import Picard as Picard

@@ -45,6 +45,8 @@ class Chunks:
 
     - `recurrence`: of at least one step.
     - `linearization`: the approximation of the chunks' Jacobians.
+    - `tangent_step`: the recurrence's step, or one of the same values, whose tangents a sweep
+        pushes.
     - `chunk_size`: the number of steps of a chunk.
     - `scan`: solves the linear recurrence over the chunks.
     - `sweep`: makes the steps of the chunks.
@@ -57,6 +59,7 @@ class Chunks:
         self,
         recurrence: Recurrence,
         linearization: Linearization,
+        tangent_step: Step,
         chunk_size: int,
         scan: AbstractScan,
         sweep: AbstractSweep,
@@ -71,12 +74,20 @@ class Chunks:
         self.num_chunks = -(-self.length // self.chunk_size)
         self.ravel, self.unravel, self.size, self.dtype = make_ravel(recurrence.init)
         self.tolerance = Tolerance(recurrence.init, rtol, atol)
-        self.step, self.xs = recurrence.step, recurrence.xs
+        self.step, self.xs, self.tangent_step = recurrence.step, recurrence.xs, tangent_step
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
         self.sweep_method = sweep
         rows = (self.length, self.num_chunks, self.chunk_size, self.chunk_size)
         self.rows = Rows(*rows, reverse=recurrence.reverse)
         self.inputs = sweep.prepare(self.xs, self.rows)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the matrices are the true Jacobians, so that the iteration converges
+        quadratically, and in one correction if the step is affine."""
+        linearization = self.linearization
+        whole = self.tangent_step is self.recurrence.step and linearization.pushed is not None
+        return whole and linearization.used == linearization.pushed
 
     # --- which chunks, and what arrives at them -----------------------------------------------
 
@@ -181,7 +192,7 @@ class Chunks:
     ) -> tuple[Float[Array, "chunks size"], Float[Array, "chunks *matrix"]]:
         """The ends of all chunks, and their Jacobians."""
         seeds = self.shards.place_like(jnp.asarray(pushed.seeds(self.size, self.dtype)), starts)
-        ravel, unravel, step = self.ravel, self.unravel, self.step
+        ravel, unravel, step = self.ravel, self.unravel, self.tangent_step
         if self.sweep_method.takes_vectors:
             ravel = unravel = lambda vector: vector
             step = self._on_vectors(step)

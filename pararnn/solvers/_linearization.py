@@ -35,9 +35,3 @@ class Linearization(NamedTuple):
     def zero(cls) -> "Linearization":
         """Zero, without tangents."""
         return cls(None, None)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether these are the true Jacobians, so that the iteration converges quadratically, and
-        in one correction if the step is affine."""
-        return self.pushed is not None and self.used == self.pushed

@@ -29,6 +29,7 @@ from ..scans import AbstractScan
 from ..scans._default import check_scan, default_scan
 from ..structures import AbstractStructure
 from ..sweeps import AbstractSweep, Fused, Scanned
+from ..sweeps._base import Step
 from ..sweeps._default import check_sweep, default_sweep, uses_kernel
 from ._affine import shoot_once
 from ._base import AbstractSolver, Report, SolverOutput, check_tangents
@@ -130,6 +131,12 @@ class AbstractIterativeSolver(AbstractSolver):
     # there the steps of short chunks are a single kernel, and long ones are launched step by step.
     accelerator_chunk_size: ClassVar[int | None] = None
 
+    def differentiated(self, recurrence: Recurrence) -> tuple[Step, AbstractStructure | None]:
+        """The step whose tangents a sweep pushes, and the structure of its Jacobian, `None` if that
+        is zero. The step returns what the recurrence's does. By default, those of the recurrence.
+        """
+        return recurrence.step, recurrence.structure
+
     @abc.abstractmethod
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
         """The approximation of Jacobians of `size` state elements that have `structure`."""
@@ -165,16 +172,17 @@ class AbstractIterativeSolver(AbstractSolver):
         self, recurrence: Recurrence, platform: str | None = None
     ) -> "AbstractIterativeSolver":
         on_cpu = chosen_platform(platform) == "cpu"
-        structure, length, size = recurrence.structure, recurrence.length, recurrence.size
+        _, structure = self.differentiated(recurrence)
+        length, size = recurrence.length, recurrence.size
         chunk_size, sweep = self.chunk_size, self.sweep_method
         if sweep is None and uses_kernel(recurrence.step, recurrence.init, recurrence.xs, platform):
             sweep = Fused()
-        seeds = structure.num_seeds(size)
+        seeds = 0 if structure is None else structure.num_seeds(size)
         if chunk_size is None and not on_cpu and self.accelerator_chunk_size is not None:
             chunk_size = self.accelerator_chunk_size
             if sweep == Fused():  # a loop, whose program does not grow with its turns
                 chunk_size *= 2
-            elif seeds < min(size, _FEW_SEEDS + 1):  # written out, each takes long to compile
+            elif 0 < seeds < min(size, _FEW_SEEDS + 1):  # written out, each takes long to compile
                 chunk_size //= seeds
         if chunk_size is None:
             chunk_size = self.default_chunk_size(structure, length, size)
@@ -217,12 +225,13 @@ class AbstractIterativeSolver(AbstractSolver):
         def resume(_):
             sweep = solver.sweep_method or Scanned()
             # Many tangents become no kernel, and to write their steps out takes long to compile.
-            dense = recurrence.structure.num_seeds(recurrence.size) > _FEW_SEEDS
+            pushed = chunks.linearization.pushed
+            dense = pushed is not None and pushed.num_seeds(recurrence.size) > _FEW_SEEDS
             sweep = Scanned(in_place=True) if dense else sweep.small()
-            chunks = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence)
-            method, made = self._method(chunks, report), steps + chunks.chunk_size
-            trajectory = iterate_until_accepted(method, chunks, first.iterate)
-            return self._output(chunks, trajectory, made, last=True)
+            again = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence)
+            method, made = self._method(again, report), steps + again.chunk_size
+            trajectory = iterate_until_accepted(method, again, first.iterate)
+            return self._output(again, trajectory, made, last=True)
 
         return self._output(chunks, first, steps, last=False)._replace(resume=resume)
 
@@ -257,16 +266,21 @@ class AbstractIterativeSolver(AbstractSolver):
     def solve_affine(self, recurrence: Recurrence) -> PyTree[Array]:
         """With the exact Jacobian, one correction from any starts is the solution."""
         chunks = self.resolved(recurrence)._cut(recurrence)
-        if chunks.linearization.is_exact and not self.damped:
+        if chunks.is_exact and not self.damped:
             return shoot_once(chunks)
         return self.with_fallback().solve(recurrence, None).completed(recurrence.shards).states
 
     def _cut(self, recurrence: Recurrence, window: int = 0) -> Chunks:
         """The chunks of a recurrence that this solver is resolved for."""
         assert self.chunk_size is not None
+        step, structure = self.differentiated(recurrence)
+        linearization = Linearization.zero()
+        if structure is not None:
+            linearization = self.linearization(structure, recurrence.size)
         return Chunks(
             recurrence,
-            self.linearization(recurrence.structure, recurrence.size),
+            linearization,
+            step,
             self.chunk_size,
             self.linear_method or default_scan(),
             self.sweep_method or Scanned(),
