@@ -80,17 +80,12 @@ class Trajectory(NamedTuple):
 
 def init_iterate(method: Method, chunks: Chunks, starts: Float[Array, "chunks size"]) -> Iterate:
     """The iterate before the first iteration, from guessed starts."""
-    infinite = jnp.asarray(jnp.inf, jnp.float32)
     iterate = Iterate(
         iteration=jnp.asarray(0),
         starts=starts,
         num_exact=jnp.asarray(0),
         defects=_any_direction(starts),
-        verdict=Verdict(
-            jnp.zeros(starts.shape, chunks.tolerance.wide),
-            jnp.full(chunks.num_chunks, infinite),
-            infinite,
-        ),
+        verdict=Verdict.none(chunks),
         pending=jnp.asarray(True),
         progress=Progress.none(),
         state=method.init(starts),
@@ -148,7 +143,14 @@ def _judged_iteration(method: Method, chunks: Chunks, iterate: Iterate) -> Itera
     propagated = correction.propagated
     if propagated is None:
         propagated = chunks.propagate_defects(point)
-    verdict = judge(chunks, point, propagated, iterate.defects)
+    verdict = judge(
+        chunks,
+        point,
+        propagated,
+        iterate.defects,
+        previous=iterate.verdict,
+        iteration=iterate.iteration,
+    )
     corrected, pinned = _corrected(chunks, iterate, point, correction)
     errors = jnp.where(pinned, 0, verdict.errors)
     summary = summarize(errors, verdict.correction, pinned, chunks.shards)

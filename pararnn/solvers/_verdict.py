@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..sweeps._base import Step
 from ._chunks import Chunks, Point
 from ._convergence import displacements, unexplained
 from ._tolerance import SAMPLES
 
+# A disturbance is one sample of what rounding does to a chunk, which may be small by accident. Those
+# of earlier sweeps count if their starts were right within this many tolerances.
+_NEAR = 100.0
 # From so many tangents on, more disturbed lanes cost little beside them.
 _MANY_SEEDS = 16
 # The number of steps that check a sweep which does not call the step as it is, at places spread
@@ -28,15 +31,25 @@ _CHECKED, GOLDEN = 64, 0.6180339887498949
 class Verdict(NamedTuple):
     """The verdict on the starts of a sweep.
 
+    - `effect`: what disturbances of the states in each chunk make of its end, at most, in this
+        sweep and in those before it from starts that were nearly right.
     - `scale`: of each element of the starts, in units of the default tolerance.
     - `errors`: a bound of the error of each start, in units of the tolerance; at most 1 if it is
         accepted.
     - `correction`: the largest correction of any start, in the same units.
     """
 
+    effect: Float[Array, "chunks size"]
     scale: Float[Array, "chunks size"]
     errors: Float[Array, " chunks"]
     correction: Float[Array, ""]
+
+    @classmethod
+    def none(cls, chunks: Chunks) -> "Verdict":
+        """Before the first sweep."""
+        zeros = jnp.zeros((chunks.num_chunks, chunks.size), chunks.tolerance.wide)
+        infinite = jnp.asarray(jnp.inf, jnp.float32)
+        return cls(zeros, zeros, jnp.full(chunks.num_chunks, infinite), infinite)
 
 
 def judge(
@@ -45,6 +58,8 @@ def judge(
     propagated: Float[Array, "chunks size"],
     direction: Float[Array, "chunks size"],
     states: PyTree[Array] | None = None,
+    previous: Verdict | None = None,
+    iteration: Int[Array, ""] | int = 0,
 ) -> Verdict:
     """Judges the starts of a sweep.
 
@@ -55,12 +70,20 @@ def judge(
     - `direction`: in which memory is measured: the defects of an earlier sweep. Being independent
         of `point`, they let both sweeps run at the same time.
     - `states`: the trajectory, if `chunks.window` is not 0.
+    - `previous`: the verdict on the last sweep; `None` if there is only one verdict, which then
+        takes more samples.
+    - `iteration`: makes the disturbances differ from those of other iterations.
     """
     tolerance, starts, shards = chunks.tolerance, point.starts, chunks.shards
-    samples = _num_samples(chunks, pushes=point.jacobians is not None)
-    displaced, disturbed, response = _probe(chunks, starts, direction, states, samples)
+    samples = SAMPLES
+    if previous is not None:
+        samples = _num_samples(chunks, pushes=point.jacobians is not None)
+    displaced, disturbed, response = _probe(chunks, starts, direction, states, samples, iteration)
     count = len(response)
     effect = chunks.pad(tolerance.effect(point.ends[:count], disturbed))
+    if previous is not None:
+        near = jnp.expand_dims(previous.errors <= _NEAR, 1)
+        effect = jnp.where(near, jnp.maximum(effect, previous.effect), effect)
     before = shards.sequenced_after(effect, jnp.abs(propagated).astype(effect.dtype))
     scale = tolerance.scale(starts, shards.shift_right(before))
     response, displaced = chunks.pad(response - point.ends[:count]), chunks.pad(displaced)
@@ -75,7 +98,7 @@ def judge(
     errors = jnp.maximum(excess + left.error, jnp.abs(defects))
     both = jnp.stack([errors, correction])
     errors, sizes = tolerance.norm(both, jnp.broadcast_to(scale, both.shape))
-    return Verdict(scale, errors, jnp.max(sizes))
+    return Verdict(effect, scale, errors, jnp.max(sizes))
 
 
 def is_wrong(
@@ -125,6 +148,7 @@ def _probe(
     direction: Float[Array, "chunks size"],
     states: PyTree[Array] | None,
     samples: int,
+    iteration: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "n size"], Float[Array, "samples n size"], Float[Array, "n size"]]:
     """`(displaced, disturbed, response)`: displacements of the starts, or of the states at which
     the windows begin; the ends of the lanes that are disturbed in each step; and those of the lane
@@ -136,15 +160,20 @@ def _probe(
     displaced = displacements(first, direction[: len(first)], chunks.tolerance.of_each(first))
     inputs = chunks.sweep_method.prepare(jnp.arange(chunks.length), rows), inputs
     lanes = jnp.stack([first] * samples + [first + displaced])
-    ends = _disturbed(chunks, lambda step, lane: chunks.run(step, lane, inputs, rows), lanes)
+    place = iteration * (samples + 1) * chunks.length
+    ends = _disturbed(chunks, lambda step, lane: chunks.run(step, lane, inputs, rows), lanes, place)
     return displaced, ends[:-1], ends[-1]
 
 
 def _disturbed(
-    chunks: Chunks, run: Callable[[Step, Array], Array], lanes: Float[Array, "lanes n size"]
+    chunks: Chunks,
+    run: Callable[[Step, Array], Array],
+    lanes: Float[Array, "lanes n size"],
+    place: Int[Array, ""] | int = 0,
 ) -> Float[Array, "lanes n size"]:
     """`run(step, lane)` for several lanes, with a step that disturbs the state in all but the last
-    lane. The inputs of that step are the place of the disturbance and the step's own."""
+    lane. The inputs of that step are the place of the disturbance, counted from `place` on, and the
+    step's own."""
     count = len(lanes)
 
     def one(lane, first, strength):
@@ -155,7 +184,8 @@ def _disturbed(
         return run(disturbed_step, lane)
 
     strengths = jnp.asarray([1.0] * (count - 1) + [0.0], jnp.float32)
-    return jax.vmap(one)(lanes, jnp.asarray(chunks.length * np.arange(count)), strengths)
+    first = jnp.asarray(chunks.length * np.arange(count)) + place
+    return jax.vmap(one)(lanes, first, strengths)
 
 
 def _at_window(chunks: Chunks, starts, states) -> Float[Array, "followed size"]:
