@@ -53,6 +53,7 @@ class Chunks:
     - `rtol`, `atol`: as for a solver.
     - `window`: if not 0, the number of steps at the end of each chunk over which rounding and
         memory are measured: less work, and a stricter verdict. At most a chunk.
+    - `normwise`: whether errors are judged by the largest of connected elements.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Chunks:
         rtol: float | None,
         atol: float,
         window: int = 0,
+        normwise: bool = False,
     ):
         self.recurrence, self.linearization, self.window = recurrence, linearization, window
         self.shards, self.scan = recurrence.shards, recurrence.shards.sharded(scan)
@@ -73,7 +75,8 @@ class Chunks:
         self.chunk_size = min(chunk_size, self.length)
         self.num_chunks = -(-self.length // self.chunk_size)
         self.ravel, self.unravel, self.size, self.dtype = make_ravel(recurrence.init)
-        self.tolerance = Tolerance(recurrence.init, rtol, atol)
+        connected = recurrence.structure if normwise else None
+        self.tolerance = Tolerance(recurrence.init, rtol, atol, connected)
         self.step, self.xs, self.tangent_step = recurrence.step, recurrence.xs, tangent_step
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
         self.sweep_method = sweep

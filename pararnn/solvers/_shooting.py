@@ -206,9 +206,18 @@ class AbstractIterativeSolver(AbstractSolver):
     def solve(
         self, recurrence: Recurrence, guess: PyTree[Array] | None, report: Report | None = None
     ) -> SolverOutput:
+        return self._solve(recurrence, guess, report)
+
+    def _solve(
+        self,
+        recurrence: Recurrence,
+        guess: PyTree[Array] | None,
+        report: Report | None = None,
+        normwise: bool = False,
+    ) -> SolverOutput:
         solver = self.resolved(recurrence)
         overlap, ahead = solver.overlap or 0, min(solver.min_iters or 0, self.max_iters)
-        chunks = solver._cut(recurrence, window=overlap)
+        chunks = solver._cut(recurrence, overlap, normwise)
         if chunks.linearization.pushed is not None:
             check_tangents(self, recurrence)
         starts = chunks.guess_early(guess, overlap) if overlap else chunks.guess(guess)
@@ -228,7 +237,7 @@ class AbstractIterativeSolver(AbstractSolver):
             pushed = chunks.linearization.pushed
             dense = pushed is not None and pushed.num_seeds(recurrence.size) > _FEW_SEEDS
             sweep = Scanned(in_place=True) if dense else sweep.small()
-            again = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence)
+            again = dataclasses.replace(solver, sweep_method=sweep)._cut(recurrence, 0, normwise)
             method, made = self._method(again, report), steps + again.chunk_size
             trajectory = iterate_until_accepted(method, again, first.iterate)
             return self._output(again, trajectory, made, last=True)
@@ -264,13 +273,16 @@ class AbstractIterativeSolver(AbstractSolver):
         return SolverOutput(states, converged, stats)
 
     def solve_affine(self, recurrence: Recurrence) -> PyTree[Array]:
-        """With the exact Jacobian, one correction from any starts is the solution."""
+        """With the exact Jacobian, one correction from any starts is the solution. Otherwise, the
+        iteration; a small element of a derivative may be a difference of large ones inside a step,
+        so an error counts by the largest of the elements that influence each other."""
         chunks = self.resolved(recurrence)._cut(recurrence)
         if chunks.is_exact and not self.damped:
             return shoot_once(chunks)
-        return self.with_fallback().solve(recurrence, None).completed(recurrence.shards).states
+        output = self.with_fallback()._solve(recurrence, None, normwise=True)
+        return output.completed(recurrence.shards).states
 
-    def _cut(self, recurrence: Recurrence, window: int = 0) -> Chunks:
+    def _cut(self, recurrence: Recurrence, window: int = 0, normwise: bool = False) -> Chunks:
         """The chunks of a recurrence that this solver is resolved for."""
         assert self.chunk_size is not None
         step, structure = self.differentiated(recurrence)
@@ -287,4 +299,5 @@ class AbstractIterativeSolver(AbstractSolver):
             self.rtol,
             self.atol,
             window,
+            normwise,
         )

@@ -42,7 +42,13 @@ class Tolerance:
     the widest, and the others follow in proportion.
     """
 
-    def __init__(self, init: PyTree[Any], rtol: float | None, atol: float):
+    def __init__(
+        self,
+        init: PyTree[Any],
+        rtol: float | None,
+        atol: float,
+        connected: AbstractStructure | None = None,
+    ):
         _, _, _, self._dtype = make_ravel(init)
         leaves = jtu.tree_leaves(init)
         self.wide = self._dtype if jnp.finfo(self._dtype).bits >= 32 else np.dtype(np.float32)
@@ -54,7 +60,7 @@ class Tolerance:
         rounding = [_ROUNDING * e / grain for e, grain in zip(eps, self._grains, strict=True)]
         self._rounding = np.repeat(rounding, sizes).astype(self.wide)
         self._factor = 1.0 if rtol is None else rtol / default_rtol(self._dtype)
-        self._atol = atol
+        self._atol, self._connected = atol, connected
         self._leaves = np.repeat(np.arange(len(leaves)), sizes)
 
     def _magnitude(self, x: Array) -> Float[Array, "*rows size"]:
@@ -116,7 +122,10 @@ class Tolerance:
         local = jnp.expand_dims(self._grain, 0) * self._magnitude(values)
         most = self.most(values)
         rounding = jnp.minimum(_AMPLIFIED * most, jnp.expand_dims(self._rounding, 0) * effect)
-        return jnp.maximum(jnp.minimum(most, local + effect), rounding)
+        scale = jnp.maximum(jnp.minimum(most, local + effect), rounding)
+        if self._connected is None:
+            return scale
+        return jnp.maximum(scale, self.of_connected(values, self._connected))
 
     def norm(
         self, difference: Float[Array, "*several n size"], scale: Float[Array, "*several n size"]
