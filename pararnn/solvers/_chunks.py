@@ -45,12 +45,12 @@ class Chunks:
 
     - `recurrence`: of at least one step.
     - `linearization`: the approximation of the chunks' Jacobians.
-    - `tangent_step`: the recurrence's step, or one of the same values, whose tangents a sweep
-        pushes.
     - `chunk_size`: the number of steps of a chunk.
     - `scan`: solves the linear recurrence over the chunks.
     - `sweep`: makes the steps of the chunks.
     - `rtol`, `atol`: as for a solver.
+    - `tangent_step`: the step whose tangents a sweep pushes: one of the same values as the
+        recurrence's, which is the default.
     - `window`: if not 0, the number of steps at the end of each chunk over which rounding and
         memory are measured: less work, and a stricter verdict. At most a chunk.
     - `normwise`: whether errors are judged by the largest of connected elements.
@@ -60,12 +60,13 @@ class Chunks:
         self,
         recurrence: Recurrence,
         linearization: Linearization,
-        tangent_step: Step,
         chunk_size: int,
         scan: AbstractScan,
         sweep: AbstractSweep,
         rtol: float | None,
         atol: float,
+        *,
+        tangent_step: Step | None = None,
         window: int = 0,
         normwise: bool = False,
     ):
@@ -77,7 +78,8 @@ class Chunks:
         self.ravel, self.unravel, self.size, self.dtype = make_ravel(recurrence.init)
         connected = recurrence.structure if normwise else None
         self.tolerance = Tolerance(recurrence.init, rtol, atol, connected)
-        self.step, self.xs, self.tangent_step = recurrence.step, recurrence.xs, tangent_step
+        self.step, self.xs = recurrence.step, recurrence.xs
+        self.tangent_step = self.step if tangent_step is None else tangent_step
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)
         self.sweep_method = sweep
         rows = (self.length, self.num_chunks, self.chunk_size, self.chunk_size)
@@ -89,7 +91,7 @@ class Chunks:
         """Whether the matrices are the true Jacobians, so that the iteration converges
         quadratically, and in one correction if the step is affine."""
         linearization = self.linearization
-        whole = self.tangent_step is self.recurrence.step and linearization.pushed is not None
+        whole = self.tangent_step is self.step and linearization.pushed is not None
         return whole and linearization.used == linearization.pushed
 
     # --- which chunks, and what arrives at them -----------------------------------------------

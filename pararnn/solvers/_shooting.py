@@ -292,12 +292,12 @@ class AbstractIterativeSolver(AbstractSolver):
         return Chunks(
             recurrence,
             linearization,
-            step,
             self.chunk_size,
             self.linear_method or default_scan(),
             self.sweep_method or Scanned(),
             self.rtol,
             self.atol,
-            window,
-            normwise,
+            tangent_step=step,
+            window=window,
+            normwise=normwise,
         )

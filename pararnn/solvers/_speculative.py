@@ -78,6 +78,11 @@ class Speculative(AbstractIterativeSolver):
                 f"got {self.corrector!r}."
             )
 
+    def differentiated(self, recurrence: Recurrence) -> tuple[Step, AbstractStructure | None]:
+        if self.corrector is None:
+            return super().differentiated(recurrence)
+        return self.corrector.differentiated(recurrence)
+
     def linearization(self, structure: AbstractStructure, size: int) -> Linearization:
         corrector = self.corrector
         if corrector is None:
