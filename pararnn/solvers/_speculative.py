@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .._recurrence import Recurrence
 from .._validate import check_positive_int
 from ..scans import AbstractScan
 from ..structures import AbstractStructure
+from ..sweeps._base import Step
 from ._chunks import Chunks
 from ._fixed_point import Jacobi
 from ._linearization import Linearization
