@@ -118,11 +118,16 @@ def iterate_until_accepted(method: Method, chunks: Chunks, iterate: Iterate) -> 
 
 def iterate_fixed(method: Method, chunks: Chunks, iterate: Iterate, iterations: int) -> Trajectory:
     """A fixed number of iterations without a verdict, and the trajectory with one."""
-    jacobians = None
-    for _ in range(iterations):
+
+    def turn(_, carry):
+        iterate, _ = carry
         point = chunks.sweep(iterate.starts)
         iterate, _ = _corrected(chunks, iterate, point, method.correct(point, iterate.state))
-        jacobians = point.jacobians
+        return iterate, point.jacobians
+
+    jacobians = None
+    if iterations:
+        iterate, jacobians = jax.lax.fori_loop(1, iterations, turn, turn(0, (iterate, None)))
     point, states = _trajectory(chunks, iterate.starts)
     point = point._replace(jacobians=jacobians)  # close to those that a last sweep would find
     defects = iterate.defects if iterations else point.defects
