@@ -13,7 +13,8 @@ import pararnn as prnn
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "tests" / "trained"
 _CELLS = {"gru": prnn.GRU, "gru_early": prnn.GRU, "lstm": prnn.LSTM, "elman": prnn.Elman}
-NAMES = (*_CELLS, "gru_a5")
+_GROUPS = ("gru_s3", "gru_a5")
+NAMES = (*_CELLS, *_GROUPS)
 
 
 class Trained(NamedTuple):
@@ -29,7 +30,7 @@ def load(name: str, length: int, dtype: Any = jnp.float32) -> Trained:
     in the generators of a group, drawn at random."""
     with np.load(_FOLDER / f"{name}.npz") as file:
         arrays = {key: jnp.asarray(file[key], dtype) for key in file.files}
-    if name == "gru_a5":
+    if name in _GROUPS:
         return _word_problem(arrays, length)
     with np.load(_FOLDER / "text.npz") as file:
         ids = np.resize(file["ids"], length)
