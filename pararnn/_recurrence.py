@@ -12,6 +12,7 @@ from ._misc import bool_where, make_ravel, num_steps
 from ._one_device import OneDevice
 from ._step_properties import lacks_derivative, lacks_transpose, shared_axes
 from ._tracing import typed_slice, typed_struct
+from .jaxprs._counting import flops
 from .jaxprs._elementwise import elementwise_tangents, passes_tangents
 from .scans import AbstractScan
 from .structures import AbstractStructure, detect_structure, is_affine
@@ -162,6 +163,11 @@ class Recurrence(eqx.Module):
             return ElementwisePart(self.structure, is_all=True)
         structure = detect_structure(step, state, x) if any_left else None
         return ElementwisePart(structure, is_all=False)
+
+    @property
+    def flops(self) -> float:
+        """The operations of a step."""
+        return self._found.get("flops", lambda: flops(*self._example()))
 
     @property
     def is_affine(self) -> bool:

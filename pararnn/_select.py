@@ -13,15 +13,25 @@ from ._tracing import on_mesh
 from .adjoints import AbstractAdjoint, ClippedAdjoint, LinearSolveAdjoint, OnePassAdjoint
 from .adjoints._wrapped import as_adjoint, default_adjoint
 from .sharding._mesh import TimeAxis, find_time_axis, time_axis_of
-from .solvers import AbstractSolver, AssociativeScan, Newton, Sequential
+from .solvers import AbstractSolver, AssociativeScan, ElementwiseNewton, Newton, Sequential
 from .solvers._base import check_sharding
 from .solvers._time_sharded import default_sharded_solver
 from .sweeps import Fused
-from .sweeps._default import why_no_kernel
+from .sweeps._default import uses_kernel, why_no_kernel
 
 # Beyond this many state elements a dense Newton correction costs more than the sweeps that it
 # saves.
 _MAX_DENSE_SIZE = 128
+# A dense Jacobian from this many elements on is replaced by its elementwise part, if that takes at
+# most this many tangents.
+_MIN_MIXED_SIZE, _FEW_SEEDS = 16, 4
+# The arithmetic of the choice, for a large accelerator: products of float32 per second; what a step
+# of a loop takes to launch, and in a kernel; what a parallel solve takes in all, but products; and
+# how many times it makes every step, of which half are for the verdict.
+_FLOPS, _STEP_SECONDS, _KERNEL_SECONDS = 5e13, 16e-6, 1e-6
+_OVERHEAD_SECONDS, _SWEEPS = 1e-3, 16
+# The derivative makes each step once more, and pulls the states' and the parameters' cotangents.
+_BACKWARD = 3
 # Shorter sequences are over before a parallel solve has begun.
 _MIN_LENGTH = 64
 
@@ -105,8 +115,8 @@ def choose(
         return _choose_for_any_length(recurrence, solver, adjoint)
     reason = "It was asked for."
     if solver is None:
-        solver, reason = _select_solver(recurrence, platform)
-    adjoint, adjoint_reason = _select_adjoint(recurrence, adjoint, platform)
+        solver, reason = _select_solver(recurrence, platform, batch)
+    adjoint, adjoint_reason = _select_adjoint(recurrence, adjoint, platform, batch)
     return Choice(
         solver.resolved(recurrence, platform),
         adjoint.resolved(recurrence, platform, batch),
@@ -154,7 +164,37 @@ def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | Abst
         )
 
 
-def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolver, str]:
+def _mixes(recurrence: Recurrence) -> bool:
+    """Whether the Jacobian is too dense for Newton's method, but its elementwise part is not."""
+    seeds, size = recurrence.structure.num_seeds(recurrence.size), recurrence.size
+    if seeds <= (_MIN_MIXED_SIZE if seeds == size else _MAX_DENSE_SIZE):
+        return False
+    part = recurrence.elementwise.structure
+    if part is None:  # a state without gates
+        return size > _MAX_DENSE_SIZE
+    return part.num_seeds(size) <= _FEW_SEEDS
+
+
+def _estimate(
+    recurrence: Recurrence, platform: str, batch: int, factor: int = 1
+) -> tuple[float, float, str]:
+    """About how many seconds the steps take one after another and in parallel, and a sentence that
+    says so. A step takes `factor` times its operations."""
+    length, per_step = recurrence.length, factor * batch * recurrence.flops / _FLOPS
+    kernel = uses_kernel(recurrence.step, recurrence.init, recurrence.xs, platform)
+    step_seconds = _KERNEL_SECONDS if kernel else _STEP_SECONDS
+    sequential = length * (step_seconds + per_step)
+    parallel = _OVERHEAD_SECONDS + _SWEEPS * length * per_step
+    rows = f"{batch} sequences" if batch > 1 else "a sequence"
+    return sequential, parallel, (
+        f"By arithmetic, {length} steps of {rows} take about {1e3 * sequential:.3g} ms one after "
+        f"another and {1e3 * parallel:.3g} ms in parallel."
+    )
+
+
+def _select_solver(
+    recurrence: Recurrence, platform: str, batch: int
+) -> tuple[AbstractSolver, str]:
     length, size = recurrence.length, recurrence.size
     where = f" on each of {recurrence.shards.count} devices" if recurrence.shards.is_sharded else ""
     if recurrence.shards.is_sharded and platform == "cpu":
@@ -189,6 +229,18 @@ def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolve
         )
     structure = recurrence.structure
     seeds = structure.num_seeds(size)
+    if _mixes(recurrence):
+        sequential, parallel, estimate = _estimate(recurrence, platform, batch)
+        dense = f"The Jacobian takes {seeds} tangents. "
+        if sequential <= parallel:
+            return Sequential(), dense + estimate
+        solver = ElementwiseNewton().resolved(recurrence, platform)
+        assert solver.chunk_size is not None
+        return solver, (
+            f"{platform}: {dense}ElementwiseNewton drops those that mix the elements, over "
+            f"{math.ceil(length / solver.chunk_size)} chunks of {solver.chunk_size} steps{where}. "
+            + estimate
+        )
     if seeds == size > _MAX_DENSE_SIZE:
         return Sequential(), (
             f"The Jacobian is dense with {size} state elements: each step is a matrix product that "
@@ -212,10 +264,30 @@ def _select_solver(recurrence: Recurrence, platform: str) -> tuple[AbstractSolve
     return solver, reason + "."
 
 
+def _default_adjoint(
+    recurrence: Recurrence, platform: str, batch: int
+) -> tuple[AbstractAdjoint, str]:
+    chosen = default_adjoint(platform)
+    if chosen.stepwise:
+        return chosen, f"{platform}: one pass over the steps, which stores no Jacobians."
+    if recurrence.has_tangents and _mixes(recurrence):
+        sequential, parallel, estimate = _estimate(recurrence, platform, batch, _BACKWARD)
+        if sequential <= parallel:
+            return OnePassAdjoint(), f"{platform}: one pass over the steps. {estimate}"
+        return LinearSolveAdjoint(ElementwiseNewton()), (
+            f"{platform}: the derivative's recurrence is linear; ElementwiseNewton drops the "
+            f"tangents that mix the elements of a state, and iterates. {estimate}"
+        )
+    return chosen, (
+        f"{platform}: the derivative's recurrence is linear, and one correction of Newton's method."
+    )
+
+
 def _select_adjoint(
     recurrence: Recurrence,
     adjoint: AbstractSolver | AbstractAdjoint | None,
     platform: str,
+    batch: int,
 ) -> tuple[AbstractAdjoint, str]:
     if recurrence.shared_axes:
         return OnePassAdjoint(), (
@@ -224,12 +296,7 @@ def _select_adjoint(
         )
     reason = "It was asked for."
     if adjoint is None:
-        chosen = default_adjoint(platform)
-        reason = f"{platform}: " + (
-            "one pass over the steps, which stores no Jacobians."
-            if chosen.stepwise
-            else "the derivative's recurrence is linear, and one correction of Newton's method."
-        )
+        chosen, reason = _default_adjoint(recurrence, platform, batch)
     else:
         chosen = as_adjoint(adjoint)
     if recurrence.shards.is_sharded and chosen.stepwise and not recurrence.has_all_tangents:

@@ -16,7 +16,7 @@ from ..adjoints import AbstractAdjoint
 from ..sharding._mesh import TimeAxis, over_devices
 from ..sharding._placement import mesh_context
 from ..sharding._time import TimeShards
-from ..solvers import AbstractSolver, TimeSharded
+from ..solvers import AbstractSolver, ElementwiseNewton, TimeSharded
 from ..structures import AbstractStructure
 from ._arguments import AnyRecurrence, SolveArguments, check_batch_size, solve_arguments
 
@@ -54,8 +54,9 @@ def select_solver(
     - `structure`, `algebra`: as for [`pararnn.solve`][].
     - `platform`: `"cpu"`, `"gpu"`, `"cuda"`, `"rocm"` or `"tpu"`; `None` is
         `jax.default_backend()`.
-    - `batch_size`: how many such sequences there are at once. The choice does not depend on it; on
-        one device, the reason says how to measure whether it should.
+    - `batch_size`: how many such sequences there are at once. The choice of
+        [`pararnn.ElementwiseNewton`][] depends on it; of another solver, the reason says how to
+        measure whether it should, on one device.
 
     **Returns:**
 
@@ -78,7 +79,12 @@ def select_solver(
     reason, alone = choice.reason, choice.solver.axis is None
     if inner(arguments.solver) is not None:
         reason = "The layer was made with this solver."
-    elif batch_size is not None and batch_size > 1 and alone and not choice.solver.stepwise:
+    elif (
+        batch_size is not None
+        and batch_size > 1
+        and alone
+        and not (choice.solver.stepwise or isinstance(choice.solver, ElementwiseNewton))
+    ):
         reason += (
             f" A batch of {batch_size} is not taken into account: where it keeps the device busy, "
             f"Sequential() can be faster; `tune(…, batch_size={batch_size})` measures it."

@@ -4,6 +4,7 @@ XLA's own `compiled.cost_analysis()` counts the body of every loop once (seen in
 says nothing of a recurrence. `pararnn.benchmark` reports what is counted here.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -51,6 +52,16 @@ def count(function: Callable[..., Any], *args: Any) -> Counts:
     """
     jaxpr, trips = _observed(function, args)
     return _count(jaxpr, 1.0, iter(trips))
+
+
+def flops(function: Callable[..., Any], *args: Any) -> float:
+    """The operations of `function(*args)`, as `count` has them; of a `while` loop, one turn.
+
+    **Arguments:**
+
+    - `function`, `args`: arrays or `jax.ShapeDtypeStruct`s, in pytrees.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr, 1.0, itertools.repeat(1)).flops
 
 
 def loop_turns(function: Callable[..., Any], *args: Any) -> list[tuple[str, int]]:
