@@ -157,12 +157,12 @@ class Recurrence(eqx.Module):
 
     def _find_elementwise(self) -> "ElementwisePart":
         step, state, x = self._example()
-        step = elementwise_tangents(step)
-        any_left, all_left = passes_tangents(self.step, typed_struct(state), x)
-        if all_left:
-            return ElementwisePart(self.structure, is_all=True)
-        structure = detect_structure(step, state, x) if any_left else None
-        return ElementwisePart(structure, is_all=False)
+        some, whole = passes_tangents(step, typed_struct(state), x)
+        if not some:
+            return ElementwisePart(None, whole)
+        if whole:
+            return ElementwisePart(self.structure, whole)
+        return ElementwisePart(detect_structure(elementwise_tangents(step), state, x), whole)
 
     @property
     def flops(self) -> float:

@@ -186,15 +186,17 @@ def _estimate(
     sequential = length * (step_seconds + per_step)
     parallel = _OVERHEAD_SECONDS + _SWEEPS * length * per_step
     rows = f"{batch} sequences" if batch > 1 else "a sequence"
-    return sequential, parallel, (
-        f"By arithmetic, {length} steps of {rows} take about {1e3 * sequential:.3g} ms one after "
-        f"another and {1e3 * parallel:.3g} ms in parallel."
+    return (
+        sequential,
+        parallel,
+        (
+            f"By arithmetic, {length} steps of {rows} take about {1e3 * sequential:.3g} ms one after "
+            f"another and {1e3 * parallel:.3g} ms in parallel."
+        ),
     )
 
 
-def _select_solver(
-    recurrence: Recurrence, platform: str, batch: int
-) -> tuple[AbstractSolver, str]:
+def _select_solver(recurrence: Recurrence, platform: str, batch: int) -> tuple[AbstractSolver, str]:
     length, size = recurrence.length, recurrence.size
     where = f" on each of {recurrence.shards.count} devices" if recurrence.shards.is_sharded else ""
     if recurrence.shards.is_sharded and platform == "cpu":

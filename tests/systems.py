@@ -204,6 +204,7 @@ SOLVERS: dict[str, prnn.AbstractSolver] = {
     "Newton 3 radix": prnn.Newton(chunk_size=3, linear_method=prnn.scans.Radix()),
     "QuasiNewton 1": prnn.QuasiNewton(chunk_size=1),
     "QuasiNewton 4": prnn.QuasiNewton(chunk_size=4),
+    "ElementwiseNewton 4": prnn.ElementwiseNewton(chunk_size=4),
     "Picard": prnn.Picard(),
     "Jacobi 1": prnn.Jacobi(chunk_size=1),
     "Jacobi 4": prnn.Jacobi(chunk_size=4),

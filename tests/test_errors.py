@@ -179,8 +179,8 @@ def test_leaf_of_a_state_is_named():
 
 
 @pytest.mark.parametrize(
-    "solver", [prnn.Newton, prnn.QuasiNewton, prnn.Picard, prnn.Jacobi, prnn.LevenbergMarquardt,
-               prnn.Speculative],
+    "solver", [prnn.Newton, prnn.QuasiNewton, prnn.ElementwiseNewton, prnn.Picard, prnn.Jacobi,
+               prnn.LevenbergMarquardt, prnn.Speculative],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "error, message, settings",

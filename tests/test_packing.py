@@ -19,6 +19,7 @@ SOLVERS = {
     "Newton 4": prnn.Newton(chunk_size=4),
     "Jacobi": prnn.Jacobi(chunk_size=4),
     "QuasiNewton": prnn.QuasiNewton(chunk_size=4),
+    "ElementwiseNewton": prnn.ElementwiseNewton(chunk_size=4),
 }
 over_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 MASKS = {

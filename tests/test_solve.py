@@ -80,7 +80,14 @@ def test_solvers(solver):
     check("LSTM", solver, 17, np.float32, throw=True)
 
 
-_VARIED = ("Newton 1", "Newton 5", "QuasiNewton 4", "Jacobi 4", "LevenbergMarquardt")
+_VARIED = (
+    "Newton 1",
+    "Newton 5",
+    "QuasiNewton 4",
+    "ElementwiseNewton 4",
+    "Jacobi 4",
+    "LevenbergMarquardt",
+)
 
 
 @pytest.mark.parametrize(

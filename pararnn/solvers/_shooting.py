@@ -185,7 +185,7 @@ class AbstractIterativeSolver(AbstractSolver):
             elif 0 < seeds < min(size, _FEW_SEEDS + 1):  # written out, each takes long to compile
                 chunk_size //= seeds
         if chunk_size is None:
-            chunk_size = self.default_chunk_size(structure, length, size)
+            chunk_size = self.default_chunk_size(recurrence.structure, length, size)
         chunk_size = min(chunk_size, length)
         if recurrence.shards.is_sharded:  # only whole chunks can be followed by others
             chunk_size = next(n for n in range(chunk_size, 0, -1) if length % n == 0)

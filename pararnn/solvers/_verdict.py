@@ -18,8 +18,8 @@ from ._chunks import Chunks, Point
 from ._convergence import displacements, unexplained
 from ._tolerance import SAMPLES
 
-# A disturbance is one sample of what rounding does to a chunk, which may be small by accident. Those
-# of earlier sweeps count if their starts were right within this many tolerances.
+# A disturbance is one sample of what rounding does to a chunk, which may be small by accident.
+# Those of earlier sweeps count if their starts were right within this many tolerances.
 _NEAR = 100.0
 # From so many tangents on, more disturbed lanes cost little beside them.
 _MANY_SEEDS = 16

@@ -29,6 +29,10 @@ METHODS: dict[str, tuple[prnn.AbstractSolver, prnn.AbstractSolver | None]] = {
     "Jacobi 3, Jacobi 3": (prnn.Jacobi(chunk_size=3), prnn.Jacobi(chunk_size=3)),
     "QuasiNewton 3, Sequential": (prnn.QuasiNewton(chunk_size=3), prnn.Sequential()),
     "Picard, QuasiNewton 4": (prnn.Picard(), prnn.QuasiNewton(chunk_size=4)),
+    "ElementwiseNewton 3, ElementwiseNewton 4": (
+        prnn.ElementwiseNewton(chunk_size=3),
+        prnn.ElementwiseNewton(chunk_size=4),
+    ),
     "Newton 5, LevenbergMarquardt": (prnn.Newton(chunk_size=5), prnn.LevenbergMarquardt()),
     "Speculative, AssociativeScan": (
         prnn.Speculative(chunk_size=3, num_candidates=2),

@@ -36,6 +36,7 @@ SOLVERS = {
     "jacobi": prnn.Jacobi(chunk_size=3),
     "overlap": prnn.Jacobi(chunk_size=3, overlap=3),
     "quasi-newton": prnn.QuasiNewton(chunk_size=3),
+    "elementwise": prnn.ElementwiseNewton(chunk_size=3),
     "damped": prnn.LevenbergMarquardt(chunk_size=3),
     "picard": prnn.Picard(),
     "speculative": prnn.Speculative(chunk_size=3, num_candidates=4),

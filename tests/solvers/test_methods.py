@@ -24,6 +24,7 @@ def _elman(gain):
         prnn.QuasiNewton(chunk_size=1),
         prnn.QuasiNewton(chunk_size=7),
         prnn.QuasiNewton(block_size=2, chunk_size=3),
+        prnn.ElementwiseNewton(chunk_size=4),
         prnn.LevenbergMarquardt(chunk_size=1),
         prnn.LevenbergMarquardt(chunk_size=5, diagonal=True),
         prnn.LevenbergMarquardt(chunk_size=1, damping=1e-6),

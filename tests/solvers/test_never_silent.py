@@ -27,6 +27,7 @@ SOLVERS = {
     "Newton 16": prnn.Newton(chunk_size=16, linear_method=prnn.scans.Associative()),
     "QuasiNewton 1": prnn.QuasiNewton(chunk_size=1),
     "QuasiNewton 8": prnn.QuasiNewton(chunk_size=8),
+    "ElementwiseNewton 8": prnn.ElementwiseNewton(chunk_size=8),
     "Picard": prnn.Picard(),
     "Jacobi": prnn.Jacobi(),
     "Jacobi 1": prnn.Jacobi(chunk_size=1),
@@ -37,7 +38,13 @@ SOLVERS = {
 over = functools.partial(systems.over, SOLVERS)
 # Each kind of linearization.
 over_kinds = over(
-    "Newton 16", "QuasiNewton 8", "Picard", "Jacobi 8", "LevenbergMarquardt", "Speculative"
+    "Newton 16",
+    "QuasiNewton 8",
+    "ElementwiseNewton 8",
+    "Picard",
+    "Jacobi 8",
+    "LevenbergMarquardt",
+    "Speculative",
 )
 # Other chunk sizes: the default, and single steps.
 over_sizes = over("Newton", "Newton 1", "QuasiNewton 1", "Jacobi", "Jacobi 1")
