@@ -1,28 +1,34 @@
 """Train the language model of `examples.char_lm` on many devices, of several processes.
 
-    python -m examples.distributed_lm --processes 2 --devices-per-process 2 --mesh 2,2
+    python -m examples.distributed_lm --cpu-devices 4 --mesh 2,2
 
-starts two processes on this machine, with two CPU devices each. Windows of text are dealt out along
-one axis of the mesh, and cut into pieces along the other, which is time. On several machines, run
-the same command on each:
+trains on four CPU devices of one process. Windows of text are sharded along one axis of the mesh by
+batch, and along the other by time. Of several processes, each runs the same command, with the
+arguments of `jax.distributed.initialize`:
 
     python -m examples.distributed_lm --coordinator HOST:PORT --num-processes 2 --process-id 0
 
-or let a scheduler start it, with `--scheduler`. Each process makes only its own part of a batch.
-The first one shows the progress, and it alone reads and writes the output folder. When a process
-dies all others end, within a minute, and `--resume` goes on from the last checkpoint, on whatever
-devices there are then.
+or, started by a scheduler that JAX detects (SLURM, Open MPI, Kubernetes), with `--distributed`:
 
-Cutting time pays for long windows. On 2 CPU cores, one window of 32,768 characters (`--length 32768
---batch 1 --width 64 --depth 1`) made nearly twice as many steps a second on two devices as on one,
-in one process or in two; with windows of 128, two processes of two devices were several times
-slower than one device, as they do little but wait for each other.
+    srun python -m examples.distributed_lm --distributed
+
+Each process makes only its own shards of a batch. Process 0 shows the progress, and it alone reads
+and writes the output folder. SIGTERM to any process ends all after a checkpoint. When a process
+dies, JAX ends the others within two minutes. `--resume` continues from the last checkpoint, on
+whatever devices there are then.
+
+Sharding time pays for long windows. On 2 CPU cores, one window of 32,768 characters (`--length
+32768 --batch 1 --width 64 --depth 1`) made nearly twice as many steps a second on two devices as on
+one, in one process or in two; with windows of 128, two processes of two devices were several times
+slower than one device, because they mostly waited for each other.
 """
 
 import argparse
 import functools
 import math
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,21 +51,19 @@ from ._language_model import (
     update,
     with_solver,
 )
-from ._launch import STOPPED, add_options, guard, own_place, places
-from ._member import joined, leave
 from ._mesh import make_mesh, replicate, windows
 from ._options import add_language_model, number, parse_language_model
 from ._text import Text, load_text
 
 Batch = Int[Array, "batch length"]
-_MODULE = "examples.distributed_lm"
+STOPPED = 143  # the exit status after SIGTERM
 
 # --- options --------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"python -m {_MODULE}",
+        prog="python -m examples.distributed_lm",
         description="Train a character-level language model on the devices of several processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -69,8 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--mesh",
         default=None,
-        help="over how many devices the windows of a batch are dealt out, and over how many each "
-        "is cut along time; None: all processes, and all devices of one",
+        help="numbers of devices that shard the batch, and time; None: all processes, and all "
+        "devices of one",
         type=mesh_shape,
         metavar="DATA,TIME",
     )
@@ -82,8 +86,25 @@ def make_parser() -> argparse.ArgumentParser:
         type=number(float, 0),
         metavar="SECONDS",
     )
-    add_options(parser)
+    group = parser.add_argument_group("devices and processes")
+    add, count = group.add_argument, number(int, 1)
+    add("--cpu-devices", help="of this process; None: one", type=count, metavar="N")
+    add("--coordinator", help="address of process 0, with a free port", metavar="HOST:PORT")
+    add("--num-processes", help="of the whole run", type=count, metavar="N")
+    add("--process-id", help="from 0", type=number(int, 0), metavar="I")
+    add("--distributed", action="store_true", help="let JAX detect these three")
     return parser
+
+
+def connect(options: argparse.Namespace) -> bool:
+    """Connects the processes; returns whether there may be several."""
+    if options.cpu_devices is not None:
+        jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+    addresses = options.coordinator, options.num_processes, options.process_id
+    several = options.distributed or any(value is not None for value in addresses)
+    if several:
+        jax.distributed.initialize(*addresses)
+    return several
 
 
 def mesh_shape(text: str) -> tuple[int, int]:
@@ -188,14 +209,15 @@ def evaluate(model: LanguageModel, options: argparse.Namespace, text: Text, mesh
     return sum(losses) / len(losses) if losses else math.nan
 
 
-def train(options: argparse.Namespace, text: Text, mesh: Mesh, first: bool) -> State:
-    """Trains, or goes on training. Only the first process has a folder."""
+def train(options: argparse.Namespace, text: Text, mesh: Mesh) -> State:
+    """Trains, or continues training. Only process 0 has a folder."""
+    first = jax.process_index() == 0
     try:
         return fit(
             start(options, text),
             functools.partial(advance, options=options, text=text, mesh=mesh),
             steps=options.steps,
-            # Asked to end, the processes agree on a step.
+            # After a SIGTERM, the processes agree on the step at which they end.
             done=lambda state: reached_preemption_sync_point(state.step),
             folder=options.output if first else None,
             options=record(options, text),
@@ -204,55 +226,53 @@ def train(options: argparse.Namespace, text: Text, mesh: Mesh, first: bool) -> S
             save_every=options.save_every,
             quiet=not first,
         )
-    except FloatingPointError as error:  # in all processes alike
+    except FloatingPointError as error:  # in all processes
         raise SystemExit(f"error: {error}") from None
-    except OSError as error:  # in the first alone
-        leave(f"error: {error}")
 
 
-def work(options: argparse.Namespace, text: Text, first: bool) -> None:
-    """What each process does."""
+def work(options: argparse.Namespace, text: Text) -> None:
+    """Trains and evaluates; all processes call it."""
     data, time = choose_mesh(options, jax.process_count(), jax.device_count())
-    mesh = make_mesh(data, time)
-    print(
+    mesh, first = make_mesh(data, time), jax.process_index() == 0
+    say = print if first else lambda text: None
+    say(
         f"Text: {len(text.train):,} characters to train on, {len(text.held_out):,} held out.\n"
         f"Mesh: {data} (data) x {time} (time) of the devices of {jax.process_count()} processes: "
         f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}."
     )
-    state = train(options, text, mesh, first)
+    state = train(options, text, mesh)
     if state.step < options.steps:
-        print(f"Stopped at step {state.step}. Go on with --resume.")
+        say(f"Stopped at step {state.step}. Continue with --resume.")
         sys.exit(STOPPED)
     bits = evaluate(state.model, options, text, mesh)
     measured = f"{bits:.3f} bits per character"
     if math.isnan(bits):
         measured = f"too short for a batch of {options.batch} windows, not measured"
-    print(f"Held-out text: {measured}; a uniform guess has {math.log2(len(text.vocabulary)):.2f}.")
+    say(f"Held-out text: {measured}; a uniform guess has {math.log2(len(text.vocabulary)):.2f}.")
     if first:
         save(options.output / "model.eqx", hyperparameters(options, text), state.model)
-        print(f"Wrote checkpoint.eqx, metrics.jsonl, metrics.png, model.eqx to {options.output}.")
+    say(f"Wrote checkpoint.eqx, metrics.jsonl, metrics.png, model.eqx to {options.output}.")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the program; `args` are the words of the command line."""
-    args = sys.argv[1:] if args is None else args
     text, parser = load_text(), make_parser()
     options = parse_language_model(parser, args, max_length=len(text.held_out) - 1)
-    place = own_place()
-    if place is not None:
-        with joined(place) as first:
-            work(options, text, first)
-        return
-    started = places(parser, options)
-    if options.resume and started[0].index == 0:
-        try:
+    if options.resume and not options.distributed and not options.process_id:
+        try:  # before the other processes wait for this one
             check_resumable(options.output, record(options, text))
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from None
-    advice = f"Go on from the last checkpoint: the same with --resume ({options.output})."
-    status = guard(_MODULE, args, started, advice)
-    if status != 0:
-        sys.exit(status)
+    several = connect(options)
+    try:
+        work(options, text)
+    except Exception:
+        if not several:
+            raise
+        # The usual end would wait for the other processes, which wait for this one.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":
