@@ -68,7 +68,7 @@ dist: $(DIST_VENV)/.installed ## build wheel and sdist in dist/, and try each in
 	@rm -rf build/clean
 
 gpu-check: $(GPU_VENV)/.installed ## count what a GPU would run, without one (options in ARGS)
-	@$(GPU_VENV)/bin/python -m benchmarks gpu $(ARGS)
+	@$(GPU_VENV)/bin/python -m tools.gpu_counts $(ARGS)
 
 clean: ## remove the environments, caches and build products (not out/)
 	rm -rf $(VENV) $(GPU_VENV) $(DOCS_VENV) $(DIST_VENV) .pytest_cache .ruff_cache build dist site

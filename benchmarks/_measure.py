@@ -1,26 +1,32 @@
-"""Timing, machine description and tables, shared by all benchmarks."""
+"""The machine, the result files, the command lines and the Markdown tables of all benchmarks."""
 
+import argparse
 import datetime
 import json
 import os
 import pathlib
 import platform
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 
 import pararnn as prnn
+from pararnn.diagnostics import Spread as Spread
 from pararnn.diagnostics import relative_error as relative_error
-from pararnn.diagnostics import scan_states as scan_states
+from pararnn.diagnostics._compare import compare as compare
 from pararnn.diagnostics._compare import interleaved as interleaved
 from pararnn.diagnostics._compare import ratio as ratio
+from pararnn.diagnostics._compare import spread as spread
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+Row = dict[str, Any]
 
 
-def environment() -> dict[str, Any]:
-    """What a figure needs beside it to mean anything."""
+def environment() -> Row:
+    """The machine and the versions, without which a measurement means nothing."""
     device = jax.devices()[0]
     return {
         "date": datetime.date.today().isoformat(),
@@ -34,21 +40,90 @@ def environment() -> dict[str, Any]:
     }
 
 
-def compile_seconds(
-    makes: dict[str, Callable[[], Any]], *args: Any, repetitions: int = 5
-) -> dict[str, list[float]]:
-    """Seconds to trace, lower and compile fresh jitted functions, A B A B …"""
-    times: dict[str, list[float]] = {name: [] for name in makes}
-    for _ in range(repetitions):
-        for name, make in makes.items():
-            function = make()
-            start = time.perf_counter()
-            function.lower(*args).compile()
-            times[name].append(time.perf_counter() - start)
-    return times
+class Results:
+    """A JSON file of the results of one machine, written after each part.
+
+    **Arguments:**
+
+    - `path`: the file. If it exists its results are loaded, so that an interrupted command
+        continues where it stopped.
+    - `fresh`: whether to discard them instead.
+    - `about`: the environment; the default is that of this machine.
+
+    Raises SystemExit if the file is of another environment.
+    """
+
+    def __init__(self, path: pathlib.Path, fresh: bool = False, about: Row | None = None):
+        self.path = path
+        about = about or environment()
+        self.content: dict[str, Any] = {"environment": about}
+        if not path.exists() or fresh:
+            return
+        self.content = json.loads(path.read_text())
+        found = self.content["environment"]
+        other = sorted(k for k in about if k != "date" and about[k] != found.get(k))
+        if other:
+            raise SystemExit(
+                f"{path} was measured with another {', '.join(other)}: measure all again (--fresh) "
+                "or choose another --output."
+            )
+
+    def put(self, name: str, value: Any) -> None:
+        """Sets one part, with its date, and writes the file."""
+        self.content[name] = value
+        self.content.setdefault("dates", {})[name] = datetime.date.today().isoformat()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".part")
+        parts = (f"{json.dumps(k)}: {_lines(_rounded(v))}" for k, v in self.content.items())
+        partial.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+        partial.replace(self.path)  # an interrupt never leaves half a file
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def date_of(content: dict[str, Any], part: str) -> str:
+    """The day on which a part of a result file was measured."""
+    return content.get("dates", {}).get(part, content["environment"]["date"])
+
+
+def _lines(value: Any) -> str:
+    """JSON with one record per line, so that a change of one result is a change of one line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+    if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
+        return (
+            "{\n"
+            + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            + "\n}"
+        )
+    return json.dumps(value)
+
+
+def _rounded(value: Any) -> Any:
+    """To six digits, more than any measurement here has."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def parser(
+    name: str, description: str | None, parts: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """The command line of a benchmark: `--output`, and `--parts` if it has parts."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--output", type=pathlib.Path, default=RESULTS, help="folder of the JSON file"
+    )
+    if parts:
+        made.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
+    return made
+
+
+def markdown(rows: Sequence[Row]) -> str:
     """A Markdown table with the keys of the first row as its header."""
 
     def cell(value):
@@ -58,34 +133,3 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(cell(row.get(key, "")) for key in header) + " |" for row in rows]
     return "\n".join(lines)
-
-
-def earlier(path: pathlib.Path, instead: str, here: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The results in a file of this machine, or of what else they belong to (`here`); of another
-    one, exits and says what to do `instead`, as results of two machines must not be mixed."""
-    found, here = json.loads(path.read_text()), here or environment()
-    other = {k for k in here if k != "date" and here[k] != found["environment"].get(k)}
-    if other:
-        raise SystemExit(
-            f"{path} was measured with another {', '.join(sorted(other))}: {instead}, or choose "
-            "another --output."
-        )
-    return found
-
-
-def other_parts(name: str, folder: str, parts: Sequence[str], every: Iterable[str]) -> Any:
-    """What `folder/name.json` has of a benchmark of which only some `parts` are measured again."""
-    path = pathlib.Path(folder) / f"{name}.json"
-    if not path.exists() or set(parts) == set(every):
-        return {}
-    found = earlier(path, "measure all parts")
-    del found["environment"]
-    return found
-
-
-def save(name: str, results: dict[str, Any], folder: str) -> pathlib.Path:
-    """Writes the results with the environment to `folder/name.json`."""
-    path = pathlib.Path(folder) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
-    return path

@@ -1,12 +1,12 @@
-"""Every shipped cell: structure, iterations before and after training, agreement under all solvers.
+"""Every shipped kind of cell: structure, iterations before and after training, agreement under all
+solvers.
 
-The small task is to say whether the sum of the last eight inputs is positive; a linear readout of
-the cell's outputs is trained with it by Adam. "iterations" are those of Newton's method over single
+The task is to say whether the sum of the last eight inputs is positive; a linear readout of the
+cell's outputs is trained with it by Adam. "iterations" are those of Newton's method over single
 steps (DEER, ParaRNN), from its default guess.
 """
 
-import argparse
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -17,8 +17,9 @@ import optax
 from tqdm import tqdm
 
 import pararnn as prnn
+from pararnn.diagnostics import scan_states
 
-from ._measure import markdown, other_parts, relative_error, save, scan_states
+from ._measure import Results, Row, markdown, parser, relative_error
 
 INPUTS = 4
 CELLS = {
@@ -46,28 +47,49 @@ SOLVERS: dict[str, prnn.AbstractSolver] = {
     "LevenbergMarquardt, 16": prnn.LevenbergMarquardt(chunk_size=16),
     "Speculative, 16": prnn.Speculative(chunk_size=16, num_candidates=8),
 }
-EXACT = {"MinMax", "LRU", "DeltaNet"}
+EXACT = {"MinMax", "LRU", "DeltaNet"}  # cells whose steps compose exactly
 
 
-def solve(cell, xs, solver, throw=True):
+def solve(cell, xs, solver):
     us, init = cell.project(xs), cell.init_state()
-    solution = prnn.solve(cell.step, us, init, solver=solver, algebra=cell.algebra, throw=throw)
+    solution = prnn.solve(cell.step, us, init, solver=solver, algebra=cell.algebra, throw=False)
     return solution, cell.readout(solution.states, us)
 
 
 @eqx.filter_jit
-def iterations(cell, xs):
-    stats = solve(cell, xs, prnn.Newton(chunk_size=1), throw=False)[0].stats
-    return stats.iterations, stats.fallback
+def _differentiated(cell, xs, solver):
+    """A solution, and the gradients of a loss of the outputs."""
+
+    def loss(cell):
+        solution, ys = solve(cell, xs, solver)
+        return jnp.sum(jnp.sin(ys)), solution
+
+    (_, solution), gradients = eqx.filter_value_and_grad(loss, has_aux=True)(cell)
+    return solution, gradients
+
+
+@eqx.filter_jit
+def _differentiated_scan(cell, xs):
+    """The states of `lax.scan`, and the gradients of the same loss."""
+
+    def loss(cell):
+        us = cell.project(xs)
+        states = scan_states(cell.step, us, cell.init_state())
+        return jnp.sum(jnp.sin(cell.readout(states, us))), states
+
+    (_, states), gradients = eqx.filter_value_and_grad(loss, has_aux=True)(cell)
+    return states, gradients
+
+
+# --- parts ------------------------------------------------------------------------------------
 
 
 def train(cell: prnn.AbstractCell, steps: int, length: int = 64, batch: int = 16):
-    """`(trained cell, accuracy on fresh inputs)`."""
+    """The trained cell, and its accuracy on fresh inputs."""
     outputs = jax.eval_shape(lambda: solve(cell, jnp.zeros((1, INPUTS)), None)[1]).shape[-1]
-    head = eqx.nn.Linear(outputs, 1, key=jax.random.key(1))
+    model = (cell, eqx.nn.Linear(outputs, 1, key=jax.random.key(1)))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
-    model = (cell, head)
-    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    moments = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
     def batch_of(key):
         xs = jax.random.normal(key, (batch, length, INPUTS))
@@ -83,75 +105,95 @@ def train(cell: prnn.AbstractCell, steps: int, length: int = 64, batch: int = 16
         return jnp.mean(optax.sigmoid_binary_cross_entropy(logits(model, xs), targets))
 
     @eqx.filter_jit
-    def update(model, state, key):
+    def update(model, moments, key):
         gradients = eqx.filter_grad(loss)(model, *batch_of(key))
-        updates, state = optimizer.update(gradients, state)
-        return eqx.apply_updates(model, updates), state
+        updates, moments = optimizer.update(gradients, moments)
+        return eqx.apply_updates(model, updates), moments
 
     for key in jax.random.split(jax.random.key(2), steps):
-        model, state = update(model, state, key)
+        model, moments = update(model, moments, key)
     xs, targets = batch_of(jax.random.key(3))
     accuracy = jnp.mean((eqx.filter_jit(logits)(model, xs) > 0) == (targets > 0))
     return model[0], float(accuracy)
 
 
-def describe(name: str, steps: int, length: int) -> dict[str, Any]:
+@eqx.filter_jit
+def _stats(cell, xs):
+    return solve(cell, xs, prnn.Newton(chunk_size=1))[0].stats
+
+
+def describe(name: str, steps: int, length: int) -> list[Row]:
     cell = CELLS[name](key=jax.random.key(0))
     xs = jax.random.normal(jax.random.key(4), (length, INPUTS))
     state = cell.init_state()
-    u = jtu.tree_map(lambda u: u[0], cell.project(xs[:1]))
-    structure = prnn.detect_structure(cell.step, state, u)
+    structure = prnn.detect_structure(
+        cell.step, state, jtu.tree_map(lambda u: u[0], cell.project(xs[:1]))
+    )
     trained, accuracy = train(cell, steps)
     size = sum(x.size * (2 if jnp.iscomplexobj(x) else 1) for x in jtu.tree_leaves(state))
-    before, after = iterations(cell, xs), iterations(trained, xs)
 
-    def show(count, finished):
-        return f"{int(count)}" + (" (finished sequentially)" if finished else "")
+    def iterations(cell):
+        stats = _stats(cell, xs)
+        return f"{int(stats.iterations)}" + " (finished sequentially)" * bool(stats.fallback)
 
-    return {
-        "cell": name,
-        "state size": size,
-        "tangents per sweep": structure.num_seeds(size),
-        "structure": type(structure).__name__,
-        "iterations at initialisation": show(*before),
-        "after training": show(*after),
-        "accuracy": accuracy,
-    }
+    return [
+        {
+            "cell": name,
+            "state size": size,
+            "tangents per sweep": structure.num_seeds(size),
+            "structure": type(structure).__name__,
+            "iterations at initialisation": iterations(cell),
+            "after training": iterations(trained),
+            "accuracy": accuracy,
+        }
+    ]
 
 
-def agreement(name: str, length: int) -> list[dict[str, Any]]:
-    """Values, gradients and reports under every solver, at the initial weights and four times
-    those, against the scan and its automatic derivative."""
+def million(length: int = 1_024_000, size: int = 8) -> list[Row]:
+    """MinMax over a long sequence in one associative scan, against `lax.scan`."""
+    cell = prnn.MinMax(INPUTS, size, size, key=jax.random.key(0))
+    us = cell.project(jax.random.normal(jax.random.key(1), (length, INPUTS)))
+
+    def states_by_solve(us):
+        solver = prnn.AssociativeScan(algebra=cell.algebra)
+        return prnn.solve(cell.step, us, cell.init_state(), solver=solver).states
+
+    def states_by_scan(us):
+        return scan_states(cell.step, us, cell.init_state())
+
+    def differentiated(states_of):
+        def loss(us):
+            states = states_of(us)
+            return jnp.sum(jnp.sin(states)), states
+
+        (_, states), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(us)
+        return states, gradients
+
+    states, gradients = differentiated(states_by_solve)
+    expected, exact = differentiated(states_by_scan)
+    return [
+        {
+            "L": length,
+            "largest state": float(jnp.max(jnp.abs(states))),
+            "value error": relative_error(states, expected),
+            "gradient error": relative_error(gradients, exact),
+        }
+    ]
+
+
+def agreement(name: str, length: int) -> list[Row]:
+    """Values and gradients under every solver, at the initial weights and four times those,
+    against `lax.scan` and its automatic derivative."""
     rows = []
     solvers = SOLVERS | ({"AssociativeScan": prnn.AssociativeScan()} if name in EXACT else {})
     for dtype in (jnp.float32, jnp.float64):
         cell = CELLS[name](dtype=dtype, key=jax.random.key(0))
         xs = jax.random.normal(jax.random.key(4), (length, INPUTS), dtype)
-        scaled = jtu.tree_map(lambda x: 4 * x if eqx.is_inexact_array(x) else x, cell)
-
-        @eqx.filter_jit
-        def run(cell, xs, solver):
-            def loss(cell):
-                solution, ys = solve(cell, xs, solver, throw=False)
-                return jnp.sum(jnp.sin(ys)), solution
-
-            (_, solution), gradients = eqx.filter_value_and_grad(loss, has_aux=True)(cell)
-            return solution, gradients
-
-        @eqx.filter_jit
-        def by_scan(cell, xs):
-            def loss(cell):
-                us = cell.project(xs)
-                states = scan_states(cell.step, us, cell.init_state())
-                return jnp.sum(jnp.sin(cell.readout(states, us))), states
-
-            (_, states), gradients = eqx.filter_value_and_grad(loss, has_aux=True)(cell)
-            return states, gradients
-
-        for scale, weights in (("1", cell), ("4", scaled)):
-            expected, exact_gradients = by_scan(weights, xs)
+        for scale in (1, 4):
+            weights = jtu.tree_map(lambda x, s=scale: s * x if eqx.is_inexact_array(x) else x, cell)
+            expected, exact = _differentiated_scan(weights, xs)
             for solver_name, solver in solvers.items():
-                solution, gradients = run(weights, xs, solver)
+                solution, gradients = _differentiated(weights, xs, solver)
                 rows.append(
                     {
                         "cell": name,
@@ -162,77 +204,33 @@ def agreement(name: str, length: int) -> list[dict[str, Any]]:
                         "iterations": int(solution.stats.iterations),
                         "finished sequentially": bool(solution.stats.fallback),
                         "value error": relative_error(solution.states, expected),
-                        "gradient error": relative_error(gradients, exact_gradients),
+                        "gradient error": relative_error(gradients, exact),
                     }
                 )
     return rows
 
 
-def million(length: int = 1_024_000, size: int = 8) -> list[dict[str, Any]]:
-    """MinMax over a long stream in one associative scan, against the plain scan."""
-    cell = prnn.MinMax(INPUTS, size, size, key=jax.random.key(0))
-    xs = jax.random.normal(jax.random.key(1), (length, INPUTS))
-    us = cell.project(xs)
-    solver = prnn.AssociativeScan(algebra=cell.algebra)
-
-    def total(us, solver):
-        states = prnn.solve(cell.step, us, cell.init_state(), solver=solver).states
-        return jnp.sum(jnp.sin(states)), states
-
-    run = eqx.filter_jit(lambda us, solver: jax.value_and_grad(total, has_aux=True)(us, solver))
-    (_, states), gradients = run(us, solver)
-
-    @jax.jit
-    def by_scan(us):
-        def total(us):
-            states = scan_states(cell.step, us, cell.init_state())
-            return jnp.sum(jnp.sin(states)), states
-
-        return jax.value_and_grad(total, has_aux=True)(us)
-
-    (_, reference), exact = by_scan(us)
-    return [
-        {
-            "L": length,
-            "largest state": float(jnp.max(jnp.abs(states))),
-            "value error": relative_error(states, reference),
-            "gradient error": relative_error(gradients, exact),
-        }
-    ]
-
-
-# What is measured of each cell, in this order.
-PARTS: dict[str, Callable[[str, argparse.Namespace], list[dict[str, Any]]]] = {
-    "cells": lambda name, args: [describe(name, args.steps, args.length)],
-    "MinMax over a long stream": lambda name, args: million() if name == "MinMax" else [],
-    "agreement": lambda name, args: agreement(name, 100),
-}
+PARTS = ("cells", "MinMax over a long stream", "agreement")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks cells",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
-    parser.add_argument("--steps", type=int, default=200, help="training steps")
-    parser.add_argument("--length", type=int, default=512, help="steps of the solves")
-    parser.add_argument("--output", default="benchmarks/results", help="folder of the JSON file")
-    args = parser.parse_args(argv)
-    results = other_parts("cells", args.output, args.parts, PARTS)
+    command = parser("cells", __doc__, PARTS)
+    command.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
+    command.add_argument("--steps", type=int, default=200, help="training steps")
+    command.add_argument("--length", type=int, default=512, help="steps of the solves")
+    args = command.parse_args(argv)
+    measure: dict[str, Any] = {
+        "cells": functools.partial(describe, steps=args.steps, length=args.length),
+        "MinMax over a long stream": lambda name: million() if name == "MinMax" else [],
+        "agreement": functools.partial(agreement, length=100),
+    }
+    results = Results(args.output / "cells.json", fresh=set(args.parts) == set(PARTS))
     for part in args.parts:
         jax.config.update("jax_enable_x64", part == "agreement")
-        results[part] = []
+        rows: list[Row] = []
         for name in tqdm(args.cells, desc=part):
-            results[part] += PARTS[part](name, args)
-            save("cells", results, args.output)
-            # Each compiled program takes memory maps, of which a process may have only so many.
+            rows += measure[part](name)
+            results.put(part, rows)
+            # Each compiled program takes memory maps, whose number is limited per process.
             jax.clear_caches()
-        print(f"\n{part}\n\n{markdown(results[part]) if results[part] else 'nothing'}")
-    print(f"\nwritten to {args.output}/cells.json")
-
-
-if __name__ == "__main__":
-    main()
+        print(f"\n{part}\n\n{markdown(rows) if rows else 'nothing'}")

@@ -1,18 +1,16 @@
-"""What a solve takes, counted and not timed: operations, bytes, iterations, temporary memory.
+"""The costs of a solve, counted and not timed: operations, bytes, iterations, temporary memory.
 
-Writes `counts.json`. A test compares what the code takes now with the committed file, so that a
-change which costs more is seen in review, on any machine.
+Writes `counts.json`. A test compares the costs of the current code with the committed file, so that
+a change which costs more is seen in review, on any machine.
 """
 
 import argparse
-import pathlib
-from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from ._cases import Case, measure
-from ._measure import markdown, save
+from ._measure import RESULTS, Results, markdown
+from .speed import Case, measure
 
 CASES = (
     Case("counts", "Elman", 256, size=8, solvers=("default", "Jacobi(16)"), costs=True),
@@ -22,7 +20,7 @@ CASES = (
 # The factor by which each may grow before the test fails. Temporary memory is the compiler's
 # choice and differs between releases of JAX; the bytes of a primitive may too.
 SLACK = {"iterations": 1.0, "steps": 1.0, "flops": 1.02, "bytes": 1.1, "temporary_bytes": 1.5}
-PATH = pathlib.Path(__file__).parent / "results" / "counts.json"
+PATH = RESULTS / "counts.json"
 
 
 def counts(case: Case) -> dict[str, dict[str, int]]:
@@ -46,14 +44,10 @@ def slack(name: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks counts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.parse_args(argv)
+    argparse.ArgumentParser("python -m benchmarks counts", description=__doc__).parse_args(argv)
     jax.config.update("jax_enable_x64", True)  # as in the tests
-    results: dict[str, Any] = {case.key(): counts(case) for case in tqdm(CASES, desc="counts")}
-    for key, solvers in results.items():
-        print(f"\n{key}\n\n{markdown([{'solver': s, **c} for s, c in solvers.items()])}")
-    print(f"\nwritten to {save(PATH.stem, results, str(PATH.parent))}")
+    results = Results(PATH, fresh=True)
+    for case in tqdm(CASES, desc="counts"):
+        solvers = counts(case)
+        results.put(case.key(), solvers)
+        print(f"\n{case.key()}\n\n{markdown([{'solver': s, **c} for s, c in solvers.items()])}")

@@ -5,7 +5,6 @@ sequence with the same weights by every method. "steps" is the critical path: `L
 better than sequential.
 """
 
-import argparse
 from typing import Any
 
 import jax
@@ -13,8 +12,9 @@ from tqdm import tqdm
 
 import pararnn as prnn
 
-from . import _groups
-from ._measure import markdown, relative_error, save
+from ._measure import Results, Row, markdown, parser
+from ._systems import of_cell, sequential, solve, summary
+from ._tracker import Tracker, train
 
 # Chunk size and number of candidates: somewhat more candidates than the group has elements.
 SPECULATION = {"Z2": (16, 4), "S3": (16, 8), "A5": (32, 96)}
@@ -31,56 +31,31 @@ def solvers(group: str) -> dict[str, Any]:
     }
 
 
-def compare(
-    group: str, tracker: _groups.Tracker, length: int, names: list[str]
-) -> list[dict[str, Any]]:
-    cell = tracker.cell
-    tokens = jax.random.randint(jax.random.key(1), (length,), 0, cell.input_size)
-    us, init = cell.project(tracker.inputs(tokens)), cell.init_state()
-
-    def run(solver):
-        return jax.jit(lambda us: prnn.solve(cell.step, us, init, solver=solver))(us)
-
-    expected = run(prnn.Sequential()).states
-    rows = []
-    for name in tqdm(names, desc=f"{group}, L = {length}"):
-        solution = run(solvers(group)[name])
-        rows.append(
-            {
-                "group": group,
-                "L": length,
-                "solver": name,
-                "chunk": int(solution.stats.chunk_size),
-                "iterations": int(solution.stats.iterations),
-                "steps": int(solution.stats.sequential_steps),
-                "finished sequentially": bool(solution.stats.fallback),
-                "error": relative_error(solution.states, expected),
-            }
-        )
-    return rows
+def rows_of(group: str, tracker: Tracker, length: int, methods: dict[str, Any]) -> list[Row]:
+    tokens = jax.random.randint(jax.random.key(1), (length,), 0, tracker.cell.input_size)
+    system = of_cell(tracker.cell, tracker.inputs(tokens))
+    expected = sequential(system)
+    return [
+        {"group": group, "L": length, "solver": name, **summary(solve(system, solver), expected)}
+        for name, solver in tqdm(methods.items(), desc=f"{group}, L = {length}")
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks state_tracking",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--groups", nargs="+", default=list(SPECULATION), choices=SPECULATION)
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument(
+    command = parser("state_tracking", __doc__)
+    command.add_argument("--groups", nargs="+", default=list(SPECULATION), choices=SPECULATION)
+    command.add_argument("--length", type=int, default=8192)
+    command.add_argument(
         "--long", type=int, default=262_144, help="length of the S3 run, 0 for none"
     )
-    parser.add_argument("--solvers", nargs="+", default=list(solvers("S3")))
-    parser.add_argument("--output", default="benchmarks/results", help="folder of the JSON file")
-    args = parser.parse_args(argv)
-    results: dict[str, list[dict[str, Any]]] = {"training": [], "solving": []}
+    args = command.parse_args(argv)
+    results = Results(args.output / "state_tracking.json", fresh=True)
+    rows: list[Row] = []
     for group in args.groups:
-        tracker, report = _groups.train(group)
-        results["training"].append(report)
-        results["solving"] += compare(group, tracker, args.length, args.solvers)
+        methods = solvers(group)
+        tracker = train(group)
+        rows += rows_of(group, tracker, args.length, methods)
         if group == "S3" and args.long:
-            results["solving"] += compare(group, tracker, args.long, ["Speculative"])
-        save("state_tracking", results, args.output)
-    for part, rows in results.items():
-        print(f"\n{part}\n\n{markdown(rows)}")
+            rows += rows_of(group, tracker, args.long, {"Speculative": methods["Speculative"]})
+        results.put("solving", rows)
+    print(markdown(rows))

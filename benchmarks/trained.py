@@ -1,14 +1,9 @@
-"""When do solvers accept the states of trained networks, and how exact are these then?
+"""When do solvers accept the states of trained networks, and how exact are these?
 
-For each network and method: the iterations that were made, the critical path in steps, whether
-chunks had to be finished sequentially, and the error of the states beside that of the sequential
-run in the same float32, both against a sequential run in float64. And how long the networks
-remember.
+For each network and method: iterations, critical path in steps, whether chunks were finished
+sequentially, and the error of the states beside that of a float32 scan, both against a float64
+scan. And how many steps the networks remember.
 """
-
-import argparse
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 import pararnn as prnn
+from pararnn.diagnostics import scan_states
 
-from ._measure import markdown, other_parts, relative_error, save, scan_states
-from ._trained import Trained, load
+from ._measure import Results, Row, markdown, parser, relative_error
+from ._systems import sequential, solve, summary, trained
 
-# By network: Newton's method pushes as many tangents as there are state elements, 256 for most.
+# Newton's method pushes as many tangents as there are state elements, 256 for most networks.
 METHODS: dict[str, tuple[prnn.solvers.AbstractIterativeSolver, ...]] = {
     "gru": (
         prnn.Newton(chunk_size=16),
@@ -34,22 +30,13 @@ METHODS: dict[str, tuple[prnn.solvers.AbstractIterativeSolver, ...]] = {
     "elman": (prnn.Jacobi(chunk_size=64), prnn.Newton(chunk_size=64)),
     "gru_a5": (prnn.Speculative(chunk_size=32, num_candidates=512),),
 }
-# How many steps of each network, and how many of its methods: the long ones take minutes.
-PARTS = {
-    "short": {name: (8192 if name == "gru_a5" else 1024, None) for name in METHODS},
-    "long": {name: (16_384, 1) for name in METHODS if name != "gru_a5"},
-}
-
-
-def sequential(system: Trained) -> Any:
-    return jax.jit(functools.partial(scan_states, system.step))(system.xs, system.init)
+TEXT = [name for name in METHODS if name != "gru_a5"]
 
 
 def memory(name: str, every: int = 1000, at_most: int = 3000) -> list[int]:
     """After how many steps less than a ten-thousandth is left of small disturbances, one at each
     `every`-th step of a text, in float64."""
-    length = 6 * every + at_most
-    system = load(name, length, jnp.float64)
+    system = trained(name, 6 * every + at_most, jnp.float64)
     states = sequential(system)
 
     @jax.jit
@@ -70,49 +57,25 @@ def memory(name: str, every: int = 1000, at_most: int = 3000) -> list[int]:
     return [int(np.flatnonzero(row >= 1e-4).max(initial=-1)) + 1 for row in rows]
 
 
-def compare(name: str, length: int, methods: int | None) -> list[dict[str, Any]]:
-    exact = sequential(load(name, length, jnp.float64))
-    system = load(name, length)
+def rows_of(name: str, length: int) -> list[Row]:
+    exact, system = sequential(trained(name, length, jnp.float64)), trained(name, length)
     floor = relative_error(sequential(system), exact)
     rows = []
-    for solver in tqdm(METHODS[name][:methods], desc=f"{name}, L = {length}"):
-
-        def run(xs, solver=solver):
-            return prnn.solve(system.step, xs, system.init, solver=solver, throw=False)
-
-        solution = jax.jit(run)(system.xs)
-        rows.append(
-            {
-                "network": name,
-                "L": length,
-                "method": type(solver).__name__,
-                "chunk": int(solution.stats.chunk_size),
-                "iterations": int(solution.stats.iterations),
-                "steps": int(solution.stats.sequential_steps),
-                "finished sequentially": bool(solution.stats.fallback),
-                "error": relative_error(solution.states, exact),
-                "error of the scan": floor,
-            }
-        )
+    for solver in tqdm(METHODS[name], desc=f"{name}, L = {length}"):
+        row = {"network": name, "L": length, "method": type(solver).__name__}
+        rows.append(row | summary(solve(system, solver), exact) | {"error of the scan": floor})
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks trained",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--parts", nargs="+", default=["short"], choices=PARTS)
-    parser.add_argument("--output", default="benchmarks/results", help="folder of the JSON file")
-    args = parser.parse_args(argv)
+    command = parser("trained", __doc__)
+    command.add_argument("--length", type=int, default=1024, help="steps of text")
+    args = command.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
-    results = other_parts("trained", args.output, args.parts, PARTS)
-    if "short" in args.parts:
-        results["memory"] = {name: memory(name) for name in METHODS if name != "gru_a5"}
-    for part in args.parts:
-        results[part] = []
-        for name, (length, methods) in PARTS[part].items():
-            results[part] += compare(name, length, methods)
-            save("trained", results, args.output)
-        print(f"\n{part}\n\n{markdown(results[part])}")
+    results = Results(args.output / "trained.json", fresh=True)
+    results.put("memory", {name: memory(name) for name in TEXT})
+    rows: list[Row] = []
+    for name in METHODS:
+        rows += rows_of(name, args.length if name in TEXT else 8 * args.length)
+        results.put("short", rows)
+    print(markdown(rows))

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import pytest
 
 import pararnn as prnn
-from benchmarks import _gpu_counts, _scaling
 from examples.tasks import TASKS
 from pararnn import _select
 from pararnn._norms import default_rtol
 from pararnn.adjoints import _one_pass
 from pararnn.solvers import _convergence, _speculative, _time_sharded, _verdict
+from tools.gpu_counts import _counts
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOLVER = "pararnn/solvers/_shooting.py"
@@ -125,9 +125,9 @@ def submissions(case: str) -> int:
 
 def model() -> tuple[float, float, float]:
     return (
-        1e6 * _gpu_counts.SUBMISSION_SECONDS,
-        1e6 * _gpu_counts.READ_SECONDS,
-        _gpu_counts.BYTES_PER_SECOND / 1e12,
+        1e6 * _counts.SUBMISSION_SECONDS,
+        1e6 * _counts.READ_SECONDS,
+        _counts.BYTES_PER_SECOND / 1e12,
     )
 
 
@@ -265,11 +265,6 @@ SAID = [
             ("pararnn/solvers/_time_sharded.py", "each of which starts {} steps early"),
             ("pararnn/_select.py", "the part of each starts {} steps early"),
         )
-    ),
-    (
-        "benchmarks/README.md",
-        "{} more, the {} by which it starts early and {} by which it is judged",
-        lambda: [_scaling.EARLY + _scaling.JUDGED, _scaling.EARLY, _scaling.JUDGED],
     ),
     (
         "docs/long_sequences.md",

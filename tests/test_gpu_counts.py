@@ -1,4 +1,4 @@
-"""What a GPU would run: read from XLA's texts as it is, and no more than before."""
+"""The counts of a GPU's program, read from XLA's dumps; and collectives, read from HLO."""
 
 import importlib.util
 import json
@@ -14,18 +14,14 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
-from benchmarks import (
-    _gpu_bytes,
-    _gpu_cases,
-    _gpu_counts,
-    _gpu_program,
-    _gpu_tables,
-    _hlo,
-    gpu,
-)
-from benchmarks._gpu_cases import Case
-from benchmarks._gpu_compile import Report
-from benchmarks._gpu_program import Block, Loop, Totals, totals
+from benchmarks import _gpu_tables
+from tools import hlo
+from tools.collectives import Collective, collectives
+from tools.gpu_counts import __main__ as gpu
+from tools.gpu_counts import _bytes, _cases, _counts, _program
+from tools.gpu_counts._cases import Case
+from tools.gpu_counts._compile import Report
+from tools.gpu_counts._program import Block, Loop, Totals, totals
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -91,21 +87,20 @@ KNOWN = ', backend_config={"known_trip_count":{"n":"8"}}'
 
 
 def read(trip):
-    return _gpu_program.read_program(THUNKS, METADATA, HLO.replace("TRIP", trip))
+    return _program.read_program(THUNKS, METADATA, HLO.replace("TRIP", trip))
 
 
 def test_of_slices_what_is_taken_counts():
-    hlo = _hlo.read_hlo(HLO.replace("TRIP", KNOWN))
-    moved = _gpu_bytes.Moved(hlo)
-    assert hlo.entry == "main" and hlo.loops["while.1"].trip == 8
+    read = hlo.read_hlo(HLO.replace("TRIP", KNOWN))
+    moved = _bytes.Moved(read)
+    assert read.entry == "main" and read.loops["while.1"].trip == 8
     assert moved.by("main") == 2 * 8 * 4 * 4  # the copy
     assert moved.by("body") == 2 * 4 * 4 + 4  # a row each, and the index
     assert moved.by("test") == 4 + 4 + 1
 
 
 def test_a_program_is_read():
-    block, kernels = read("")
-    assert [kernel.in_graph for kernel in kernels] == [False, False, True, True, False]
+    block = read("")
     assert (block.device_ops, block.submissions) == (1, 1)
     first, second = block.loops
     assert first.path == "jit(f)/pararnn_finish/while" and first.trip is None
@@ -114,12 +109,12 @@ def test_a_program_is_read():
     assert second.path == "" and second.condition.device_ops == 0 and second.body.device_ops == 1
 
 
-def test_turns_multiply():
-    block, _ = read(KNOWN)
+def test_trips_multiply():
+    block = read(KNOWN)
     block.loops.pop()
     # The condition of a counted loop is not asked.
     assert totals(block) == Totals(1 + 8 * 2, 1 + 8, 256 + 8 * 36, 0)
-    block, _ = read("")
+    block = read("")
     block.loops.pop()
     assert all(math.isnan(value) for value in totals(block))
     assert totals(block, lambda _: 3) == Totals(1 + 4 + 3 * 2, 1 + 4 + 3, 256 + 4 * 9 + 3 * 36, 4)
@@ -132,30 +127,30 @@ def test_loops_in_loops():
     inner = Loop("inner", "", None, Block(1, 1), Block(2, 1))
     outer = Loop("outer", "", None, Block(1, 1), Block(0, 0, 0, [inner]))
     counted = Loop("counted", "", 10, Block(9, 9), Block(1, 1, 0, [outer]))
-    turns = {"outer": 20, "inner": 50}  # in the whole run
-    # 10 turns; 10 + 20 conditions; 20 + 50 conditions, and 50 turns.
+    trips = {"outer": 20, "inner": 50}  # in the whole run
+    # 10 trips; 10 + 20 conditions; 20 + 50 conditions, and 50 trips.
     ops = 10 + 30 + 70 + 50 * 2
-    run = totals(Block(loops=[counted]), lambda loop: turns[loop.name])
+    run = totals(Block(loops=[counted]), lambda loop: trips[loop.name])
     assert run == Totals(ops, 10 + 30 + 70 + 50, 0, 30 + 70)
 
 
 # --- cases ------------------------------------------------------------------------------------
 
 
-def test_places_of_traced_and_compiled_programs_agree():
-    compiled = "jit(f)/transpose(jvp(jit(solve)))/checkpoint/pararnn_attempts/while/body/"
-    traced = "/transpose(jvp())//pararnn_attempts/while/"
-    place = "transpose/pararnn_attempts/while/pararnn_iterations/while"
-    assert _gpu_counts.place(compiled + "pararnn_iterations/while") == place
-    assert _gpu_counts.place(traced + "pararnn_iterations/while") == place
+def test_scopes_of_traced_and_compiled_programs_agree():
+    compiled = "jit(f)/transpose(jvp(jit(solve)))/checkpoint/pararnn_rest/while/body/"
+    traced = "/transpose(jvp())//pararnn_rest/while/"
+    scope = "transpose/pararnn_rest/while/pararnn_iterations/while"
+    assert _counts.scope(compiled + "pararnn_iterations/while") == scope
+    assert _counts.scope(traced + "pararnn_iterations/while") == scope
 
 
 def test_default_cases_ask_each_question_once():
-    cases = [*_gpu_cases.default_cases()]
+    cases = [*_cases.default_cases()]
     keys = [case.key() for case in cases]
     assert len(set(keys)) == len(keys)
     # What is checked is among what is committed.
-    assert {case.key() for case in _gpu_cases.quick_cases()} <= set(keys)
+    assert {case.key() for case in _cases.quick_cases()} <= set(keys)
     assert gpu.chosen_cases(None, cases) == cases
     assert {case.length for case in gpu.chosen_cases(["L=1024"], cases)} == {1024}
     with pytest.raises(SystemExit, match="`--cases` must be parts of"):
@@ -163,33 +158,31 @@ def test_default_cases_ask_each_question_once():
 
 
 def test_settings_are_complete():
-    problem = _gpu_cases.problem(Case("DiagonalGRU", 4, 128, "choice"))
-    assert _gpu_cases.settings(_gpu_cases.SCAN, problem) is None
+    made = _cases.cell_and_inputs(Case("DiagonalGRU", 4, 128, "choice"))
+    assert _cases.settings(_cases.SCAN, *made) is None
     for text in ("choice", "Newton(16)"):
-        solver, adjoint = _gpu_cases.settings(text, problem)
+        solver, adjoint = _cases.settings(text, *made)
         assert isinstance(solver, prnn.Newton) and solver.linear_method is not None
         assert adjoint.solver == solver and solver.chunk_size is not None
-        without, _ = _gpu_cases.settings(f"{text}-kernels", problem)
+        without, _ = _cases.settings(f"{text}-kernels", *made)
         assert solver.sweep_method == prnn.sweeps.Fused() != without.sweep_method
     assert "PARARNN_KERNELS" not in os.environ
 
 
 @pytest.mark.slow
 def test_programs_are_those_of_the_scan():
-    """Values and gradients, and the turns of the loops."""
+    """Values and gradients, and the trips of the loops."""
     found = {}
-    for name in (_gpu_cases.SCAN, "Newton(16)-kernels"):
+    for name in (_cases.SCAN, "Newton(16)-kernels"):
         case = Case("DiagonalGRU", 3, 64, name)
-        problem = _gpu_cases.problem(case)
-        chosen = _gpu_cases.settings(name, problem)
-        programs = _gpu_cases.programs(case, problem, chosen)
+        programs = _cases.programs(case, _cases.settings(name, *_cases.cell_and_inputs(case)))
         found[name] = jax.jit(programs["gradient"].function)(*programs["gradient"].args)
     for ours, theirs in zip(*map(jax.tree.leaves, found.values()), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
-    turns = _gpu_counts.turns_by_place(programs["forward"])
+    trips = _counts.trips_by_scope(programs["forward"])
     # The first iterations are in no loop.
-    (turned,) = [n for where, n in turns.items() if where.endswith("pararnn_iterations/while")]
-    assert 0 <= turned <= _gpu_cases.statistics(problem, chosen)["iterations"]
+    (inside,) = [n for where, n in trips.items() if where.endswith("pararnn_iterations/while")]
+    assert 0 <= inside <= jax.jit(programs["stats"].function)(*programs["stats"].args).iterations
 
 
 # --- figures ----------------------------------------------------------------------------------
@@ -206,25 +199,25 @@ def report(loops=()):
 
 
 def test_the_predicted_time():
-    found = _gpu_counts.counts(report(), {})
+    found = _counts.counts(report(), {})
     assert found["predicted_seconds"] == pytest.approx(5 * 4e-6 + 1e-6)
     assert found["registers"] == 64 and found["spilled_bytes"] == 0
     loop = Loop("while.1", "a/pararnn_finish/while", None, Block(1, 1), Block(1, 1))
-    found = _gpu_counts.counts(report([loop]), {"pararnn_finish/while": 2})
+    found = _counts.counts(report([loop]), {"pararnn_finish/while": 2})
     assert found["loops"] == {"pararnn_finish/while": 2} and found["reads"] == 3
     assert found["predicted_seconds"] == pytest.approx(10 * 4e-6 + 3 * 15e-6 + 1e-6)
 
 
-def test_what_depends_on_unknown_turns_is_unknown():
+def test_unknown_trips_give_unknown_counts():
     loop = Loop("while.1", "jit(f)/while", None, Block(1, 1), Block(1, 1))
-    found = _gpu_counts.counts(report([loop]), {})
+    found = _counts.counts(report([loop]), {})
     assert found["device_ops"] is None and found["predicted_seconds"] is None
     assert found["temporary_bytes"] == 100
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def content(solver="choice", measured=False, **changed):
-    figures = _gpu_counts.counts(report(), {}) | changed
+    figures = _counts.counts(report(), {}) | changed
     record = {**Case("DiagonalGRU", 64, 1024, solver)._asdict(), "forward": figures}
     return {
         "environment": {"chip": "H", "jax": "1", "date": "today", "measured": measured},
@@ -233,25 +226,28 @@ def content(solver="choice", measured=False, **changed):
 
 
 def test_tables_say_what_was_measured():
-    scan = content(_gpu_cases.SCAN, predicted_seconds=1.0, seconds=[0.5, 0.4, 0.6])
-    found = content(predicted_seconds=0.001, seconds=[0.005, 0.004, 0.006])
-    found["cases"] |= scan["cases"]
-    text = _gpu_tables.table(found)
+    def both(measured, ours, scans):
+        scan = content(_cases.SCAN, measured, predicted_seconds=1.0, **scans)
+        found = content("choice", measured, predicted_seconds=0.001, **ours)
+        return found | {"cases": found["cases"] | scan["cases"]}
+
+    text = _gpu_tables.table(both(False, {}, {}))
     assert text.startswith(_gpu_tables.NOT_MEASURED) and "measured / ms" not in text
     assert "| 1 | 1,000 |" in text
-    found["environment"]["measured"] = True
-    assert "| 1 | 1,000 | 5 | 100 |" in _gpu_tables.table(found)
+    found = both(True, {"seconds": [0.005, 0.004, 0.006]}, {"seconds": [0.5, 0.4, 0.6]})
+    text = _gpu_tables.table(found)
+    assert _gpu_tables.NOT_MEASURED not in text and "| 1 | 1,000 | 5 | 100 |" in text
     assert "| ? |" in _gpu_tables.table(content(predicted_seconds=None))
-    assert [*_gpu_tables.panels(found)["Forward"]] == [_gpu_cases.SCAN, "choice"]
+    assert [*_gpu_tables.panels(found)["forward"]] == [_cases.SCAN, "choice"]
 
 
 def test_what_has_grown_is_told():
     before = content()
-    assert _gpu_counts.grown(before, content(submissions=5, temporary_bytes=109)) == []
+    assert _counts.grown(before, content(submissions=5, temporary_bytes=109)) == []
     for changed in ({"submissions": 6}, {"device_ops": None}, {"temporary_bytes": 111}):
-        (complaint,) = _gpu_counts.grown(before, content(**changed))
+        (complaint,) = _counts.grown(before, content(**changed))
         assert next(iter(changed)) in complaint
-    assert "no committed counts" in _gpu_counts.grown(before, content("Newton(1)"))[0]
+    assert "no committed counts" in _counts.grown(before, content("Newton(1)"))[0]
 
 
 # --- for real ---------------------------------------------------------------------------------
@@ -272,7 +268,7 @@ def test_no_program_of_a_gpu_takes_more_than_before():
     # In a process of its own: what compiles for a GPU must be set up before JAX is.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     run = subprocess.run(
-        [str(interpreter()), "-m", "benchmarks", "gpu", "--quick", "--check"],
+        [str(interpreter()), "-m", "tools.gpu_counts", "--quick", "--check"],
         cwd=ROOT,
         env={**env, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -290,7 +286,7 @@ def test_no_program_of_a_gpu_takes_more_than_before():
 )
 def test_what_is_missing_is_told():
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu", "--quick"],
+        [sys.executable, "-m", "tools.gpu_counts", "--quick"],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -300,6 +296,51 @@ def test_what_is_missing_is_told():
 
 
 def test_float32_is_what_is_counted():
-    problem = _gpu_cases.problem(Case("M2RNN, 4 heads", 8, 16, "choice"))
-    leaves = jax.tree.leaves((problem.inputs, problem.cell.init_state()))
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+    program = _cases.programs(Case("M2RNN, 4 heads", 8, 16, "choice", ("forward",)), None)
+    arrays, inputs = program["forward"].args
+    assert {x.dtype for x in jax.tree.leaves((arrays, inputs))} == {jnp.dtype("float32")}
+
+
+# --- collectives ------------------------------------------------------------------------------
+
+EXCHANGES = """HloModule jit_f
+
+body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %moved = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1}}
+  ROOT %t = (s32[], f32[8]) tuple(%i, %moved)
+}
+
+test (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %most = s32[] all-reduce(%i), to_apply=%larger
+  ROOT %less = pred[] compare(%most, %most), direction=LT
+}
+
+larger (a: s32[], b: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %m = s32[] maximum(%a, %b)
+}
+
+ENTRY %main (x: f32[8]) -> f32[2,8] {
+  %x = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8]) tuple(%zero, %x)
+  %loop = (s32[], f32[8]) while(%start), condition=%test, body=%body, metadata={op_name="jit(f)/pararnn_iterations/while"}
+  %y = f32[8]{0} get-tuple-element(%loop), index=1
+  %begun = (f32[8]{0}, f32[2,8]{1,0}) all-gather-start(%y), dimensions={0}
+  ROOT %all = f32[2,8]{1,0} all-gather-done(%begun)
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_found_where_they_stand():
+    assert collectives(EXCHANGES) == [
+        Collective("all-gather", 32, ()),
+        Collective("collective-permute", 32, ("iterations",)),
+        Collective("all-reduce", 4, ("iterations?",)),
+    ]

@@ -3,16 +3,18 @@
 import json
 import pathlib
 
+import jax
 import pytest
 
-from benchmarks import __main__, _cases, _plots, report, speed
-from benchmarks._cases import Case
+from benchmarks import __main__, _plots, _solvers, _tables, report, sharded, speed
+from benchmarks._measure import Results
+from benchmarks.speed import Case
 
 
 @pytest.mark.parametrize("file", report.FILES)
 def test_the_tables_are_up_to_date(file):
     """If not: `python -m benchmarks report`."""
-    text, blocks = (report.ROOT / file).read_text(), report.tables(report.RESULTS)
+    text, blocks = (report.ROOT / file).read_text(), report.tables()
     assert report.rewritten(text, {name: blocks[name] for name in report.FILES[file]}) == text
 
 
@@ -23,40 +25,24 @@ def test_a_marker_that_is_missing_is_an_error():
         report.rewritten(text, {"y": "new"})
 
 
-def test_crossover():
-    slow, fast, noise = (2.0, 2.1), (0.5, 0.6), (0.9, 1.1)
-    assert _plots.crossover([(1000, *slow), (4000, *fast)]) == pytest.approx(2000)
-    assert _plots.crossover([(1000, *fast), (4000, *fast)]) == pytest.approx(1000)
-    assert _plots.crossover([(1000, *noise), (4000, *fast)]) == pytest.approx(4000)
-    assert _plots.crossover([(1000, *fast), (4000, *noise)]) is None
-    assert _plots.crossover([]) is None
-
-
 def test_solvers_are_read():
-    assert _cases.parse_solver("default") is None
-    assert _cases.parse_solver("Jacobi(64)").chunk_size == 64
+    assert _solvers.parse_solver("default") is None
+    assert _solvers.parse_solver("Jacobi(64)").chunk_size == 64
     for wrong in ("Nothing", "Newton(x)", "os"):
         with pytest.raises(ValueError, match="`solvers`"):
-            _cases.parse_solver(wrong)
+            _solvers.parse_solver(wrong)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_presets_ask_each_question_once(platform):
-    cases = list(_cases.preset(platform))
+    cases = list(speed.preset(platform))
     keys = [case.key() for case in cases]
     assert len(set(keys)) == len(keys)
     for case in cases:
         for solver in case.solvers:
-            if solver != _cases.EQUINOX:
-                _cases.parse_solver(solver.removesuffix(_cases.NO_KERNELS))  # or it raises
+            if solver != speed.EQUINOX:
+                _solvers.parse_solver(solver.removesuffix(_solvers.NO_KERNELS))  # or it raises
     assert cases[0].question == "default against lax.scan"
-
-
-def test_expected_seconds_grow_with_the_length():
-    done = [(Case("", "GRU", 1000), 2.0)]
-    assert speed.seconds_expected(Case("", "GRU", 4000), done) == pytest.approx(8)
-    assert speed.seconds_expected(Case("", "GRU", 500), done) == pytest.approx(2)
-    assert speed.seconds_expected(Case("", "GRU", 500), []) == 0
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +71,7 @@ def test_speed_measures_and_compares(measured):
 
 
 @pytest.mark.slow
-def test_speed_goes_on_where_it_was(measured, monkeypatch, capsys):
+def test_speed_continues_where_it_was(measured, monkeypatch, capsys):
     folder, options = measured
     (path,) = folder.iterdir()
     before = path.read_text()
@@ -94,20 +80,20 @@ def test_speed_goes_on_where_it_was(measured, monkeypatch, capsys):
         assert case.cell == "Elman"  # the GRU is there
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_cases, "measure", interrupted)
+    monkeypatch.setattr(speed, "measure", interrupted)
     speed.main(options)
     with pytest.raises(SystemExit) as stop:
         speed.main(["--cells", "GRU", "Elman", *options[2:]])
-    assert stop.value.code == 130 and "goes on" in capsys.readouterr().out
+    assert stop.value.code == 130 and "continues" in capsys.readouterr().out
     assert path.read_text() == before
 
 
 @pytest.mark.slow
 def test_speed_keeps_within_its_budget(measured, monkeypatch, capsys):
     folder, options = measured
-    monkeypatch.setattr(_cases, "measure", None)
+    monkeypatch.setattr(speed, "measure", None)
     speed.main(["--cells", "Elman", *options[2:], "--budget", "-1"])
-    assert "did not fit" in capsys.readouterr().out
+    assert "call again to continue" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -118,17 +104,18 @@ def test_results_of_another_machine_are_not_mixed(measured, tmp_path):
     other = tmp_path / "speed-cpu.json"
     other.write_text(json.dumps(content))
     with pytest.raises(SystemExit, match="another device"):
-        speed.Results(other, False)
-    assert speed.Results(other, True).content["cases"] == {}
+        Results(other)
+    assert Results(other, fresh=True).content.keys() == {"environment"}
 
 
 def test_plots_are_drawn(tmp_path):
-    for platform in report.PLATFORMS:
-        content = report.load(report.RESULTS, platform)
-        if content is not None:
-            (tmp_path / f"speed-{platform}.json").write_text(json.dumps(content))
-    written = report.draw(tmp_path)
-    assert written and all(path.stat().st_size < 150_000 for path in written)
+    """One for each picture that is committed, but for that of a model that is gone."""
+    contents = (report.load(name) for name in ("speed-cpu", "convergence", "gpu"))
+    written = _plots.draw(*contents, tmp_path)
+    assert {path.name for path in written} | {"scaling.png"} == {
+        path.name for path in report.RESULTS.glob("*.png")
+    }
+    assert all(path.stat().st_size < 150_000 for path in written)
 
 
 def test_batches_that_are_slower_than_the_scan_are_bold():
@@ -140,7 +127,7 @@ def test_batches_that_are_slower_than_the_scan_are_bold():
 
     records = [record(32, 1, 0.3, 20), record(32, 8, 1.2, 50), record(32, 64, 1.05, 101)]
     records += [record(128, 1, 0.5, 50)]  # no batch, no row
-    header, _, line = report.batches_table({"cases": dict(enumerate(records))}).splitlines()
+    header, _, line = _tables.batches({"cases": dict(enumerate(records))}).splitlines()
     assert [title.strip() for title in header.strip("| ").split("|")][:4] == (
         ["cell", "units", "L", "B = 1"]
     )
@@ -151,21 +138,28 @@ def test_batches_that_are_slower_than_the_scan_are_bold():
 
 
 def test_goals_that_are_missed_are_bold():
-    def record(cell, size, length, ratio, seconds):
-        row = {"name": "default", "forward": {"ratio": [ratio] * 3, "seconds": [seconds] * 3}}
-        case = Case("", cell, length, 1, size)._asdict()
-        return {**case, "floor_bytes": {"forward": 10**9}, "rows": [row, row]}
+    def record(cell, length, ratio, memory):
+        def row(name, ratio, memory):
+            kinds = {"ratio": [ratio] * 3, "compile_seconds": 1.0, "temporary_bytes": memory}
+            return {"name": name, "forward": kinds, "gradient": kinds}
 
-    records = [
-        record("DiagonalGRU", 64, 4096, 1 / 700, 1.0),
-        record("DiagonalGRU", 64, 262_144, 1 / 900, 1.0),  # too long to count
-        record("GRU", 64, 65_536, 1 / 50, 1.0),
-        record("DiagonalGRU", 1024, 65_536, 1 / 600, 0.005),
+        rows = [row("lax.scan", 1.0, 100), row("default", ratio, memory)]
+        return {**Case("", cell, length)._asdict(), "rows": rows}
+
+    records = [record("GRU", 4096, 0.7, 100), record("GRU", 1024, 9.0, 900)]  # too short to count
+    records += [record("S5", 4096, 1.0, 120), record("S5", 65_536, 1.2, 90)]
+    found = _tables.targets({"cases": dict(enumerate(records))}).splitlines()[2:]
+    assert [line.strip("| ").split(" | ") for line in found] == [
+        ["GRU", "0.7 (0.7–0.7)", "**0.7 (0.7–0.7)**", "1.00", "1.00", "1.00"],
+        ["S5", "**1.2 (1.2–1.2)**", "**1.2 (1.2–1.2)**", "1.00", "1.00", "**1.20**"],
     ]
-    content = {"cases": dict(enumerate(records)), "copy": {"bytes_per_second": [1e12] * 3}}
-    diagonal, dense, floor = report.goals_table(content).splitlines()[2:]
-    assert "| 700× |" in diagonal and "| **50×** |" in dense
-    assert "| **5** |" in floor
+
+
+def test_a_sharded_problem_agrees():
+    case = {"cell": "Elman", "size": 4, "length": 512, "solver": "Newton", "dtype": "float32"}
+    found = sharded.errors(case, jax.device_count())
+    assert found["value error"] <= 1e-5 and found["gradient error"] <= 1e-4
+    assert found["iterations"] > 0 and not found["finished sequentially"]
 
 
 # --- the command line -------------------------------------------------------------------------

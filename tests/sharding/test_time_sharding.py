@@ -27,7 +27,7 @@ from time_mesh import (
 )
 
 import pararnn as prnn
-from benchmarks._collectives import collectives
+from tools.collectives import collectives
 
 SOLVERS = {
     "default": None,

@@ -13,7 +13,7 @@ import pytest
 from systems import error, scan
 
 import pararnn as prnn
-from benchmarks._trained import load
+from benchmarks._systems import trained as load
 
 
 @functools.cache

@@ -1,23 +1,22 @@
-"""What goes between devices, from a compiled program: which collectives, of how many bytes, and in
-which loops."""
+"""The collectives of a compiled program: their kinds, bytes and loops."""
 
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ._hlo import Hlo, read_hlo
+from .hlo import Hlo, read_hlo
 
 # By HLO's names; asynchronous ones are named twice, of which one counts.
 _KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
 class Collective(NamedTuple):
-    """A collective of one array, as it stands in the program once.
+    """One collective of one array.
 
-    - `kind`: as HLO names it.
-    - `nbytes`: what each device gives to it.
-    - `loops`: the names of the loops in which it stands, as the package names them, the outer ones
-        first; a loop without such a name is `while`; a loop's condition has a question mark.
+    - `kind`: HLO's name.
+    - `nbytes`: the bytes that each device sends.
+    - `loops`: the loops around it, the outer ones first, by the package's named scopes
+        (`iterations`) or `while`; with a question mark in a loop's condition.
     """
 
     kind: str
@@ -52,7 +51,7 @@ def _found(hlo: Hlo, name: str, loops: tuple[str, ...]) -> Iterator[Collective]:
 
 
 def _name(path: str) -> str:
-    """`iterations` of `jit(f)/pararnn_attempts/while/body/pararnn_iterations/while`."""
+    """`iterations` of `jit(f)/pararnn_rest/while/body/pararnn_iterations/while`."""
     parts = path.split("/")
     found = re.fullmatch(r"pararnn_(\w+)", parts[-2]) if len(parts) > 1 else None
     return found[1] if found else "while"

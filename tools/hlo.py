@@ -66,7 +66,7 @@ class Computation(NamedTuple):
 
 
 class HloLoop(NamedTuple):
-    """A `while`: its computations, where it comes from, and its number of turns, if it is known."""
+    """A `while`: its computations, its name scopes, and its static trip count, if it has one."""
 
     body: str
     condition: str

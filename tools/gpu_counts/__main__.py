@@ -1,10 +1,10 @@
 """What would a GPU run? Counted on any machine; where there is a GPU, measured there too.
 
-Each case is compiled for the GPU by XLA itself, which needs none: device operations, submissions
-by the host, loops, memory, registers. How often a loop turns is observed by running the same
-solver here. From these counts follows a *predicted* time, which is not a measurement. Results go
-to a JSON file after each case: a call that was stopped goes on where it was. `make gpu-check`
-makes the environment that this needs.
+XLA compiles each case for the GPU, which needs none: device operations, launches by the host,
+loops, memory, registers. The trips of a loop are counted by running the same solver here. From
+these counts follows a *predicted* time, which is not a measurement. Results go to a JSON file after
+each case; the same call continues an interrupted one. `make gpu-check` creates the environment that
+this needs.
 """
 
 import argparse
@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._gpu_compile import prepare
+from ._compile import prepare
 
-PATH = pathlib.Path(__file__).parent / "results" / "gpu.json"
+PATH = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.json"
 
 
 def chosen_cases(parts: Sequence[str] | None, cases: Sequence[Any]) -> list[Any]:
-    """Those whose keys contain one of `parts`; all for `None`."""
+    """The cases whose keys contain one of `parts`; all for `None`."""
     found = [case for case in cases if parts is None or any(p in case.key() for p in parts)]
     if not found:
         keys = "\n".join(f"  {case.key()}" for case in cases)
@@ -30,7 +30,7 @@ def chosen_cases(parts: Sequence[str] | None, cases: Sequence[Any]) -> list[Any]
 
 
 def check(path: pathlib.Path, found: Mapping[str, Any], grown: Any) -> None:
-    """Exits with 1 if something has grown; says so if another JAX counted."""
+    """Exits with 1 if a count has grown; prints a note instead if another JAX counted."""
     committed = json.loads(path.read_text())
     versions = [content["environment"]["jax"] for content in (committed, found)]
     if versions[0] != versions[1]:
@@ -44,35 +44,39 @@ def check(path: pathlib.Path, found: Mapping[str, Any], grown: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu",
+        prog="python -m tools.gpu_counts",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--cases", nargs="+", help='parts of names, like "L=1024" or choice')
-    parser.add_argument("--quick", action="store_true", help="a few that take a minute")
-    parser.add_argument(
-        "--check", action="store_true", help="compare with the counts in the file, write nothing"
-    )
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for this call")
-    parser.add_argument("--repetitions", type=int, default=15, help="of a measurement on a GPU")
-    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
-    parser.add_argument("--output", type=pathlib.Path, default=PATH, help="the JSON file")
+    add = parser.add_argument
+    add("--cases", nargs="+", help='parts of names, like "L=1024" or choice')
+    add("--quick", action="store_true", help="a few that take a minute")
+    add("--check", action="store_true", help="compare with the counts in the file, write nothing")
+    add("--budget", type=float, default=float("inf"), help="seconds after which no case starts")
+    add("--repetitions", type=int, default=15, help="of a measurement on a GPU")
+    add("--fresh", action="store_true", help="discard earlier results")
+    add("--output", type=pathlib.Path, default=PATH, help="the JSON file")
     args = parser.parse_args(argv)
-    chip = prepare()
+    has_gpu = prepare()
     # They import the package, which makes JAX choose its platform.
-    counts = importlib.import_module("._gpu_counts", __package__)
-    cases = importlib.import_module("._gpu_cases", __package__)
-    tables = importlib.import_module("._gpu_tables", __package__)
+    counts = importlib.import_module("._counts", __package__)
+    cases = importlib.import_module("._cases", __package__)
+    tables = importlib.import_module("benchmarks._gpu_tables")
     every = list(cases.quick_cases() if args.quick else cases.default_cases())
     chosen = chosen_cases(args.cases, every)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / PATH.name if args.check else args.output
-        results = counts.Results(path, args.fresh, counts.environment(chip))
+        results = counts.Results(path, args.fresh, counts.environment(has_gpu))
+        limits = {"repetitions": args.repetitions, "budget": args.budget}
         try:
-            counts.run(chosen, results, chip=chip, repetitions=args.repetitions, budget=args.budget)
+            counts.run(chosen, results, has_gpu=has_gpu, **limits)
         except KeyboardInterrupt:
-            print("stopped: the same call goes on where it was")
+            print("stopped: the same call continues where it was")
             raise SystemExit(130) from None
     print(f"\n{tables.table(results.content)}\n")
     if args.check:
         check(args.output, results.content, counts.grown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,14 @@
-"""How many bytes a compiled program moves, from its optimised HLO.
+"""The bytes that a compiled program moves, from its optimised HLO.
 
-Every operation that runs on the device reads its operands and writes its results, once each; of an
-array from which it only takes slices, what it takes; of one into which it only puts an update, the
-update. What is fused moves nothing between. Caches are not modelled: small arrays that stay in the
-second level's cache count like others. (XLA has such a figure, "bytes accessed", but not for a
-program that no device holds.)
+Every operation on the device reads its operands and writes its results once; of an array that it
+only slices, the slices; of one that it only updates, the update. Within a fusion nothing moves.
+Caches are not modelled: small arrays that stay in the L2 cache count like others. (XLA's own
+figure, "bytes accessed", needs a device that holds the program.)
 """
 
 import functools
 
-from ._hlo import Computation, Hlo, Instruction
+from tools.hlo import Computation, Hlo, Instruction
 
 # Nothing runs on the device for these, or it is counted where it stands.
 _FREE = {

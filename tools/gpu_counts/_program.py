@@ -1,8 +1,7 @@
-"""A program that XLA compiled for a GPU, read from its texts: what is launched, and in which loops.
+"""A program that XLA compiled for a GPU, read from its dumps: the launches, and their loops.
 
-Two texts tell it: the list of *thunks*, which is what the host launches one by one, and the
-optimised HLO, which has the sizes. A program is a `Block`: what one execution of it takes, its
-loops aside, and the loops.
+There are two dumps: the list of *thunks*, which the host launches one by one, and the optimised
+HLO, which has the sizes. A program is a `Block`: the operations of one execution, and its loops.
 """
 
 import dataclasses
@@ -11,8 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from ._gpu_bytes import Moved
-from ._hlo import read_hlo
+from tools.hlo import read_hlo
+
+from ._bytes import Moved
 
 
 @dataclasses.dataclass
@@ -20,8 +20,8 @@ class Block:
     """Operations that run one after another.
 
     - `device_ops`: kernels, copies and library calls.
-    - `submissions`: what the host launches one by one; a CUDA graph is one.
-    - `moved_bytes`: operands and results of every operation; see `_gpu_bytes`.
+    - `submissions`: launches by the host; a CUDA graph is one.
+    - `moved_bytes`: operands and results of every operation; see `_bytes`.
     - `loops`: the loops among them, whose operations are not included above.
     """
 
@@ -33,11 +33,11 @@ class Block:
 
 @dataclasses.dataclass
 class Loop:
-    """A `while` loop. Without a static number of turns (`trip`), the host waits in every turn for
-    the condition, and once more at the end, unless the loop is part of a CUDA graph."""
+    """A `while` loop. Without a static trip count (`trip`), the host waits for the condition in
+    every iteration, and once more at the end, unless the loop is part of a CUDA graph."""
 
     name: str
-    path: str  # where JAX says that it comes from
+    path: str  # JAX's name scopes around it
     trip: int | None
     condition: Block
     body: Block
@@ -45,8 +45,8 @@ class Loop:
 
 
 class Totals(NamedTuple):
-    """What a run takes: the sums of the fields of `Block`, and how often the host reads the
-    condition of a loop."""
+    """The sums of the fields of `Block` over a run, and how often the host reads the condition of a
+    loop."""
 
     device_ops: float = 0.0
     submissions: float = 0.0
@@ -58,15 +58,15 @@ class Totals(NamedTuple):
 
 
 def totals(
-    block: Block, turns: Callable[[Loop], float] = lambda _: math.nan, executions: float = 1.0
+    block: Block, trips: Callable[[Loop], float] = lambda _: math.nan, executions: float = 1.0
 ) -> Totals:
-    """What a run takes in all.
+    """The totals of a run.
 
     **Arguments:**
 
     - `block`: the program.
-    - `turns`: how often a loop without a static number of turns turns in the whole run; NaN where
-        this is not known, and then the figures are.
+    - `trips`: the trips of a loop without a static trip count in the whole run; NaN where they are
+        unknown, and then the totals are NaN.
     - `executions`: how often the block is executed.
     """
     found = Totals(
@@ -76,22 +76,22 @@ def totals(
     )
     for loop in block.loops:
         if loop.trip is not None:  # nobody reads the condition
-            found = found.plus(totals(loop.body, turns, executions * loop.trip))
+            found = found.plus(totals(loop.body, trips, executions * loop.trip))
             continue
-        turned = turns(loop)
-        reads = executions + turned
+        inside = trips(loop)
+        reads = executions + inside
         found = found.plus(Totals(reads=0.0 if loop.in_graph else reads))
-        found = found.plus(totals(loop.condition, turns, reads))
-        found = found.plus(totals(loop.body, turns, turned))
+        found = found.plus(totals(loop.condition, trips, reads))
+        found = found.plus(totals(loop.body, trips, inside))
     return found
 
 
-def all_loops(block: Block, depth: int = 0) -> Iterator[tuple[int, Loop]]:
-    """All loops, the outer ones first, with their depths."""
+def all_loops(block: Block) -> Iterator[Loop]:
+    """All loops, the outer ones first."""
     for loop in block.loops:
-        yield depth, loop
-        yield from all_loops(loop.condition, depth + 1)
-        yield from all_loops(loop.body, depth + 1)
+        yield loop
+        yield from all_loops(loop.condition)
+        yield from all_loops(loop.body)
 
 
 # --- the list of thunks -----------------------------------------------------------------------
@@ -111,17 +111,8 @@ class _Thunk:
     children: "list[_Thunk]" = dataclasses.field(default_factory=list)
 
 
-class Kernel(NamedTuple):
-    """A device operation as it is listed, once: its name, the kind of thunk, whether it is part of
-    a CUDA graph."""
-
-    name: str
-    kind: str
-    in_graph: bool
-
-
-def read_program(thunks: str, metadata: str, hlo: str) -> tuple[Block, list[Kernel]]:
-    """The program, and its device operations as they are listed.
+def read_program(thunks: str, metadata: str, hlo: str) -> Block:
+    """The program.
 
     **Arguments:**
 
@@ -131,10 +122,9 @@ def read_program(thunks: str, metadata: str, hlo: str) -> tuple[Block, list[Kern
     found = re.findall(r'profile_annotation: "([^"]*)"\s*thunk_id: (\d+)', metadata)
     names = {int(number): name for name, number in found}
     moved = Moved(read_hlo(hlo))
-    kernels: list[Kernel] = []
-    root = _block([_tree(thunks, names)], moved, kernels, False)
+    root = _block([_tree(thunks, names)], moved, False)
     root.moved_bytes = moved.by(moved.hlo.entry)
-    return root, kernels
+    return root
 
 
 def _tree(text: str, names: Mapping[int, str]) -> _Thunk:
@@ -164,32 +154,31 @@ def _tree(text: str, names: Mapping[int, str]) -> _Thunk:
     return root
 
 
-def _block(thunks: list[_Thunk], moved: Moved, kernels: list[Kernel], in_graph: bool) -> Block:
+def _block(thunks: list[_Thunk], moved: Moved, in_graph: bool) -> Block:
     block = Block()
     for thunk in thunks:
         if thunk.kind == "kWhile":
-            block.loops.append(_loop(thunk, moved, kernels, in_graph))
+            block.loops.append(_loop(thunk, moved, in_graph))
         elif thunk.kind in _HOLDERS:
             graph = thunk.kind == "kCommandBuffer"
-            inner = _block(thunk.children, moved, kernels, in_graph or graph)
+            inner = _block(thunk.children, moved, in_graph or graph)
             block.device_ops += inner.device_ops
             block.submissions += 1 if graph and not in_graph else inner.submissions
             block.loops += inner.loops
         else:
-            kernels.append(Kernel(thunk.name, thunk.kind, in_graph))
             block.device_ops += 1
             block.submissions += not in_graph
     return block
 
 
-def _loop(thunk: _Thunk, moved: Moved, kernels: list[Kernel], in_graph: bool) -> Loop:
+def _loop(thunk: _Thunk, moved: Moved, in_graph: bool) -> Loop:
     found = moved.hlo.loops.get(thunk.name)
     trip = None if found is None else found.trip
     parts = {}
     for role in ("condition", "body"):
         children = [child for child in thunk.children if child.role == role]
         skipped = role == "condition" and trip is not None
-        parts[role] = Block() if skipped else _block(children, moved, kernels, in_graph)
+        parts[role] = Block() if skipped else _block(children, moved, in_graph)
     if found is None:
         return Loop(thunk.name, "", None, **parts, in_graph=in_graph)
     parts["body"].moved_bytes = moved.by(found.body)
