@@ -190,8 +190,8 @@ def _estimate(
         sequential,
         parallel,
         (
-            f"By arithmetic, {length} steps of {rows} take about {1e3 * sequential:.3g} ms one after "
-            f"another and {1e3 * parallel:.3g} ms in parallel."
+            f"By arithmetic, {length} steps of {rows} take about {1e3 * sequential:.3g} ms one "
+            f"after another and {1e3 * parallel:.3g} ms in parallel."
         ),
     )
 

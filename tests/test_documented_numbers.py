@@ -26,7 +26,7 @@ from tools.gpu_counts import _counts
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOLVER = "pararnn/solvers/_shooting.py"
-WORDS = {8: "eight", 11: "eleven", 15: "fifteen"}
+WORDS = {8: "eight", 9: "nine", 11: "eleven", 15: "fifteen"}
 
 
 @functools.cache
