@@ -76,8 +76,8 @@ class Chunks:
         self.chunk_size = min(chunk_size, self.length)
         self.num_chunks = -(-self.length // self.chunk_size)
         self.ravel, self.unravel, self.size, self.dtype = make_ravel(recurrence.init)
-        connected = recurrence.structure if normwise else None
-        self.tolerance = Tolerance(recurrence.init, rtol, atol, connected)
+        structure = recurrence.structure
+        self.tolerance = Tolerance(recurrence.init, rtol, atol, structure, normwise)
         self.step, self.xs = recurrence.step, recurrence.xs
         self.tangent_step = self.step if tangent_step is None else tangent_step
         self.first_start = jnp.expand_dims(self.ravel(recurrence.init), 0)

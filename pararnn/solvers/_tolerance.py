@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._misc import finite_or, is_complex, make_ravel
 from .._norms import default_rtol
-from ..structures import AbstractStructure
+from ..structures import AbstractStructure, Dense
 
 # Disturbances of several elements may cancel by accident: of so many, with other signs, the largest
 # effect counts.
@@ -39,7 +39,8 @@ class Tolerance:
 
     A *scale* below is given in units of the default tolerance, as the absolute difference that the
     default `rtol` allows, so that leaves of several dtypes go together: a user's `rtol` is that of
-    the widest, and the others follow in proportion.
+    the widest, and the others follow in proportion. Elements that the `structure` connects with
+    those of a narrower leaf may carry its rounding.
     """
 
     def __init__(
@@ -47,20 +48,23 @@ class Tolerance:
         init: PyTree[Any],
         rtol: float | None,
         atol: float,
-        connected: AbstractStructure | None = None,
+        structure: AbstractStructure | None = None,
+        normwise: bool = False,
     ):
         _, _, _, self._dtype = make_ravel(init)
         leaves = jtu.tree_leaves(init)
         self.wide = self._dtype if jnp.finfo(self._dtype).bits >= 32 else np.dtype(np.float32)
         sizes = [leaf.size * (2 if is_complex(leaf) else 1) for leaf in leaves]
         self._grains = [default_rtol(leaf.dtype) for leaf in leaves]
-        self._coarsest = max(self._grains, default=0.0)
         self._grain = np.repeat(self._grains, sizes).astype(self.wide)
+        self._coarsest = max(self._grains, default=0.0)
+        if len(set(self._grains)) > 1:
+            self._coarsest = _largest_of_connected(self._grain, structure or Dense())
         eps = [float(jnp.finfo(leaf.dtype).eps) for leaf in leaves]
         rounding = [_ROUNDING * e / grain for e, grain in zip(eps, self._grains, strict=True)]
         self._rounding = np.repeat(rounding, sizes).astype(self.wide)
         self._factor = 1.0 if rtol is None else rtol / default_rtol(self._dtype)
-        self._atol, self._connected = atol, connected
+        self._atol, self._connected = atol, structure if normwise else None
         self._leaves = np.repeat(np.arange(len(leaves)), sizes)
 
     def _magnitude(self, x: Array) -> Float[Array, "*rows size"]:
@@ -104,12 +108,12 @@ class Tolerance:
     def of_each(
         self, values: Float[Array, "n size"], scale: Float[Array, "n size"] | None
     ) -> Float[Array, "n size"]:
-        """The tolerance of each element by its own magnitude, and at least the default one. Of a
-        leaf that is wider than another, which it may read, also by the `scale` of these or of
-        earlier values: the rounding of a narrow leaf hides all that is smaller."""
+        """The tolerance of each element by its own magnitude, and at least the default one. Of an
+        element that may read narrower ones, also by the `scale` of these or of earlier values:
+        their rounding hides all that is smaller."""
         factor = max(self._factor, 1.0)
         size = factor * jnp.expand_dims(self._grain, 0) * self._magnitude(values)
-        wider = np.expand_dims(self._grain < self._coarsest, 0)
+        wider = np.expand_dims(self._grain, 0) < self._coarsest
         if scale is not None and wider.any():
             size = jnp.where(wider, jnp.maximum(size, factor * scale), size)
         return size + self._atol
@@ -170,6 +174,16 @@ def _largest(values: Array, labels: np.ndarray) -> Float[Array, "n size"]:
     if count == 1:
         return jnp.broadcast_to(jnp.max(values, axis=1, keepdims=True), values.shape)
     return jnp.max(values[:, _members(labels)], axis=-1)[:, labels]
+
+
+def _largest_of_connected(
+    values: np.ndarray, structure: AbstractStructure
+) -> Float[np.ndarray, "1 size"]:
+    """For each element the largest of those that may influence it."""
+    _, groups = np.unique(structure.labels(len(values)), return_inverse=True)
+    largest = np.zeros(len(values), values.dtype)
+    np.maximum.at(largest, groups, values)
+    return largest[None, groups]
 
 
 def _largest_near(rows: Float[Array, "n size"], count: int) -> Float[Array, "n size"]:

@@ -17,7 +17,10 @@ LENGTH = 6000
 ULP = 2.0**-23  # of a float32 between 1 and 2
 RATES = (0.25, 1, 4, 16, 64)  # units in the last place per step
 GRID = np.float32(2**20)
-TOLERANCE = float(np.finfo(np.float32).eps) ** 0.8
+
+
+def tolerance(dtype):
+    return float(jnp.finfo(dtype).eps) ** 0.8
 
 
 def hidden(h):
@@ -34,6 +37,21 @@ def staircase(h):
     """Smooth; its derivative is zero on multiples of 1 / `GRID`, where the counter goes."""
     part = h * GRID - hidden(jnp.round(h * GRID))
     return h - jnp.sin(2 * jnp.pi * part) / (2 * jnp.pi * GRID)
+
+
+def narrow(h, x):
+    """A fast mode in half precision."""
+    return jnp.tanh(jnp.bfloat16(0.5) * h + x.astype(jnp.bfloat16))
+
+
+def settling(h):
+    """Settles at 1/2, in half precision."""
+    return jnp.bfloat16(0.5) * h + jnp.bfloat16(0.25)
+
+
+def heard(h):
+    """Nothing of what has settled, but its rounding."""
+    return (h.astype(jnp.float32) - 0.5) / 16
 
 
 ONE = jnp.float32(1)
@@ -59,7 +77,17 @@ SYSTEMS = {
         lambda h, x: (jnp.tanh(0.5 * h[0] + x[1]), staircase(h[1]) + x[0]),
         (0 * ONE, ONE),
     ),
+    "beside a narrow mode": (
+        lambda h, x: (narrow(h[0], x[1]), hidden(h[1]) + x[0]),
+        (jnp.bfloat16(0), ONE),
+    ),
+    "reading a narrow mode": (
+        lambda h, x: (settling(h[0]), hidden(h[1]) + heard(h[0]) + x[0]),
+        (jnp.bfloat16(0), ONE),
+    ),
 }
+# Units in the last place: the grid of the staircase is 8 wide; what is narrow hides more.
+UNITS = {"with a smooth step": 8, "reading a narrow mode": 64}
 
 
 def increments(rate):
@@ -82,14 +110,15 @@ def increments(rate):
         ("of a hidden rotation", prnn.Newton(chunk_size=16)),
         ("of a hidden rotation", prnn.Jacobi(chunk_size=16, overlap=8)),
         ("with a smooth step", prnn.Newton(chunk_size=2)),
+        ("beside a narrow mode", prnn.Newton(chunk_size=16)),
+        ("beside a narrow mode", prnn.Jacobi(chunk_size=282)),
+        ("reading a narrow mode", prnn.Newton(chunk_size=16)),
     ],
     ids=lambda x: x if isinstance(x, str) else repr(x).partition("(")[0] + str(x.chunk_size or ""),
 )
 def test_right_or_admitted(system, solver):
     step, init = SYSTEMS[system]
-    # On the grid of the staircase, 8 units in the last place wide.
-    unit = 8 if system == "with a smooth step" else 1
-    rows = jnp.asarray(np.stack([unit * increments(rate) for rate in RATES]))
+    rows = jnp.asarray(np.stack([UNITS.get(system, 1) * increments(rate) for rate in RATES]))
     noise = normal(0, (LENGTH,), np.float32)
 
     @jax.jit
@@ -104,6 +133,8 @@ def test_right_or_admitted(system, solver):
 
     states, successful, expected = run(rows)
     for got, right in zip(jax.tree.leaves(states), jax.tree.leaves(expected), strict=True):
-        errors = np.abs(np.asarray(got) - np.asarray(right)).reshape(len(RATES), -1).max(1)
-        scale = np.abs(np.asarray(right)).max()
-        assert np.all((errors <= 4 * TOLERANCE * scale) | ~np.asarray(successful)), errors
+        dtype = jnp.bfloat16 if system == "reading a narrow mode" else got.dtype
+        got, right = (np.asarray(x, float) for x in (got, right))
+        errors = np.abs(got - right).reshape(len(RATES), -1).max(1)
+        limit = 4 * tolerance(dtype) * np.abs(right).max()
+        assert np.all((errors <= limit) | ~np.asarray(successful)), errors
