@@ -226,7 +226,7 @@ def state_tracking(content: Content) -> str:
 
 def trained(content: Content) -> str:
     """Iterations, critical path and error of each network and method; the networks' memory."""
-    rows = content["short"]
+    rows = content["short"] + content["long"]
     lines = [
         line | {"of the scan": f"{row['error of the scan']:.1e}"}
         for line, row in zip(_solves(rows, "network", "method"), rows, strict=True)

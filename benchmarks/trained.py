@@ -31,6 +31,8 @@ METHODS: dict[str, tuple[prnn.solvers.AbstractIterativeSolver, ...]] = {
     "gru_a5": (prnn.Speculative(chunk_size=32, num_candidates=512),),
 }
 TEXT = [name for name in METHODS if name != "gru_a5"]
+# Minutes each, on all networks of text.
+LONG = (prnn.Newton(chunk_size=16), prnn.Jacobi())
 
 
 def memory(name: str, every: int = 1000, at_most: int = 3000) -> list[int]:
@@ -57,25 +59,41 @@ def memory(name: str, every: int = 1000, at_most: int = 3000) -> list[int]:
     return [int(np.flatnonzero(row >= 1e-4).max(initial=-1)) + 1 for row in rows]
 
 
-def rows_of(name: str, length: int) -> list[Row]:
+def rows_of(
+    name: str, length: int, methods: tuple[prnn.solvers.AbstractIterativeSolver, ...]
+) -> list[Row]:
     exact, system = sequential(trained(name, length, jnp.float64)), trained(name, length)
     floor = relative_error(sequential(system), exact)
     rows = []
-    for solver in tqdm(METHODS[name], desc=f"{name}, L = {length}"):
+    for solver in tqdm(methods, desc=f"{name}, L = {length}"):
         row = {"network": name, "L": length, "method": type(solver).__name__}
         rows.append(row | summary(solve(system, solver), exact) | {"error of the scan": floor})
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    command = parser("trained", __doc__)
-    command.add_argument("--length", type=int, default=1024, help="steps of text")
-    args = command.parse_args(argv)
-    jax.config.update("jax_enable_x64", True)
-    results = Results(args.output / "trained.json", fresh=True)
+def short(results: Results) -> None:
     results.put("memory", {name: memory(name) for name in TEXT})
     rows: list[Row] = []
-    for name in METHODS:
-        rows += rows_of(name, args.length if name in TEXT else 8 * args.length)
+    for name, methods in METHODS.items():
+        rows += rows_of(name, 1024 if name in TEXT else 8192, methods)
         results.put("short", rows)
     print(markdown(rows))
+
+
+def long(results: Results) -> None:
+    rows: list[Row] = []
+    for name in TEXT:
+        rows += rows_of(name, 16_384, LONG)
+        results.put("long", rows)
+    print(markdown(rows))
+
+
+PARTS = {"short": short, "long": long}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser("trained", __doc__, list(PARTS)).parse_args(argv)
+    jax.config.update("jax_enable_x64", True)
+    results = Results(args.output / "trained.json", fresh=set(args.parts) == set(PARTS))
+    for part in args.parts:
+        PARTS[part](results)

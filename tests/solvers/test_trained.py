@@ -36,6 +36,10 @@ def solve(name, length, solver):
     return solution.stats
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "name, length, solver, most",
     [
@@ -44,6 +48,12 @@ def solve(name, length, solver):
         ("elman", 1024, prnn.Jacobi(chunk_size=64), 4),
         ("elman", 512, prnn.Newton(chunk_size=64), 4),
         ("lstm", 256, prnn.Newton(chunk_size=16), 8),
+        # A thousand chunks, of which each must be accepted. Of Jacobi's, less than half.
+        slow("gru", 16_384, prnn.Newton(chunk_size=16), 10),
+        slow("lstm", 16_384, prnn.Newton(chunk_size=16), 8),
+        slow("elman", 16_384, prnn.Newton(chunk_size=16), 6),
+        slow("gru", 16_384, prnn.Jacobi(), 30),
+        slow("gru_early", 16_384, prnn.Jacobi(), 30),
     ],
     ids=lambda x: f"{type(x).__name__} {x.chunk_size}" if hasattr(x, "chunk_size") else str(x),
 )
