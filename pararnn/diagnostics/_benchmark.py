@@ -13,6 +13,7 @@ from .._validate import check_tolerance
 from ..solvers import (
     AbstractSolver,
     AssociativeScan,
+    ElementwiseNewton,
     Jacobi,
     Newton,
     QuasiNewton,
@@ -244,4 +245,7 @@ def _usual_solvers(arguments: SolveArguments) -> list[AbstractSolver]:
     solvers: list[AbstractSolver] = [AssociativeScan()] if exact else []
     solvers += [Jacobi(chunk_size=c) for c in (16, 64, 256) if c < length]
     solvers += [Newton(chunk_size=c) for c in ((1, 16) if few else (16, 64, 256)) if c < length]
-    return solvers + ([QuasiNewton(chunk_size=64)] if length > 64 and not few else [])
+    if few:
+        return solvers
+    solvers += [ElementwiseNewton(chunk_size=c) for c in (16, 32) if c < length]
+    return solvers + ([QuasiNewton(chunk_size=64)] if length > 64 else [])

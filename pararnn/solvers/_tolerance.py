@@ -73,7 +73,7 @@ class Tolerance:
     def most(self, values: Float[Array, "n size"]) -> Float[Array, "1 size"]:
         """The default tolerance of the largest element of a leaf in any row."""
         largest = jnp.max(self._magnitude(values), axis=0, keepdims=True, initial=0.0)
-        return self._coarsest * _largest(largest, self._leaves)
+        return _largest(largest, self._leaves) * self._coarsest
 
     def of_connected(
         self, values: Float[Array, "n size"], structure: AbstractStructure
@@ -82,7 +82,7 @@ class Tolerance:
         other, in each row."""
         pairs = np.stack([self._leaves, structure.labels(values.shape[1])])
         _, groups = np.unique(pairs, axis=1, return_inverse=True)
-        return self._coarsest * _largest(self._magnitude(values), groups.reshape(-1))
+        return _largest(self._magnitude(values), groups.reshape(-1)) * self._coarsest
 
     def effect(
         self, images: Float[Array, "n size"], disturbed: Float[Array, "samples n size"]
