@@ -105,18 +105,12 @@ class Tolerance:
         ones."""
         return _FEW / _ROUNDING * jnp.expand_dims(self._rounding, 0) * effect
 
-    def of_each(
-        self, values: Float[Array, "n size"], scale: Float[Array, "n size"] | None
-    ) -> Float[Array, "n size"]:
-        """The tolerance of each element by its own magnitude, and at least the default one. Of an
-        element that may read narrower ones, also by the `scale` of these or of earlier values:
-        their rounding hides all that is smaller."""
-        factor = max(self._factor, 1.0)
-        size = factor * jnp.expand_dims(self._grain, 0) * self._magnitude(values)
-        wider = np.expand_dims(self._grain, 0) < self._coarsest
-        if scale is not None and wider.any():
-            size = jnp.where(wider, jnp.maximum(size, factor * scale), size)
-        return size + self._atol
+    def of_each(self, values: Float[Array, "n size"]) -> Float[Array, "n size"]:
+        """The tolerance of each element by its own magnitude, and at least the default one."""
+        return (
+            max(self._factor, 1.0) * jnp.expand_dims(self._grain, 0) * self._magnitude(values)
+            + self._atol
+        )
 
     def scale(
         self, values: Float[Array, "n size"], effect: Float[Array, "n size"]

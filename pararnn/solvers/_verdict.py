@@ -78,8 +78,7 @@ def judge(
     samples = SAMPLES
     if previous is not None:
         samples = _num_samples(chunks, pushes=point.jacobians is not None)
-    probe = _probe(chunks, starts, direction, previous, states, samples, iteration)
-    displaced, disturbed, response = probe
+    displaced, disturbed, response = _probe(chunks, starts, direction, states, samples, iteration)
     count = len(response)
     effect = chunks.pad(tolerance.effect(point.ends[:count], disturbed))
     if previous is not None:
@@ -147,7 +146,6 @@ def _probe(
     chunks: Chunks,
     starts: Float[Array, "chunks size"],
     direction: Float[Array, "chunks size"],
-    previous: Verdict | None,
     states: PyTree[Array] | None,
     samples: int,
     iteration: Int[Array, ""] | int,
@@ -159,9 +157,7 @@ def _probe(
     if chunks.window:
         first, rows = _at_window(chunks, starts, states), chunks.last_rows(chunks.window)
         inputs = chunks.sweep_method.prepare(chunks.xs, rows)
-    scale = None if previous is None else previous.scale[: len(first)]
-    each = chunks.tolerance.of_each(first, scale)
-    displaced = displacements(first, direction[: len(first)], each)
+    displaced = displacements(first, direction[: len(first)], chunks.tolerance.of_each(first))
     inputs = chunks.sweep_method.prepare(jnp.arange(chunks.length), rows), inputs
     lanes = jnp.stack([first] * samples + [first + displaced])
     place = iteration * (samples + 1) * chunks.length

@@ -405,7 +405,8 @@ def test_each_dtype_has_its_own_rounding():
         return prnn.solve(step, xs, init, solver=solver, throw=False), scan(step, xs, init)
 
     solution, expected = run(xs, init)
-    assert successful(solution) and int(solution.stats.iterations) <= 8
+    # What the rounding of the one makes of the other is seen as a miss of the linearization.
+    assert successful(solution) and int(solution.stats.iterations) <= 12
     for got, want in zip(solution.states, expected, strict=True):
         assert error(got, want) <= tolerance(jnp.bfloat16)
 

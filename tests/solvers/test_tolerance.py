@@ -45,17 +45,6 @@ def test_scale_of_each_element():
     np.testing.assert_allclose(scale(9 / ulps, 1e3 / ulps, 0.0), [9.0, 16.0, 4.0])
 
 
-def test_wide_leaves_carry_the_rounding_of_narrow_ones():
-    """What was granted to an element of a wide leaf counts, if another leaf is narrower."""
-    narrow, wide = jnp.zeros(1, jnp.bfloat16), jnp.zeros(2, jnp.float32)
-    values, scale = np.array([[1.0, 2.0, 4.0], [0.5, 0.25, 0.0]], np.float32).reshape(2, 1, 3)
-    coarse, fine = (float(jnp.finfo(x.dtype).eps) ** 0.8 for x in (narrow, wide))
-    got = Tolerance((narrow, wide), None, 0.0).of_each(jnp.asarray(values), jnp.asarray(scale))
-    np.testing.assert_allclose(got, [[coarse, 0.25, 4 * fine]], rtol=1e-6)
-    got = Tolerance(wide, None, 0.0).of_each(*(jnp.asarray(x)[:, :2] for x in (values, scale)))
-    np.testing.assert_allclose(got, fine * values[:, :2], rtol=1e-6)
-
-
 def test_norm_is_infinite_where_a_difference_is_not_finite():
     tolerance = Tolerance(jnp.zeros(2), None, 1e-3)
     differences = jnp.asarray([[2e-3, 0.0], [jnp.nan, 0.0], [0.0, -jnp.inf]])
