@@ -57,7 +57,7 @@ class Tolerance:
         sizes = [leaf.size * (2 if is_complex(leaf) else 1) for leaf in leaves]
         self._grains = [default_rtol(leaf.dtype) for leaf in leaves]
         self._grain = np.repeat(self._grains, sizes).astype(self.wide)
-        self._coarsest = max(self._grains, default=0.0)
+        self._coarsest: Any = max(self._grains, default=0.0)
         if len(set(self._grains)) > 1:
             self._coarsest = _largest_of_connected(self._grain, structure or Dense())
         eps = [float(jnp.finfo(leaf.dtype).eps) for leaf in leaves]
