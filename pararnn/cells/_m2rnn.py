@@ -144,7 +144,9 @@ class M2RNN(AbstractCell):
         _, k, v, f, _ = u
         outer = jnp.expand_dims(wide(k), (0, 2)) * jnp.expand_dims(wide(v), 1)
         z = jnp.tanh(jnp.einsum("nkv,nvw->nkw", state, wide(self.weight_h)) + outer)
-        return z + jnp.expand_dims(f, (1, 2)) * (state - z)
+        f = jnp.expand_dims(f, (1, 2))
+        # Not `z + f * (state - z)`: small states would carry the rounding of `z`.
+        return f * state + (1 - f) * z
 
     def readout(
         self,
