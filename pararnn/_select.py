@@ -220,14 +220,21 @@ def _select_solver(recurrence: Recurrence, platform: str, batch: int) -> tuple[A
             "primitive without a rule), which Newton's method needs. If the recurrence forgets its "
             "state, Jacobi() solves it in parallel without one."
         )
+    unweighed = ""
+    if batch > 1 and not recurrence.shards.is_sharded:
+        unweighed = (
+            f" A batch of {batch} is not taken into account: where it keeps the device busy, "
+            f"Sequential() can be faster; `tune(…, batch_size={batch})` measures it."
+        )
     if recurrence.algebra is not None:
         solver = AssociativeScan(algebra=recurrence.algebra)
-        return solver, "The cell's steps compose exactly: one associative scan."
+        return solver, "The cell's steps compose exactly: one associative scan." + unweighed
     if length < _MIN_LENGTH:
         return Sequential(), f"The sequence is short: {length} steps{where}."
     if recurrence.is_affine:
         return AssociativeScan(), (
             "The step is affine in the state: one associative scan solves it without iterating."
+            + unweighed
         )
     structure = recurrence.structure
     seeds = structure.num_seeds(size)
@@ -263,7 +270,7 @@ def _select_solver(recurrence: Recurrence, platform: str, batch: int) -> tuple[A
     elif kernels_enabled(platform):
         why = why_no_kernel(recurrence.step, recurrence.init, recurrence.xs)
         reason += f". There is no kernel: {why}"
-    return solver, reason + "."
+    return solver, reason + "." + unweighed
 
 
 def _default_adjoint(

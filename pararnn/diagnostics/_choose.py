@@ -16,7 +16,7 @@ from ..adjoints import AbstractAdjoint
 from ..sharding._mesh import TimeAxis, over_devices
 from ..sharding._placement import mesh_context
 from ..sharding._time import TimeShards
-from ..solvers import AbstractSolver, ElementwiseNewton, TimeSharded
+from ..solvers import AbstractSolver, TimeSharded
 from ..structures import AbstractStructure
 from ._arguments import AnyRecurrence, SolveArguments, check_batch_size, solve_arguments
 
@@ -76,19 +76,9 @@ def select_solver(
         platform=platform,
         batch_size=batch_size,
     )
-    reason, alone = choice.reason, choice.solver.axis is None
+    reason = choice.reason
     if inner(arguments.solver) is not None:
         reason = "The layer was made with this solver."
-    elif (
-        batch_size is not None
-        and batch_size > 1
-        and alone
-        and not (choice.solver.stepwise or isinstance(choice.solver, ElementwiseNewton))
-    ):
-        reason += (
-            f" A batch of {batch_size} is not taken into account: where it keeps the device busy, "
-            f"Sequential() can be faster; `tune(…, batch_size={batch_size})` measures it."
-        )
     layer = arguments.layer
     if layer is not None and layer.is_chunkwise:
         reason += (

@@ -39,9 +39,10 @@ class ElementwiseNewton(AbstractIterativeSolver):
     See [`pararnn.solvers.AbstractIterativeSolver`][] for the arguments.
     """
 
-    def resolved(self, recurrence: Recurrence, platform: str | None = None) -> "ElementwiseNewton":
+    def resolved(
+        self, recurrence: Recurrence, platform: str | None = None
+    ) -> AbstractIterativeSolver:
         solver = super().resolved(recurrence, platform)
-        assert isinstance(solver, ElementwiseNewton)
         if self.min_iters is None and solver.min_iters and not recurrence.elementwise.is_all:
             return dataclasses.replace(solver, min_iters=_MIN_ITERS)
         return solver
