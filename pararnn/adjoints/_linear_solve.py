@@ -113,7 +113,10 @@ def _linear_solve(
 
     @jax.checkpoint
     def residual(v):
-        pushed = jax.vmap(push)(recurrence.previous(states), xs, shards.shift_right(v, zero))
+        # All steps at once, and then their tangents: the other way round, JAX puts a
+        # `stop_gradient`, which has no transpose, at the operands of a `cond`.
+        before, tangents = recurrence.previous(states), shards.shift_right(v, zero)
+        _, pushed = jax.jvp(lambda hs: jax.vmap(step)(hs, xs), (before,), (tangents,))
         return jtu.tree_map(jnp.subtract, v, pushed)
 
     @functools.partial(jax.checkpoint, static_argnums=0)

@@ -104,14 +104,20 @@ def num_columns(pattern: sp.csr_array) -> int:
 
 def affordable(pattern: sp.csr_array) -> sp.csr_array:
     """The pattern; raises `TooDenseError` if it has too many entries."""
-    if pattern.nnz > _MAX_ENTRIES:
-        raise TooDenseError
+    _afford(pattern.nnz)
     return pattern
+
+
+def _afford(entries: int) -> None:
+    if entries > _MAX_ENTRIES:
+        raise TooDenseError
 
 
 def rows(pattern: sp.csr_array, index: np.ndarray) -> sp.csr_array:
     """Output element `i` depends on what element `index[i]` of the input depends on."""
-    return affordable(pattern[index.reshape(-1)])
+    index = index.reshape(-1)
+    _afford(int(np.diff(pattern.indptr)[index].sum(dtype=np.int64)))  # before they take memory
+    return pattern[index]
 
 
 def union(patterns: Sequence[Pattern]) -> Pattern:

@@ -338,6 +338,28 @@ def test_inputs_that_have_no_derivative():
         assert error(got, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("adjoint", [prnn.Newton(chunk_size=4), prnn.ElementwiseNewton()])
+def test_step_that_branches(adjoint):
+    """Over all steps at once, a branch is a selection, and its derivative must remain linear."""
+
+    def loss(run, xs, init):
+        def step(h, x):
+            up, down = (lambda h: 0.9 * h + x), (lambda h: 0.5 * h * jnp.tanh(x - h))
+            return jax.lax.cond(x[0] > 0, up, down, h)
+
+        return jnp.sum(jnp.sin(run(step, xs, init)))
+
+    def solution(step, xs, init):
+        return prnn.solve(step, xs, init, adjoint=adjoint, throw=False).states
+
+    args = normal(0, (LENGTH, 3)), normal(1, (3,))
+    got, expected = (
+        jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1)))(*args)
+        for run in (solution, scan)
+    )
+    assert error(got, expected) <= TOLERANCE
+
+
 def test_custom_derivative_of_the_step():
     """Rules for derivatives inside the step count, in the derivative as in the iteration."""
 

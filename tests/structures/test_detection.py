@@ -580,6 +580,13 @@ def test_dense_step_of_a_large_state():
     assert isinstance(prnn.detect_structure(step, vectors(size), SCALAR), prnn.Dense)
 
 
+def test_norm_of_a_large_state():
+    """A row that would be repeated over a quarter of a million elements takes no memory."""
+    size = (512, 512)
+    detected = prnn.detect_structure(lambda h, x: h / jnp.sum(h) + x, vectors(size), SCALAR)
+    assert isinstance(detected, prnn.Dense)
+
+
 def test_wrong_rank_of_state():
     """What the step itself refuses is its own error, and names what the user wrote."""
     with pytest.raises((TypeError, ValueError)):
