@@ -362,8 +362,7 @@ def cells_named(text: str) -> set[str]:
 def test_cells_that_go_through_chunks_are_listed(file, before, after):
     text = text_of(file)
     start = text.index(before)
-    cells = concrete(prnn.cells, prnn.AbstractCell)
-    chunked = {name for name, cell in cells.items() if cell.chunk_size is not None}
+    chunked = set(concrete(prnn.cells, prnn.cells.AbstractChunkedCell))
     assert len(chunked) > 5
     assert cells_named(text[start : text.index(after, start)]) == chunked
 

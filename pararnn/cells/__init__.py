@@ -6,10 +6,15 @@ from ._adapters import EquinoxGRU as EquinoxGRU
 from ._adapters import EquinoxLSTM as EquinoxLSTM
 from ._adapters import from_equinox as from_equinox
 from ._base import AbstractCell as AbstractCell
+from ._base import AbstractChunkedCell as AbstractChunkedCell
+from ._base import AbstractShortConvCell as AbstractShortConvCell
 from ._based import Based as Based
+from ._chunks_decayed import AbstractDecayedCell as AbstractDecayedCell
+from ._chunks_decayed import DecayedInputs as DecayedInputs
 from ._conv import ConvLSTM as ConvLSTM
 from ._conv import ConvS5 as ConvS5
 from ._delta_rule import AbstractDeltaCell as AbstractDeltaCell
+from ._delta_rule import DeltaInputs as DeltaInputs
 from ._deltanet import DeltaNet as DeltaNet
 from ._deltanet import DeltaProduct as DeltaProduct
 from ._elman import Elman as Elman
@@ -23,6 +28,7 @@ from ._lstm import LSTM as LSTM
 from ._lstm import DiagonalLSTM as DiagonalLSTM
 from ._m2rnn import M2RNN as M2RNN
 from ._mamba2 import Mamba2 as Mamba2
+from ._matrix import AbstractMatrixCell as AbstractMatrixCell
 from ._minmax import ClampAlgebra as ClampAlgebra
 from ._minmax import MinMax as MinMax
 from ._minrnn import MinGRU as MinGRU
@@ -40,3 +46,4 @@ from ._slstm import SLSTM as SLSTM
 from ._titans import Titans as Titans
 from ._titans import TitansChunked as TitansChunked
 from ._ttt import TTTLinear as TTTLinear
+from ._vector import AbstractVectorCell as AbstractVectorCell

@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._algebra import AbstractAlgebra
 from .._misc import bool_where
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import init_linear, merge_heads, normal, split_heads, wide, zero_state
+from ._base import AbstractChunkedCell, check_attention, check_inputs
+from ._decay import segment_log_decays
+from ._parts import at_least_float32, init_linear, normal, project_out, split_heads, zero_state
 
 _State = tuple[
     Float[Array, "... heads"], Float[Array, "... heads"], Float[Array, "... heads value_size"]
@@ -58,7 +59,7 @@ class AttentionAlgebra(AbstractAlgebra):
         return bool_where(keeps, _merged(state, sums), sums)
 
 
-class Aaren(AbstractCell):
+class Aaren(AbstractChunkedCell):
     r"""Softmax attention with one learned query, as a recurrence (Feng et al., *Attention as an
     RNN*, 2024). Each output is the attention over all inputs up to its own. Per head, with
     $s_t = q^\top k_t / \sqrt{K}$, the state is the triple of the largest $s$ so far and the sums of
@@ -76,7 +77,6 @@ class Aaren(AbstractCell):
     head.
     """
 
-    chunk_size: ClassVar[int | None] = 64
     algebra: ClassVar[AbstractAlgebra | None] = AttentionAlgebra()
     chunk_algebra: ClassVar[AbstractAlgebra | None] = AttentionAlgebra()
 
@@ -110,14 +110,7 @@ class Aaren(AbstractCell):
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             their inputs, $q$ standard normal.
         """
-        output_size = input_size if output_size is None else output_size
-        check_sizes(
-            input_size=input_size,
-            num_heads=num_heads,
-            key_size=key_size,
-            value_size=value_size,
-            output_size=output_size,
-        )
+        output_size = check_attention(input_size, num_heads, key_size, value_size, output_size)
         keys = jax.random.split(key, 4)
         self.query = normal(keys[0], (num_heads, key_size), 1.0, dtype)
         self.weight_k = init_linear(keys[1], num_heads * key_size, input_size, dtype)
@@ -137,9 +130,9 @@ class Aaren(AbstractCell):
     def project(self, xs: Float[Array, "L input_size"]) -> _Inputs:
         """$s$ and $v$."""
         check_inputs(xs, self.input_size)
-        k = wide(split_heads(xs @ self.weight_k.T, self.num_heads))
-        s = jnp.einsum("nk,lnk->ln", wide(self.query), k) * self.key_size**-0.5
-        return s, wide(split_heads(xs @ self.weight_v.T, self.num_heads))
+        k = at_least_float32(split_heads(xs @ self.weight_k.T, self.num_heads))
+        s = jnp.einsum("nk,lnk->ln", at_least_float32(self.query), k) * self.key_size**-0.5
+        return s, at_least_float32(split_heads(xs @ self.weight_v.T, self.num_heads))
 
     def step(self, state: _State, u: _Inputs) -> _State:
         return _merged(state, _of_one(u))
@@ -150,11 +143,9 @@ class Aaren(AbstractCell):
         (before, u, w), (s, v) = state, us
         # Heads first: they are the batch of the product.
         s, v = s.T, jnp.moveaxis(v, 1, 0)
-        before = jnp.broadcast_to(jnp.expand_dims(before, 1), s.shape)
-        number = jnp.zeros(s.shape[1], int) if reset is None else jnp.cumsum(reset)
-        seen = jnp.tril(jnp.expand_dims(number, 1) == jnp.expand_dims(number, 0))
-        scores = _where(seen, jnp.expand_dims(s, 1))
-        before = _where(number == 0, before)
+        between, arriving = segment_log_decays(jnp.zeros((s.shape[1], 1), s.dtype), reset)
+        scores = between + jnp.expand_dims(s, 1)
+        before = arriving + jnp.expand_dims(before, 1)
         m = jnp.maximum(jnp.max(scores, axis=2), before)
         weights, kept = jnp.exp(scores - jnp.expand_dims(m, 2)), jnp.exp(before - m)
         u = kept * jnp.expand_dims(u, 1) + jnp.sum(weights, axis=2)
@@ -173,10 +164,4 @@ class Aaren(AbstractCell):
     ) -> Float[Array, "L output_size"]:
         # Before the first step there is nothing to attend to.
         some = jnp.where(u > 0, u, jnp.ones_like(u))
-        return merge_heads(w / jnp.expand_dims(some, 2)) @ wide(self.weight_o).T
-
-
-def _where(seen: Bool[Array, "*axes"], scores: Array) -> Array:
-    """The exponents of what is seen, chosen before exponentiation: others may be large."""
-    shape = jnp.broadcast_shapes(scores.shape, (1, *seen.shape))
-    return jnp.where(jnp.expand_dims(seen, 0), jnp.broadcast_to(scores, shape), -jnp.inf)
+        return project_out(w / jnp.expand_dims(some, 2), self.weight_o)

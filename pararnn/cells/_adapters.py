@@ -3,12 +3,12 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._base import AbstractCell, check_inputs
-from ._parts import project_gates, wide, zero_state
+from ._parts import at_least_float32, project_gates, zero_state
+from ._vector import gru_update, lstm_update
 
 _HiddenCell = tuple[Float[Array, " hidden_size"], Float[Array, " hidden_size"]]
 
@@ -36,14 +36,8 @@ class EquinoxGRU(AbstractCell):
     def step(
         self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
     ) -> Float[Array, " hidden_size"]:
-        u_r, u_z, u_n = map(wide, u)
-        h_r, h_z, h_n = jnp.split(wide(self.cell.weight_hh) @ state, 3)
-        if self.cell.bias_n is not None:
-            h_n = h_n + wide(self.cell.bias_n)
-        r = jax.nn.sigmoid(u_r + h_r)
-        z = jax.nn.sigmoid(u_z + h_z)
-        n = jnp.tanh(u_n + r * h_n)
-        return n + z * (state - n)
+        hs = jnp.split(at_least_float32(self.cell.weight_hh) @ state, 3)
+        return gru_update(state, u, hs, self.cell.bias_n)
 
 
 class EquinoxLSTM(AbstractCell):
@@ -70,14 +64,9 @@ class EquinoxLSTM(AbstractCell):
 
     def step(self, state: _HiddenCell, u: list[Float[Array, " hidden_size"]]) -> _HiddenCell:
         h, c = state
-        u_i, u_f, u_g, u_o = map(wide, u)
-        h_i, h_f, h_g, h_o = jnp.split(wide(self.cell.weight_hh) @ h, 4)
-        i = jax.nn.sigmoid(u_i + h_i)
-        f = jax.nn.sigmoid(u_f + h_f)
-        g = jnp.tanh(u_g + h_g)
-        o = jax.nn.sigmoid(u_o + h_o)
-        c = f * c + i * g
-        return o * jnp.tanh(c), c
+        hs = jnp.split(at_least_float32(self.cell.weight_hh) @ h, 4)
+        c, h = lstm_update(c, u, hs)
+        return h, c
 
     def readout(self, states: Any, us: Any) -> Float[Array, "L hidden_size"]:
         h, _ = states

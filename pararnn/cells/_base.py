@@ -26,16 +26,10 @@ class AbstractCell(eqx.Module):
     - `algebra`: the family of maps that the steps belong to, if it is closed under composition and
         not affine; then one associative scan solves the recurrence. Its `element` is given one
         slice of `us`. Affine steps are recognised without it.
-    - `chunk_size`: how many steps `apply_chunk` makes at once; `None` if there is no such form.
-    - `chunk_algebra`: the family of maps that chunks make of the state, if it is closed under
-        composition; then accelerators make many chunks at once. For the elements see
-        `chunk_factor`.
     """
 
     structure: ClassVar[AbstractStructure | None] = None
     algebra: ClassVar[AbstractAlgebra | None] = None
-    chunk_size: ClassVar[int | None] = None
-    chunk_algebra: ClassVar[AbstractAlgebra | None] = None
 
     @property
     def context(self) -> int:
@@ -81,12 +75,29 @@ class AbstractCell(eqx.Module):
         """From all states to all outputs, step by step. The identity by default."""
         return states
 
+
+class AbstractChunkedCell(AbstractCell):
+    """A cell that also makes a chunk of steps at once, faster than one after another.
+
+        state ── apply_chunk(us[0:T]) ── state ── apply_chunk(us[T:2T]) ── state ...
+                        │                                │
+                    ys[0:T]                          ys[T:2T]
+
+    - `chunk_size`: the most steps that `apply_chunk` is given.
+    - `chunk_algebra`: the family of maps that chunks make of the state, if it is closed under
+        composition; then accelerators make many chunks at once. For the elements see
+        `chunk_factor`.
+    """
+
+    chunk_size: ClassVar[int] = 64
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = None
+
+    @abc.abstractmethod
     def apply_chunk(
         self, state: PyTree[Array], us: PyTree[Array], reset: Bool[Array, " T"] | None
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         """The state after a chunk of steps and their outputs, `(state, ys)`, without the states
-        between: for cells that can do that faster than `step` by step, and say so by their
-        `chunk_size`. `step` is the definition, which this must agree with.
+        between. `step` is the definition, which this must agree with.
 
         **Arguments:**
 
@@ -94,13 +105,28 @@ class AbstractCell(eqx.Module):
         - `us`: what the steps consume; at most `chunk_size` of them.
         - `reset`: which steps start from `init_state()`, or `None` if none does.
         """
-        raise NotImplementedError
 
     def chunk_factor(self, us: PyTree[Array], reset: Bool[Array, " T"] | None) -> PyTree[Array]:
         """The linear part of a chunk's map from state to state, for the arguments of
         `apply_chunk`: the first part of an element of `chunk_algebra`, whose second part is the
-        state after the chunk from `init_state()`."""
+        state after the chunk from `init_state()`. Only called if there is a `chunk_algebra`."""
         raise NotImplementedError
+
+
+class AbstractShortConvCell(AbstractCell):
+    """A cell whose `project` convolves over the last `conv_width` inputs, the present one included
+    ([`pararnn.cells.causal_convolution`][]); with 0 it does not."""
+
+    input_size: eqx.AbstractVar[int]
+    conv_width: eqx.AbstractVar[int]
+
+    @property
+    def context(self) -> int:
+        return max(self.conv_width - 1, 0)
+
+    @property
+    def input_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.input_size,), jtu.tree_leaves(self)[0].dtype)
 
 
 # --- checks -----------------------------------------------------------------------------------
@@ -141,6 +167,22 @@ def _shares(whose: str, count: int, sizes: dict[str, int]) -> list[int]:
         if size % count:
             raise ValueError(f"`{whose}` must divide `{name}`; got {count} for {size}.")
     return [size // count for size in sizes.values()]
+
+
+def check_attention(
+    input_size: int, num_heads: int, key_size: int, value_size: int, output_size: int | None
+) -> int:
+    """Raises unless all are positive Python ints; `None` stands for an `output_size` of
+    `input_size`. Returns the output size."""
+    output_size = input_size if output_size is None else output_size
+    check_sizes(
+        input_size=input_size,
+        num_heads=num_heads,
+        key_size=key_size,
+        value_size=value_size,
+        output_size=output_size,
+    )
+    return output_size
 
 
 def check_inputs(xs: Any, input_size: int) -> None:

@@ -4,96 +4,146 @@ $$S_t = \mathrm{diag}(a_t) S_{t-1} + k_t v_t^\top, \qquad y_t = S_t^\top q_t, \q
 
 A chunk is made by products of matrices: of its queries with its keys and values, and with the state
 that arrives. Between two steps stands the product of the decays of the steps from after the earlier
-one to the later one. A quotient of running products would overflow, and a difference of running
-sums of logarithms is wrong by the rounding of large sums. So nothing is divided or subtracted: the
-logarithms are summed up where they count, by a product with masks, and all exponents are at most 0.
+one to the later one, as in `_decay.py`.
 
-With one decay per head, that is a sum for each pair of steps. With one per key channel, these would
-be too many: a chunk is cut into blocks, which follow each other as chunks do, and a block is halved
-until each step stands alone. Then any two steps of it are parted by the middle of exactly one of
-its parts, and their decay is that from the earlier step to this middle, which goes to the key,
-times that from there to the later step, which goes to the query.
+With one decay per head, that is a number for each pair of steps. With one per key channel, these
+would be too many: a chunk is cut into blocks, which follow each other as chunks do, and a block is
+halved until each step stands alone. Then any two steps of it are parted by the middle of exactly
+one of its parts, and their decay is that from the earlier step to this middle, which goes to the
+key, times that from there to the later step, which goes to the query. Of 8 steps, pairs meet at
+level
+
+    query 0  .
+          1  0  .
+          2  1  1  .
+          3  1  1  0  .
+          4  2  2  2  2  .
+          5  2  2  2  2  0  .
+          6  2  2  2  2  1  1  .
+          7  2  2  2  2  1  1  0  .
+        key  0  1  2  3  4  5  6  7
 
 A step that starts anew is one whose decay is 0. In here heads come before steps.
 """
 
+import abc
+from typing import ClassVar, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
-from .._misc import over_rows
-from ._parts import wide
-
-CHUNK_SIZE = 64
+from .._algebra import AbstractAlgebra
+from ._base import AbstractChunkedCell
+from ._chunk_maps import MatrixAlgebra
+from ._decay import chunk_decay, segment_log_decays, with_resets
+from ._parts import at_least_float32
 
 # Where each key channel has its own decay. In larger blocks there is more to multiply, and of
 # smaller ones more states between them.
 _BLOCK_SIZE = 16
 
-# The logarithm of a decay to nothing. Finite, so that it times 0 is 0; sums of many are in the
-# range of float32, and no exponential survives it.
-LOG_ZERO = -1e30
-
 _State = Float[Array, "heads key_size value_size"]
+
+
+class DecayedInputs(NamedTuple):
+    """The inputs of a step, or of several with a leading axis of time.
+
+    - `query`, `key`: of each head, or with an axis of 1, of all.
+    - `value`: of each head.
+    - `log_decay`: the logarithm of the decay, one per key channel or, with an axis of 1, per head;
+        `None` is no decay.
+    - `scale`: what the value of each head is written times; `None` is 1.
+    - `rest`: what only the outputs take: a gate, or a path past the state.
+    """
+
+    query: Float[Array, "... #heads key_size"]
+    key: Float[Array, "... #heads key_size"]
+    value: Float[Array, "... heads value_size"]
+    log_decay: Float[Array, "... heads #key_size"] | None = None
+    scale: Float[Array, "... heads"] | None = None
+    rest: PyTree[Array] = None
+
+    @property
+    def written(self) -> Float[Array, "... heads value_size"]:
+        """The values that are written."""
+        if self.scale is None:
+            return self.value
+        return jnp.expand_dims(self.scale, -1) * at_least_float32(self.value)
+
+    @property
+    def logs(self) -> Float[Array, "T #heads #key_size"]:
+        """`log_decay`, or zeros."""
+        if self.log_decay is None:
+            return jnp.zeros((len(self.value), 1, 1), at_least_float32(self.value).dtype)
+        return self.log_decay
+
+
+class AbstractDecayedCell(AbstractChunkedCell):
+    """A cell whose steps decay a matrix per head and add an outer product: its `project` returns
+    what they consume, of type `DecayedInputs`. Chunks of steps are made by products of matrices."""
+
+    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
+
+    def step(self, state: _State, u: DecayedInputs) -> _State:
+        decay = None if u.log_decay is None else jnp.exp(u.log_decay)
+        return decayed_step(state, u.key, u.written, decay)
+
+    def readout(
+        self, states: Float[Array, "L num_heads key_size value_size"], us: DecayedInputs
+    ) -> Float[Array, "L output_size"]:
+        return self._output(query_states(us.query, states), us)
+
+    def apply_chunk(
+        self, state: _State, us: DecayedInputs, reset: Bool[Array, " T"] | None
+    ) -> tuple[_State, Float[Array, "T output_size"]]:
+        arguments, logs = (state, us.query, us.key, us.written), us.logs
+        if logs.shape[2] == 1:
+            after, y = apply_heads(*arguments, logs[:, :, 0], reset)
+        else:
+            after, y = apply_channels(*arguments, logs, reset)
+        return after, self._output(y, us)
+
+    def chunk_factor(
+        self, us: DecayedInputs, reset: Bool[Array, " T"] | None
+    ) -> Float[Array, "#num_heads #key_size 1"]:
+        return chunk_decay(us.logs, reset)
+
+    @abc.abstractmethod
+    def _output(
+        self, y: Float[Array, "L num_heads value_size"], us: DecayedInputs
+    ) -> Float[Array, "L output_size"]:
+        """From what the queries read to outputs."""
+
+
+# --- a step -----------------------------------------------------------------------------------
 
 
 def decayed_step(
     state: _State,
     k: Float[Array, "#heads key_size"],
     v: Float[Array, "heads value_size"],
-    decay: Float[Array, "heads #key_size"],
+    decay: Float[Array, "#heads #key_size"] | None,
 ) -> _State:
-    """The next state."""
-    written = jnp.expand_dims(wide(k), 2) * jnp.expand_dims(wide(v), 1)
-    return jnp.expand_dims(decay, 2) * state + written
+    """The next state; a `decay` of `None` is 1."""
+    written = jnp.expand_dims(at_least_float32(k), 2) * jnp.expand_dims(at_least_float32(v), 1)
+    return state + written if decay is None else jnp.expand_dims(decay, 2) * state + written
 
 
-def reads(
+def query_states(
     q: Float[Array, "L #heads key_size"], states: Float[Array, "L heads key_size value_size"]
 ) -> Float[Array, "L heads value_size"]:
     """The states read by the queries, step by step."""
     with jax.default_matmul_precision("highest"):
-        return jnp.einsum("lnk,lnkv->lnv", wide(q), states)
+        return jnp.einsum("lnk,lnkv->lnv", at_least_float32(q), states)
 
 
 def _heads_first(*arrays: Float[Array, "T _ _"]) -> list[Float[Array, "_ T _"]]:
-    return [jnp.moveaxis(wide(x), 1, 0) for x in arrays]
-
-
-def with_resets(
-    log_decay: Float[Array, "T heads *channels"], reset: Bool[Array, " T"] | None
-) -> Float[Array, "T heads *channels"]:
-    """The logarithms of decays, finite; none stays of what is before a step that starts anew."""
-    logs = jnp.maximum(wide(log_decay), LOG_ZERO)
-    return logs if reset is None else jnp.where(over_rows(reset, logs), LOG_ZERO, logs)
-
-
-def kept(
-    log_decay: Float[Array, "T heads *channels"], reset: Bool[Array, " T"] | None
-) -> Float[Array, "heads key_size 1"]:
-    """How much of the state that arrives is left behind a chunk, row by row."""
-    logs = jnp.sum(with_resets(log_decay, reset), axis=0)
-    return jnp.exp(logs).reshape(len(logs), -1, 1)
+    return [jnp.moveaxis(at_least_float32(x), 1, 0) for x in arrays]
 
 
 # --- one decay per head -----------------------------------------------------------------------
-
-
-def summed_logs(
-    log_decay: Float[Array, "T heads"], reset: Bool[Array, " T"] | None
-) -> tuple[Float[Array, "heads T T"], Float[Array, "heads T"]]:
-    """The logarithms of decays: from each step (second) to each later one (first), `LOG_ZERO` to
-    earlier ones; and from the state that arrives to each step."""
-    logs = with_resets(log_decay, reset)
-    upto = np.tri(len(logs), dtype=bool)
-    after = np.tri(len(logs), k=-1)
-    logs = logs.T
-    with jax.default_matmul_precision("highest"):
-        terms = jnp.expand_dims(after.astype(logs.dtype), 0) * jnp.expand_dims(logs, 2)
-        between = jnp.einsum("tr,nrs->nts", upto.astype(logs.dtype), terms)
-    arriving = between[:, :, 0] + logs[:, :1]
-    return jnp.where(jnp.expand_dims(upto, 0), between, LOG_ZERO), arriving
 
 
 def weighted_chunk(
@@ -127,16 +177,16 @@ def weighted_chunk(
     return arriving[:, -1:] * state + written, jnp.moveaxis(y, 0, 1)
 
 
-def through_heads(
+def apply_heads(
     state: _State,
     q: Float[Array, "T #heads key_size"],
     k: Float[Array, "T #heads key_size"],
     v: Float[Array, "T heads value_size"],
-    log_decay: Float[Array, "T heads"],
+    log_decay: Float[Array, "T #heads"],
     reset: Bool[Array, " T"] | None,
 ) -> tuple[_State, Float[Array, "T heads value_size"]]:
     """The state after a chunk and what its queries read, with one decay per head and step."""
-    between, arriving = summed_logs(log_decay, reset)
+    between, arriving = segment_log_decays(log_decay, reset)
     return weighted_chunk(state, q, k, v, jnp.exp(between), jnp.exp(arriving))
 
 

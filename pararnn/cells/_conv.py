@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from ._base import AbstractCell, check_sizes
-from ._parts import normal, uniform, wide, zero_state
+from ._parts import at_least_float32, normal, uniform, zero_state
+from ._vector import lstm_update
 from ._zero_order_hold import complex_zero_state, gain, init_log_step, init_rates, multiplier
 
 _Images = Float[Array, "L input_channels height width"]
@@ -91,14 +92,8 @@ class ConvLSTM(AbstractCell):
         self, state: _LSTMState, u: list[Float[Array, "hidden_channels height width"]]
     ) -> _LSTMState:
         c, h = state
-        u_i, u_f, u_g, u_o = map(wide, u)
-        h_i, h_f, h_g, h_o = jnp.split(convolve(wide(self.weight_h), h), 4)
-        i = jax.nn.sigmoid(u_i + h_i)
-        f = jax.nn.sigmoid(u_f + h_f)
-        g = jnp.tanh(u_g + h_g)
-        o = jax.nn.sigmoid(u_o + h_o)
-        c = f * c + i * g
-        return c, o * jnp.tanh(c)
+        hs = jnp.split(convolve(at_least_float32(self.weight_h), h), 4)
+        return lstm_update(c, u, hs)
 
     def readout(self, states: Any, us: Any) -> _Outputs:
         _, h = states
@@ -189,18 +184,21 @@ class ConvS5(AbstractCell):
         r"""$\bar B * x$ and $D x$."""
         _check_images(xs, self.input_channels, self.image_shape)
         scale = jnp.expand_dims(gain(self.nu, self.omega, self.log_step), (0, 2, 3))
-        real, imag = (wide(convolve(part, xs)) for part in self.weight_x)
+        real, imag = (at_least_float32(convolve(part, xs)) for part in self.weight_x)
         return [scale * jax.lax.complex(real, imag), jnp.einsum("oi,lihw->lohw", self.skip, xs)]
 
     def step(self, state: _S5State, u: list[Array]) -> _S5State:
         kept = multiplier(self.nu, self.omega, self.log_step)
-        return jnp.expand_dims(kept, (1, 2)) * state + u[0]
+        driven, _ = u
+        return jnp.expand_dims(kept, (1, 2)) * state + driven
 
     def readout(
         self, states: Complex[Array, "L hidden_channels height width"], us: list[Array]
     ) -> _Outputs:
-        real, imag = wide(self.weight_o)
-        return 2 * (convolve(real, states.real) - convolve(imag, states.imag)) + wide(us[1])
+        _, skip = us
+        real, imag = at_least_float32(self.weight_o)
+        y = convolve(real, states.real) - convolve(imag, states.imag)
+        return 2 * y + at_least_float32(skip)
 
 
 # --- images -----------------------------------------------------------------------------------

@@ -5,7 +5,13 @@ one correction for each of its $n$ keys, of unit length, one after another:
 
 $$S ← α S, \qquad S ← S + β k (v - S^\top k)^\top, \qquad y = S^\top q.$$
 
-A chunk is made of rows, one per correction. With $D_{ts}$ the decay from row $s$ to row $t$ and
+A chunk is made of rows, one per correction; of three steps with two corrections each
+
+    row    0    1    2    3    4    5
+    step   0    0    1    1    2    2
+    read        y0        y1        y2
+
+With $D_{ts}$ the decay from row $s$ to row $t$ and
 $G_t$ that from the state before the chunk, $S_{in}$, what row $t$ adds is $k_t u_t^\top$, and
 $u_t = β_t (v_t - α_t S_{t-1}^\top k_t)$ depends on those before it, linearly:
 
@@ -26,9 +32,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._algebra import AbstractAlgebra
-from ._base import AbstractCell
+from ._base import AbstractChunkedCell
 from ._chunk_maps import MatrixAlgebra
-from ._parts import merge_heads, wide, zero_state
+from ._decay import segment_decays
+from ._parts import at_least_float32, project_out, zero_state
 
 # A chunk has about as many rows: with more, products within it would outweigh those with the state.
 ROWS = 64
@@ -61,7 +68,7 @@ def delta_step(
         state = jnp.expand_dims(u.alpha, (1, 2)) * state
     for k, v, beta in zip(u.keys, u.values, u.betas, strict=True):
         held = jnp.einsum("nk,nkv->nv", k, state)
-        change = jnp.expand_dims(wide(beta), 1) * (wide(v) - held)
+        change = jnp.expand_dims(at_least_float32(beta), 1) * (at_least_float32(v) - held)
         state = state + jnp.expand_dims(k, 2) * jnp.expand_dims(change, 1)
     return state
 
@@ -84,8 +91,10 @@ def delta_chunk(
     query = jnp.moveaxis(us.query, 1, 0)
     keys, values = (_rows(x) for x in (us.keys, us.values))
     beta = jnp.expand_dims(_rows(us.betas), 2)
-    decays = jnp.repeat(_decays(us.alpha, reset, us.query), count, axis=1)
-    of_state, between = decays[:, :, :1], jnp.repeat(decays[:, :, 1:], count, axis=2)
+    alpha = jnp.ones(us.query.shape[:2], us.query.dtype) if us.alpha is None else us.alpha
+    between, of_state = segment_decays(alpha, reset)
+    between = jnp.repeat(jnp.repeat(between, count, axis=1), count, axis=2)
+    of_state = jnp.expand_dims(jnp.repeat(of_state, count, axis=1), 2)
 
     pairs = keys @ _transposed(keys)
     lower = jnp.tril(beta * between * pairs, -1)  # also within a step
@@ -105,14 +114,14 @@ def _transposed(x: Array) -> Array:
 
 def _rows(parts: list[Array]) -> Array:
     """One per correction, in order of time, behind the axis of heads."""
-    stacked = jnp.stack([wide(x) for x in parts], axis=1)
+    stacked = jnp.stack([at_least_float32(x) for x in parts], axis=1)
     return jnp.moveaxis(stacked.reshape(-1, *stacked.shape[2:]), 1, 0)
 
 
 # --- cells ----------------------------------------------------------------------------------
 
 
-class AbstractDeltaCell(AbstractCell):
+class AbstractDeltaCell(AbstractChunkedCell):
     """A cell whose steps are those of the delta rule: its `project` returns what they consume, of
     type `DeltaInputs`. Chunks of steps are made by products of matrices."""
 
@@ -159,33 +168,10 @@ class AbstractDeltaCell(AbstractCell):
         self, y: Float[Array, "L num_heads value_size"], us: DeltaInputs
     ) -> Float[Array, "L output_size"]:
         """From what the queries find to outputs."""
-        return merge_heads(y) @ wide(self.weight_o).T
+        return project_out(y, self.weight_o)
 
 
-# --- decays -----------------------------------------------------------------------------------
-
-
-def _decays(
-    alpha: Float[Array, "L heads"] | None,
-    reset: Bool[Array, " L"] | None,
-    query: Float[Array, "L heads key_size"],
-) -> Float[Array, "heads L before"]:
-    """To each step: from the state before the chunk, and from each step; 0 from later ones.
-
-    They are products, from blocks that double in size: no exponential is taken of a difference of
-    two long sums, which would lose what small decays have made large, and so would its derivative;
-    and a decay may be 0, as it is where a step starts anew.
-    """
-    length, num_heads, _ = query.shape
-    if alpha is None:
-        alpha = jnp.ones((length, num_heads), query.dtype)
-    if reset is not None:
-        alpha = jnp.where(jnp.expand_dims(reset, 1), jnp.zeros_like(alpha), alpha)
-    alpha = jnp.pad(alpha.T, ((0, 0), (0, _doubled(length) - length)), constant_values=1)
-    decays = jnp.expand_dims(jnp.stack([alpha, jnp.ones_like(alpha)], axis=2), 2)
-    while decays.shape[1] > 1:
-        decays = _joined(decays)
-    return decays[:, 0, :length, : length + 1]
+# --- the triangular system --------------------------------------------------------------------
 
 
 def _doubled(size: int) -> int:
@@ -197,18 +183,6 @@ def _halves(x: Float[Array, "heads blocks *axes"]) -> tuple[Array, Array]:
     """The first and the second of each two blocks."""
     x = x.reshape(x.shape[0], -1, 2, *x.shape[2:])
     return x[:, :, 0], x[:, :, 1]
-
-
-def _joined(decays: Float[Array, "heads blocks width before"]) -> Array:
-    """The decays within blocks twice as wide."""
-    first, second = _halves(decays)
-    through = second[..., :1] * first[..., -1:, :]
-    later = jnp.concatenate([through, second[..., 1:]], axis=-1)
-    first = jnp.concatenate([first, jnp.zeros_like(second[..., 1:])], axis=-1)
-    return jnp.concatenate([first, later], axis=-2)
-
-
-# --- the triangular system --------------------------------------------------------------------
 
 
 @jax.custom_jvp

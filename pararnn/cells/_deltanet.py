@@ -5,24 +5,51 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import check_eps, check_inputs, check_sizes
+from ._base import AbstractShortConvCell, check_eps, check_inputs, check_sizes
+from ._decay import init_decay, rate_decay
 from ._delta_rule import ROWS, AbstractDeltaCell, DeltaInputs
+from ._matrix import AbstractMatrixCell
 from ._parts import (
-    convolved,
-    decay,
+    gated_output,
     init_convolution,
-    init_decay,
     init_linear,
-    merge_heads,
-    norm_heads,
+    l2_normalize,
+    project_out,
+    short_conv_silu,
     split_heads,
     uniform,
-    unit,
-    wide,
 )
 
 
-class DeltaNet(AbstractDeltaCell):
+class _AbstractDeltaNet(AbstractMatrixCell, AbstractDeltaCell):
+    """The gates of a delta rule: $β$ and, if the state decays, $α$."""
+
+    weight_alpha: Float[Array, "num_heads input_size"] | None
+    weight_beta: eqx.AbstractVar[Array]
+    a_log: Float[Array, " num_heads"] | None
+    bias_alpha: Float[Array, " num_heads"] | None
+    negative_eigenvalues: bool = eqx.field(static=True)
+
+    def _init_alpha(self, gated: bool, dtype: Any, key_w: PRNGKeyArray, key_a: PRNGKeyArray):
+        self.weight_alpha = self.a_log = self.bias_alpha = None
+        if gated:
+            self.weight_alpha = init_linear(key_w, self.num_heads, self.input_size, dtype)
+            self.a_log, self.bias_alpha = init_decay(self.num_heads, dtype, key_a)
+
+    def _alpha(self, xs: Float[Array, "L input_size"]) -> Float[Array, "L num_heads"] | None:
+        """The decays, if there are any."""
+        if self.weight_alpha is None or self.a_log is None or self.bias_alpha is None:
+            return None
+        return rate_decay(xs @ self.weight_alpha.T, self.a_log, self.bias_alpha)
+
+    def _beta(
+        self, weight: Float[Array, "num_heads input_size"], xs: Float[Array, "L input_size"]
+    ) -> Float[Array, "L num_heads"]:
+        beta = jax.nn.sigmoid(xs @ weight.T)
+        return 2 * beta if self.negative_eigenvalues else beta
+
+
+class DeltaNet(_AbstractDeltaNet, AbstractShortConvCell):
     r"""The gated delta rule: an associative memory that erases what it held under a key before it
     writes (Schlag et al., *Linear transformers are secretly fast weight programmers*, ICML 2021;
     Yang et al., *Gated delta networks: improving Mamba2 with delta rule*, ICLR 2025). Per head,
@@ -42,24 +69,10 @@ class DeltaNet(AbstractDeltaCell):
     transformers with the delta rule over sequence length*, NeurIPS 2024).
     """
 
-    chunk_size: ClassVar[int | None] = ROWS
-
-    weight_q: Float[Array, "num_heads*key_size input_size"]
-    weight_k: Float[Array, "num_heads*key_size input_size"]
-    weight_v: Float[Array, "num_heads*value_size input_size"]
-    weight_alpha: Float[Array, "num_heads input_size"] | None
     weight_beta: Float[Array, "num_heads input_size"]
-    weight_o: Float[Array, "output_size num_heads*value_size"]
     weight_conv: Float[Array, "conv_width num_heads*(2*key_size+value_size)"] | None
     weight_g: Float[Array, "num_heads*value_size input_size"] | None
     weight_norm: Float[Array, "num_heads value_size"] | None
-    a_log: Float[Array, " num_heads"] | None
-    bias_alpha: Float[Array, " num_heads"] | None
-    input_size: int = eqx.field(static=True)
-    num_heads: int = eqx.field(static=True)
-    key_size: int = eqx.field(static=True)
-    value_size: int = eqx.field(static=True)
-    negative_eigenvalues: bool = eqx.field(static=True)
     conv_width: int = eqx.field(static=True)
     norm_eps: float = eqx.field(static=True)
 
@@ -101,54 +114,28 @@ class DeltaNet(AbstractDeltaCell):
             their inputs, the convolution with $n$ its width, $A$ and $b_α$ as in Mamba-2; the
             norm's weights are 1.
         """
-        output_size = input_size if output_size is None else output_size
-        check_sizes(
-            input_size=input_size,
-            num_heads=num_heads,
-            key_size=key_size,
-            value_size=value_size,
-            output_size=output_size,
-        )
         keys = jax.random.split(key, 9)
-        channels = num_heads * (2 * key_size + value_size)
-        self.weight_q = init_linear(keys[0], num_heads * key_size, input_size, dtype)
-        self.weight_k = init_linear(keys[1], num_heads * key_size, input_size, dtype)
-        self.weight_v = init_linear(keys[2], num_heads * value_size, input_size, dtype)
+        sizes = input_size, num_heads, key_size, value_size, output_size
+        self._init_maps(sizes, dtype, [*keys[:3], keys[5]])
+        self._init_alpha(gated, dtype, keys[3], keys[6])
         self.weight_beta = init_linear(keys[4], num_heads, input_size, dtype)
-        self.weight_o = init_linear(keys[5], output_size, num_heads * value_size, dtype)
-        self.weight_alpha = self.a_log = self.bias_alpha = None
-        if gated:
-            self.weight_alpha = init_linear(keys[3], num_heads, input_size, dtype)
-            self.a_log, self.bias_alpha = init_decay(num_heads, dtype, keys[6])
+        channels = num_heads * (2 * key_size + value_size)
         self.weight_conv = init_convolution(keys[7], conv_width, channels, dtype)
         self.weight_g = self.weight_norm = None
         if output_gate:
             self.weight_g = init_linear(keys[8], num_heads * value_size, input_size, dtype)
             self.weight_norm = jnp.ones((num_heads, value_size), self.weight_q.dtype)
-        self.input_size = input_size
-        self.num_heads = num_heads
-        self.key_size = key_size
-        self.value_size = value_size
         self.negative_eigenvalues = negative_eigenvalues
         self.conv_width = conv_width
         self.norm_eps = check_eps(norm_eps)
-
-    @property
-    def context(self) -> int:
-        return max(self.conv_width - 1, 0)
-
-    @property
-    def input_struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.input_size,), self.weight_q.dtype)
 
     def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
         """$q$, $k$, $v$, $β$, $α$ and the output gate $W_g x$."""
         check_inputs(xs, self.input_size)
         q, k, v = (split_heads(x, self.num_heads) for x in self._channels(xs))
-        beta = _rate(xs @ self.weight_beta.T, self.negative_eigenvalues)
-        alpha = _alpha(xs, self.weight_alpha, self.a_log, self.bias_alpha)
+        beta = self._beta(self.weight_beta, xs)
         gate = None if self.weight_g is None else xs @ self.weight_g.T
-        return DeltaInputs(_query(q), [unit(k)], [v], [beta], alpha, gate)
+        return DeltaInputs(_query(q), [l2_normalize(k)], [v], [beta], self._alpha(xs), gate)
 
     def _channels(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L features"]]:
         """The inputs of the maps to $q$, $k$ and $v$."""
@@ -156,19 +143,19 @@ class DeltaNet(AbstractDeltaCell):
         if self.weight_conv is None:
             return maps
         keys = self.num_heads * self.key_size
-        channels = convolved(self.weight_conv, jnp.concatenate(maps, axis=-1))
+        channels = short_conv_silu(self.weight_conv, jnp.concatenate(maps, axis=-1))
         return jnp.split(channels, [keys, 2 * keys], axis=-1)
 
     def _output(
         self, y: Float[Array, "L num_heads value_size"], us: DeltaInputs
     ) -> Float[Array, "L output_size"]:
         if us.gate is None or self.weight_norm is None:
-            return merge_heads(y) @ wide(self.weight_o).T
-        y = norm_heads(y, self.weight_norm, centred=False, eps=self.norm_eps)
-        return (y * jax.nn.silu(wide(us.gate))) @ wide(self.weight_o).T
+            return project_out(y, self.weight_o)
+        weights = self.weight_norm, self.weight_o
+        return gated_output(y, us.gate, *weights, centred=False, eps=self.norm_eps)
 
 
-class DeltaProduct(AbstractDeltaCell):
+class DeltaProduct(_AbstractDeltaNet):
     r"""The delta rule with several corrections per step (Siems et al., *DeltaProduct: improving
     state-tracking in linear RNNs via Householder products*, 2025). Per head, with the state $S$ of
     shape `(key_size, value_size)`, a step decays it, then corrects it $n$ times, one after another:
@@ -187,22 +174,12 @@ class DeltaProduct(AbstractDeltaCell):
     `num_heads * value_size` blocks of `key_size × key_size`, the same for all columns of a head.
     """
 
-    chunk_size: ClassVar[int | None] = ROWS // 2
+    chunk_size: ClassVar[int] = ROWS // 2
 
-    weight_q: Float[Array, "num_heads*key_size input_size"]
     weight_k: Float[Array, "num_factors num_heads*key_size input_size"]
     weight_v: Float[Array, "num_factors num_heads*value_size input_size"]
-    weight_alpha: Float[Array, "num_heads input_size"] | None
     weight_beta: Float[Array, "num_factors num_heads input_size"]
-    weight_o: Float[Array, "output_size num_heads*value_size"]
-    a_log: Float[Array, " num_heads"] | None
-    bias_alpha: Float[Array, " num_heads"] | None
-    input_size: int = eqx.field(static=True)
-    num_heads: int = eqx.field(static=True)
-    key_size: int = eqx.field(static=True)
-    value_size: int = eqx.field(static=True)
     num_factors: int = eqx.field(static=True)
-    negative_eigenvalues: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -231,34 +208,18 @@ class DeltaProduct(AbstractDeltaCell):
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             their inputs, $A$ and $b_α$ as in Mamba-2.
         """
-        output_size = input_size if output_size is None else output_size
-        check_sizes(
-            input_size=input_size,
-            num_heads=num_heads,
-            key_size=key_size,
-            value_size=value_size,
-            output_size=output_size,
-            num_factors=num_factors,
-        )
+        check_sizes(num_factors=num_factors)
         keys = jax.random.split(key, 7)
-        limit = input_size**-0.5
+        sizes = input_size, num_heads, key_size, value_size, output_size
+        self._init_maps(sizes, dtype, [*keys[:3], keys[5]])
+        self._init_alpha(gated, dtype, keys[3], keys[6])
 
         def stacked(key, outputs):
-            return uniform(key, (num_factors, outputs, input_size), limit, dtype)
+            return uniform(key, (num_factors, outputs, input_size), input_size**-0.5, dtype)
 
-        self.weight_q = init_linear(keys[0], num_heads * key_size, input_size, dtype)
         self.weight_k = stacked(keys[1], num_heads * key_size)
         self.weight_v = stacked(keys[2], num_heads * value_size)
         self.weight_beta = stacked(keys[4], num_heads)
-        self.weight_o = init_linear(keys[5], output_size, num_heads * value_size, dtype)
-        self.weight_alpha = self.a_log = self.bias_alpha = None
-        if gated:
-            self.weight_alpha = init_linear(keys[3], num_heads, input_size, dtype)
-            self.a_log, self.bias_alpha = init_decay(num_heads, dtype, keys[6])
-        self.input_size = input_size
-        self.num_heads = num_heads
-        self.key_size = key_size
-        self.value_size = value_size
         self.num_factors = num_factors
         self.negative_eigenvalues = negative_eigenvalues
 
@@ -266,31 +227,12 @@ class DeltaProduct(AbstractDeltaCell):
         """$q$, all $k_j$, $v_j$ and $β_j$, and $α$."""
         check_inputs(xs, self.input_size)
         q = _query(split_heads(xs @ self.weight_q.T, self.num_heads))
-        ks = [unit(split_heads(xs @ weight.T, self.num_heads)) for weight in self.weight_k]
+        ks = [l2_normalize(split_heads(xs @ weight.T, self.num_heads)) for weight in self.weight_k]
         vs = [split_heads(xs @ weight.T, self.num_heads) for weight in self.weight_v]
-        betas = [_rate(xs @ weight.T, self.negative_eigenvalues) for weight in self.weight_beta]
-        alpha = _alpha(xs, self.weight_alpha, self.a_log, self.bias_alpha)
-        return DeltaInputs(q, ks, vs, betas, alpha)
+        betas = [self._beta(weight, xs) for weight in self.weight_beta]
+        return DeltaInputs(q, ks, vs, betas, self._alpha(xs))
 
 
 def _query(q: Float[Array, "L heads key_size"]) -> Float[Array, "L heads key_size"]:
     """Queries of unit length, divided by the root of their size as in softmax attention."""
-    return q.shape[-1] ** -0.5 * unit(q)
-
-
-def _rate(raw: Float[Array, "L heads"], negative_eigenvalues: bool) -> Float[Array, "L heads"]:
-    """$β$ from what its gate is given."""
-    beta = jax.nn.sigmoid(raw)
-    return 2 * beta if negative_eigenvalues else beta
-
-
-def _alpha(
-    xs: Float[Array, "L input_size"],
-    weight: Float[Array, "heads input_size"] | None,
-    a_log: Float[Array, " heads"] | None,
-    bias: Float[Array, " heads"] | None,
-) -> Float[Array, "L heads"] | None:
-    """The decays, if there are any."""
-    if weight is None or a_log is None or bias is None:
-        return None
-    return decay(xs @ weight.T, a_log, bias)
+    return q.shape[-1] ** -0.5 * l2_normalize(q)

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs
-from ._parts import affine, init_gates, recur_heads, wide, zero_state
+from ._base import check_inputs
+from ._parts import affine, at_least_float32, init_gates, recur_heads
+from ._vector import AbstractVectorCell, Vector, Vectors
 
 
-class Elman(AbstractCell):
+class Elman(AbstractVectorCell):
     r"""The simple recurrent network of Elman (*Finding structure in time*, 1990), optionally leaky:
 
     $$h_t = (1-α)\, h_{t-1} + α\, φ(W h_{t-1} + W_x x_t + b).$$
@@ -23,8 +24,6 @@ class Elman(AbstractCell):
     weight_x: Float[Array, "hidden_size input_size"]
     weight_h: Float[Array, "hidden_size hidden_size/num_heads"]
     bias: Float[Array, " hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
     leak: float = eqx.field(static=True)
     activation: Callable[[Array], Array] = eqx.field(static=True)
 
@@ -59,16 +58,11 @@ class Elman(AbstractCell):
         self.leak = leak
         self.activation = activation
 
-    def init_state(self) -> Float[Array, " hidden_size"]:
-        return zero_state(self.hidden_size, self.weight_h)
-
-    def project(self, xs: Float[Array, "L input_size"]) -> Float[Array, "L hidden_size"]:
+    def project(self, xs: Float[Array, "L input_size"]) -> Vectors:
         check_inputs(xs, self.input_size)
         return affine(self.weight_x, self.bias, xs)
 
-    def step(
-        self, state: Float[Array, " hidden_size"], u: Float[Array, " hidden_size"]
-    ) -> Float[Array, " hidden_size"]:
+    def step(self, state: Vector, u: Vector) -> Vector:
         (product,) = recur_heads(self.weight_h, state)
-        new = self.activation(product + wide(u))
+        new = self.activation(product + at_least_float32(u))
         return new if self.leak == 1 else state + self.leak * (new - state)

@@ -1,24 +1,23 @@
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs
+from ._base import check_inputs
 from ._parts import (
+    at_least_float32,
     init_diagonal_gates,
     init_gates,
     project_gates,
     project_heads,
     recur_heads,
     uniform,
-    wide,
-    zero_state,
 )
+from ._vector import AbstractVectorCell, Vector, Vectors, gru_update
 
 
-class GRU(AbstractCell):
+class GRU(AbstractVectorCell):
     r"""The gated recurrent unit with the reset gate applied after the recurrent matrix, as in cuDNN
     and [`equinox.nn.GRUCell`][] (Cho et al., *Learning phrase representations using RNN
     encoder-decoder*, EMNLP 2014):
@@ -38,8 +37,6 @@ class GRU(AbstractCell):
     weight_h: Float[Array, "3*hidden_size hidden_size/num_heads"]
     bias: Float[Array, " 3*hidden_size"]
     bias_n: Float[Array, " hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -67,25 +64,15 @@ class GRU(AbstractCell):
         self.input_size = input_size
         self.hidden_size = hidden_size
 
-    def init_state(self) -> Float[Array, " hidden_size"]:
-        return zero_state(self.hidden_size, self.weight_h)
-
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Vectors]:
         check_inputs(xs, self.input_size)
         return project_gates(self.weight_x, self.bias, xs, 3)
 
-    def step(
-        self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
-    ) -> Float[Array, " hidden_size"]:
-        u_r, u_z, u_n = map(wide, u)
-        h_r, h_z, h_n = recur_heads(self.weight_h, state)
-        r = jax.nn.sigmoid(u_r + h_r)
-        z = jax.nn.sigmoid(u_z + h_z)
-        n = jnp.tanh(u_n + r * (h_n + wide(self.bias_n)))
-        return n + z * (state - n)
+    def step(self, state: Vector, u: list[Vector]) -> Vector:
+        return gru_update(state, u, recur_heads(self.weight_h, state), self.bias_n)
 
 
-class DiagonalGRU(AbstractCell):
+class DiagonalGRU(AbstractVectorCell):
     r"""The GRU with vectors for recurrent weights, "ParaGRU" (Danieli et al., *ParaRNN: Unlocking
     parallel training of nonlinear RNNs for large language models*, 2025):
 
@@ -100,8 +87,6 @@ class DiagonalGRU(AbstractCell):
     weight_x: Float[Array, "3 num_heads hidden_size/num_heads input_size/num_heads"]
     weight_h: Float[Array, "3 hidden_size"]
     bias: Float[Array, "3 hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -127,18 +112,13 @@ class DiagonalGRU(AbstractCell):
         self.input_size = input_size
         self.hidden_size = hidden_size
 
-    def init_state(self) -> Float[Array, " hidden_size"]:
-        return zero_state(self.hidden_size, self.weight_h)
-
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Vectors]:
         check_inputs(xs, self.input_size)
         return project_heads(self.weight_x, self.bias, xs)
 
-    def step(
-        self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
-    ) -> Float[Array, " hidden_size"]:
-        u_z, u_r, u_c = map(wide, u)
-        a_z, a_r, a_c = wide(self.weight_h)
+    def step(self, state: Vector, u: list[Vector]) -> Vector:
+        u_z, u_r, u_c = map(at_least_float32, u)
+        a_z, a_r, a_c = at_least_float32(self.weight_h)
         z = jax.nn.sigmoid(a_z * state + u_z)
         r = jax.nn.sigmoid(a_r * state + u_r)
         c = jnp.tanh(a_c * state * r + u_c)

@@ -12,9 +12,10 @@ import scipy.linalg
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import affine, normal, uniform, wide, zero_state
+from ._parts import affine, at_least_float32, normal, uniform, zero_state
 
 _Memory = Float[Array, "memory_size order"]
+_State = tuple[Float[Array, " hidden_size"], Float[Array, " order"]]
 
 
 class LinearLMU(AbstractCell):
@@ -86,18 +87,20 @@ class LinearLMU(AbstractCell):
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
         """$u$ and $W_x x + b$."""
         check_inputs(xs, self.input_size)
-        return [wide(xs @ self.weight_u.T), affine(self.weight_x, self.bias, xs)]
+        return [at_least_float32(xs @ self.weight_u.T), affine(self.weight_x, self.bias, xs)]
 
     def step(self, state: _Memory, u: list[Float[Array, "..."]]) -> _Memory:
-        return _remember(state, u[0], self.theta)
+        channels, _ = u
+        return _remember(state, channels, self.theta)
 
     def readout(
         self,
         states: Float[Array, "L memory_size order"],
         us: list[Float[Array, "L ..."]],
     ) -> Float[Array, "L hidden_size"]:
+        _, skip = us
         memory = states.reshape(len(states), self.memory_size * self.order)
-        return jnp.tanh(memory @ wide(self.weight_m).T + wide(us[1]))
+        return jnp.tanh(memory @ at_least_float32(self.weight_m).T + at_least_float32(skip))
 
 
 class LMU(AbstractCell):
@@ -156,24 +159,22 @@ class LMU(AbstractCell):
         self.order = order
         self.theta = float(theta)
 
-    def init_state(self) -> tuple[Float[Array, " hidden_size"], Float[Array, " order"]]:
+    def init_state(self) -> _State:
         like = self.weight_h
         return zero_state(self.hidden_size, like), zero_state(self.order, like)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
         """$e_x^\\top x$ and $W_x x$."""
         check_inputs(xs, self.input_size)
-        return [wide(xs @ self.encoder_x), wide(xs @ self.weight_x.T)]
+        return [at_least_float32(xs @ self.encoder_x), at_least_float32(xs @ self.weight_x.T)]
 
-    def step(
-        self,
-        state: tuple[Float[Array, " hidden_size"], Float[Array, " order"]],
-        u: list[Float[Array, "..."]],
-    ) -> tuple[Float[Array, " hidden_size"], Float[Array, " order"]]:
-        h, m = state
-        channel = u[0] + wide(self.encoder_h) @ h + wide(self.encoder_m) @ m
+    def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
+        (h, m), (channel, of_x) = state, u
+        of_h, of_m = map(at_least_float32, (self.encoder_h, self.encoder_m))
+        channel = channel + of_h @ h + of_m @ m
         (m,) = _remember(jnp.expand_dims(m, 0), jnp.expand_dims(channel, 0), self.theta)
-        return jnp.tanh(u[1] + wide(self.weight_h) @ h + wide(self.weight_m) @ m), m
+        of_h, of_m = map(at_least_float32, (self.weight_h, self.weight_m))
+        return jnp.tanh(of_x + of_h @ h + of_m @ m), m
 
     def readout(
         self,

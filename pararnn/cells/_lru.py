@@ -1,16 +1,17 @@
 import math
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import normal, wide
+from ._base import check_inputs, check_sizes
+from ._parts import at_least_float32, normal
+from ._vector import AbstractVectorCell
+from ._zero_order_hold import complex_zero_state
 
 
-class LRU(AbstractCell):
+class LRU(AbstractVectorCell):
     r"""The linear recurrent unit (Orvieto et al., *Resurrecting recurrent neural networks for long
     sequences*, ICML 2023), complex and diagonal:
 
@@ -31,8 +32,6 @@ class LRU(AbstractCell):
     nu: Float[Array, " hidden_size"]
     theta: Float[Array, " hidden_size"]
     gamma_log: Float[Array, " hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -86,26 +85,27 @@ class LRU(AbstractCell):
         self.hidden_size = hidden_size
 
     def init_state(self) -> Complex[Array, " hidden_size"]:
-        zero = jnp.zeros(self.hidden_size, wide(self.nu).dtype)
-        return jax.lax.complex(zero, zero)
+        return complex_zero_state((self.hidden_size,), self.nu)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Array]:
         """$γ ⊙ (B x)$ and $D x$."""
         check_inputs(xs, self.input_size)
-        gamma = jnp.expand_dims(jnp.exp(wide(self.gamma_log)), 0)
-        real, imag = (gamma * wide(xs @ part.T) for part in self.weight_x)
+        gamma = jnp.expand_dims(jnp.exp(at_least_float32(self.gamma_log)), 0)
+        real, imag = (gamma * at_least_float32(xs @ part.T) for part in self.weight_x)
         return [jax.lax.complex(real, imag), xs @ self.skip.T]
 
     def step(
         self, state: Complex[Array, " hidden_size"], u: list[Array]
     ) -> Complex[Array, " hidden_size"]:
-        radius = jnp.exp(-jnp.exp(wide(self.nu)))
-        phase = jnp.exp(wide(self.theta))
+        radius = jnp.exp(-jnp.exp(at_least_float32(self.nu)))
+        phase = jnp.exp(at_least_float32(self.theta))
         multiplier = jax.lax.complex(radius * jnp.cos(phase), radius * jnp.sin(phase))
-        return multiplier * state + u[0]
+        driven, _ = u
+        return multiplier * state + driven
 
     def readout(
         self, states: Complex[Array, "L hidden_size"], us: list[Array]
     ) -> Float[Array, "L output_size"]:
-        real, imag = wide(self.weight_o)
-        return states.real @ real.T - states.imag @ imag.T + wide(us[1])
+        _, skip = us
+        real, imag = at_least_float32(self.weight_o)
+        return states.real @ real.T - states.imag @ imag.T + at_least_float32(skip)

@@ -1,26 +1,38 @@
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs
+from ._base import check_inputs
 from ._parts import (
+    at_least_float32,
     init_diagonal_gates,
     init_gates,
     init_vectors,
     project_gates,
     project_heads,
     recur_heads,
-    wide,
     zero_state,
 )
+from ._vector import AbstractVectorCell, Vector, Vectors, lstm_update
 
 _State = tuple[Float[Array, " hidden_size"], Float[Array, " hidden_size"]]
 
 
-class LSTM(AbstractCell):
+class _AbstractLSTM(AbstractVectorCell):
+    """A state of $(c, h)$, of which $h$ is the output."""
+
+    def init_state(self) -> _State:
+        zero = zero_state(self.hidden_size, self.weight_x)
+        return zero, zero
+
+    def readout(self, states: Any, us: Any) -> Vectors:
+        _, h = states
+        return h
+
+
+class LSTM(_AbstractLSTM):
     r"""Long short-term memory with a forget gate (Hochreiter and Schmidhuber, *Long short-term
     memory*, 1997; Gers et al., *Learning to forget: continual prediction with LSTM*, 2000):
 
@@ -38,8 +50,6 @@ class LSTM(AbstractCell):
     weight_x: Float[Array, "4*hidden_size input_size"]
     weight_h: Float[Array, "4*hidden_size hidden_size/num_heads"]
     bias: Float[Array, " 4*hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -65,31 +75,16 @@ class LSTM(AbstractCell):
         self.input_size = input_size
         self.hidden_size = hidden_size
 
-    def init_state(self) -> _State:
-        zero = zero_state(self.hidden_size, self.weight_h)
-        return zero, zero
-
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Vectors]:
         check_inputs(xs, self.input_size)
         return project_gates(self.weight_x, self.bias, xs, 4)
 
-    def step(self, state: _State, u: list[Float[Array, " hidden_size"]]) -> _State:
+    def step(self, state: _State, u: list[Vector]) -> _State:
         c, h = state
-        u_i, u_f, u_g, u_o = map(wide, u)
-        h_i, h_f, h_g, h_o = recur_heads(self.weight_h, h)
-        i = jax.nn.sigmoid(u_i + h_i)
-        f = jax.nn.sigmoid(u_f + h_f)
-        g = jnp.tanh(u_g + h_g)
-        o = jax.nn.sigmoid(u_o + h_o)
-        c = f * c + i * g
-        return c, o * jnp.tanh(c)
-
-    def readout(self, states: Any, us: Any) -> Float[Array, "L hidden_size"]:
-        _, h = states
-        return h
+        return lstm_update(c, u, recur_heads(self.weight_h, h))
 
 
-class DiagonalLSTM(AbstractCell):
+class DiagonalLSTM(_AbstractLSTM):
     r"""The LSTM with vectors for recurrent weights, coupled input and forget gates, and peepholes,
     "ParaLSTM" (Danieli et al., *ParaRNN: Unlocking parallel training of nonlinear RNNs for large
     language models*, 2025):
@@ -109,8 +104,6 @@ class DiagonalLSTM(AbstractCell):
     weight_h: Float[Array, "3 hidden_size"]
     peephole: Float[Array, "2 hidden_size"]
     bias: Float[Array, "3 hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -138,25 +131,17 @@ class DiagonalLSTM(AbstractCell):
         self.input_size = input_size
         self.hidden_size = hidden_size
 
-    def init_state(self) -> _State:
-        zero = zero_state(self.hidden_size, self.weight_h)
-        return zero, zero
-
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Vectors]:
         check_inputs(xs, self.input_size)
         return project_heads(self.weight_x, self.bias, xs)
 
-    def step(self, state: _State, u: list[Float[Array, " hidden_size"]]) -> _State:
+    def step(self, state: _State, u: list[Vector]) -> _State:
         c, h = state
-        u_f, u_g, u_o = map(wide, u)
-        a_f, a_g, a_o = wide(self.weight_h)
-        p_f, p_o = wide(self.peephole)
+        u_f, u_g, u_o = map(at_least_float32, u)
+        a_f, a_g, a_o = at_least_float32(self.weight_h)
+        p_f, p_o = at_least_float32(self.peephole)
         f = jax.nn.sigmoid(a_f * h + p_f * c + u_f)
         g = jnp.tanh(a_g * h + u_g)
         c = f * c + (1 - f) * g
         o = jax.nn.sigmoid(a_o * h + p_o * c + u_o)
         return c, o * jnp.tanh(c)
-
-    def readout(self, states: Any, us: Any) -> Float[Array, "L hidden_size"]:
-        _, h = states
-        return h

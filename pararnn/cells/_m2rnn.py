@@ -5,23 +5,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes
+from ._base import AbstractShortConvCell, check_attention, check_inputs, check_sizes
+from ._decay import init_decay, rate_decay
 from ._parts import (
-    causal_convolution,
-    decay,
-    init_decay,
+    at_least_float32,
     init_linear,
     merge_heads,
+    short_conv_silu,
     split_heads,
     uniform,
-    wide,
     zero_state,
 )
 
 _State = Float[Array, "num_heads key_size value_size"]
 
 
-class M2RNN(AbstractCell):
+class M2RNN(AbstractShortConvCell):
     r"""A nonlinear recurrence of matrices (Mishra et al., *M²RNN: Non-linear RNNs with
     matrix-valued states for scalable language modeling*, 2026). Per head, with the state $H$ of
     shape `(key_size, value_size)`,
@@ -86,14 +85,7 @@ class M2RNN(AbstractCell):
             their inputs, the convolution with $n$ its width; $W$ the identity, $D = 1$, and $A$ and
             $b_f$ as in Mamba-2.
         """
-        output_size = input_size if output_size is None else output_size
-        check_sizes(
-            input_size=input_size,
-            num_heads=num_heads,
-            key_size=key_size,
-            value_size=value_size,
-            output_size=output_size,
-        )
+        output_size = check_attention(input_size, num_heads, key_size, value_size, output_size)
         if conv_width != 0:
             check_sizes(conv_width=conv_width)
         keys = jax.random.split(key, 8)
@@ -117,14 +109,6 @@ class M2RNN(AbstractCell):
         self.value_size = value_size
         self.conv_width = conv_width
 
-    @property
-    def context(self) -> int:
-        return max(self.conv_width - 1, 0)
-
-    @property
-    def input_struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.input_size,), self.weight_q.dtype)
-
     def init_state(self) -> _State:
         return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_h)
 
@@ -133,17 +117,18 @@ class M2RNN(AbstractCell):
         check_inputs(xs, self.input_size)
         weights = [self.weight_q, self.weight_k, self.weight_v]
         channels = jnp.concatenate([xs @ weight.T for weight in weights], axis=-1)
-        if self.conv_width > 0:
-            channels = jax.nn.silu(causal_convolution(self.weight_conv, channels))
+        channels = short_conv_silu(self.weight_conv, channels)
         q, k, v = jnp.split(channels, [self.key_size, 2 * self.key_size], axis=-1)
         v = split_heads(v, self.num_heads)
-        f = decay(xs @ self.weight_f.T, self.a_log, self.bias_f)
+        f = rate_decay(xs @ self.weight_f.T, self.a_log, self.bias_f)
         return [q, k, v, f, xs @ self.weight_g.T]
 
     def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
         _, k, v, f, _ = u
-        outer = jnp.expand_dims(wide(k), (0, 2)) * jnp.expand_dims(wide(v), 1)
-        z = jnp.tanh(jnp.einsum("nkv,nvw->nkw", state, wide(self.weight_h)) + outer)
+        outer = jnp.expand_dims(at_least_float32(k), (0, 2)) * jnp.expand_dims(
+            at_least_float32(v), 1
+        )
+        z = jnp.tanh(jnp.einsum("nkv,nvw->nkw", state, at_least_float32(self.weight_h)) + outer)
         f = jnp.expand_dims(f, (1, 2))
         # Not `z + f * (state - z)`: small states would carry the rounding of `z`.
         return f * state + (1 - f) * z
@@ -154,7 +139,7 @@ class M2RNN(AbstractCell):
         us: list[Float[Array, "L ..."]],
     ) -> Float[Array, "L output_size"]:
         q, _, v, _, g = us
-        y = jnp.einsum("lk,lnkv->lnv", wide(q), states)
-        y = y + jnp.expand_dims(wide(self.skip), 0) * wide(v)
-        y = merge_heads(y) * jax.nn.silu(wide(g))
-        return jax.vmap(self.norm)(y) @ wide(self.weight_o).T
+        y = jnp.einsum("lk,lnkv->lnv", at_least_float32(q), states)
+        y = y + jnp.expand_dims(at_least_float32(self.skip), 0) * at_least_float32(v)
+        y = merge_heads(y) * jax.nn.silu(at_least_float32(g))
+        return jax.vmap(self.norm)(y) @ at_least_float32(self.weight_o).T

@@ -1,30 +1,27 @@
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._algebra import AbstractAlgebra
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._chunk_maps import MatrixAlgebra
-from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_heads
+from ._base import AbstractShortConvCell, check_inputs, check_sizes
+from ._chunks_decayed import AbstractDecayedCell, DecayedInputs
+from ._decay import init_rate, init_time_step, log_rate_decay, time_step
 from ._parts import (
-    causal_convolution,
+    at_least_float32,
     init_linear,
-    inverse_softplus,
-    log_uniform,
     merge_heads,
+    short_conv_silu,
     split_heads,
     uniform,
-    wide,
     zero_state,
 )
 
 _State = Float[Array, "num_heads state_size head_size"]
 
 
-class Mamba2(AbstractCell):
+class Mamba2(AbstractShortConvCell, AbstractDecayedCell):
     r"""The layer of Mamba-2, a state-space model with one decay per head (Dao, Gu, *Transformers
     are SSMs: generalized models and efficient algorithms through structured state space duality*,
     ICML 2024). Per head, with the state $S$ of shape `(state_size, head_size)`,
@@ -43,9 +40,6 @@ class Mamba2(AbstractCell):
     The step is affine in the state, and the Jacobian is diagonal: one pass solves it exactly. A
     layer makes outputs chunk by chunk by products of matrices, without the states between.
     """
-
-    chunk_size: ClassVar[int | None] = CHUNK_SIZE
-    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
 
     weight_c: Float[Array, "state_size input_size"]
     weight_b: Float[Array, "state_size input_size"]
@@ -114,10 +108,8 @@ class Mamba2(AbstractCell):
         self.bias_conv = uniform(keys[6], (channels,), limit, dtype)
         self.weight_o = init_linear(keys[7], output_size, features, dtype)
         stored = self.weight_c.dtype
-        rate = jax.random.uniform(keys[8], (num_heads,), minval=1, maxval=16)
-        self.a_log = jnp.log(rate).astype(stored)
-        bias_dt = inverse_softplus(log_uniform(keys[9], (num_heads,), 1e-3, 0.1))
-        self.bias_dt = bias_dt.astype(stored)
+        self.a_log = init_rate(keys[8], num_heads, 1.0, dtype)
+        self.bias_dt = init_time_step(keys[9], num_heads, dtype)
         self.skip = jnp.ones(num_heads, stored)
         self.norm = eqx.nn.RMSNorm(features, use_bias=False, dtype=stored)
         self.input_size = input_size
@@ -126,61 +118,30 @@ class Mamba2(AbstractCell):
         self.state_size = state_size
         self.conv_width = conv_width
 
-    @property
-    def context(self) -> int:
-        return max(self.conv_width - 1, 0)
-
-    @property
-    def input_struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.input_size,), self.weight_c.dtype)
-
     def init_state(self) -> _State:
         return zero_state((self.num_heads, self.state_size, self.head_size), self.weight_b)
 
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        """$C$, $B$, $s$, $Δ$ and the output gate $W_g x$."""
+    def project(self, xs: Float[Array, "L input_size"]) -> DecayedInputs:
+        r"""$C$, $B$, $s$, $\log α = -ΔA$, $Δ$ and the output gate $W_g x$."""
         check_inputs(xs, self.input_size)
         weights = [self.weight_c, self.weight_b, self.weight_s]
         channels = jnp.concatenate([xs @ weight.T for weight in weights], axis=-1)
-        if self.conv_width > 0:
-            channels = causal_convolution(self.weight_conv, channels)
-            channels = jax.nn.silu(channels + jnp.expand_dims(self.bias_conv, 0))
+        channels = short_conv_silu(self.weight_conv, channels, self.bias_conv)
         c, b, s = jnp.split(channels, [self.state_size, 2 * self.state_size], axis=-1)
-        raw = wide(xs @ self.weight_dt.T) + jnp.expand_dims(wide(self.bias_dt), 0)
-        s = split_heads(s, self.num_heads)
-        return [c, b, s, jax.nn.softplus(raw), xs @ self.weight_g.T]
+        delta = time_step(xs @ self.weight_dt.T, self.bias_dt)
+        return DecayedInputs(
+            query=jnp.expand_dims(c, 1),
+            key=jnp.expand_dims(b, 1),
+            value=split_heads(s, self.num_heads),
+            log_decay=jnp.expand_dims(log_rate_decay(delta, self.a_log), 2),
+            scale=delta,
+            rest=xs @ self.weight_g.T,
+        )
 
-    def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
-        _, b, s, delta, _ = u
-        decay = jnp.exp(-delta * jnp.exp(wide(self.a_log)))
-        written = jnp.expand_dims(delta, 1) * wide(s)
-        return decayed_step(state, jnp.expand_dims(b, 0), written, jnp.expand_dims(decay, 1))
-
-    def readout(
-        self,
-        states: Float[Array, "L num_heads state_size head_size"],
-        us: list[Float[Array, "L ..."]],
+    def _output(
+        self, y: Float[Array, "L num_heads head_size"], us: DecayedInputs
     ) -> Float[Array, "L output_size"]:
-        return self._outputs(reads(jnp.expand_dims(us[0], 1), states), us)
-
-    def apply_chunk(
-        self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
-    ) -> tuple[_State, Float[Array, "T output_size"]]:
-        c, b, s, delta, _ = us
-        written = jnp.expand_dims(delta, 2) * wide(s)
-        c, b = jnp.expand_dims(c, 1), jnp.expand_dims(b, 1)
-        state, y = through_heads(state, c, b, written, self._log_decay(delta), reset)
-        return state, self._outputs(y, us)
-
-    def chunk_factor(
-        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
-    ) -> Float[Array, "#num_heads #key_size 1"]:
-        return kept(self._log_decay(us[3]), reset)
-
-    def _log_decay(self, delta):
-        return -delta * jnp.expand_dims(jnp.exp(wide(self.a_log)), 0)
-
-    def _outputs(self, y, us):
-        _, _, s, _, g = us
-        y = merge_heads(y + jnp.expand_dims(wide(self.skip), (0, 2)) * wide(s))
-        return jax.vmap(self.norm)(y * jax.nn.silu(wide(g))) @ wide(self.weight_o).T
+        skip = jnp.expand_dims(at_least_float32(self.skip), (0, 2))
+        y = merge_heads(y + skip * at_least_float32(us.value))
+        y = jax.vmap(self.norm)(y * jax.nn.silu(at_least_float32(us.rest)))
+        return y @ at_least_float32(self.weight_o).T

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._algebra import AbstractAlgebra
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import affine, init_linear, uniform, wide, zero_state
+from ._parts import affine, at_least_float32, init_linear, uniform, zero_state
+from ._vector import Vector, Vectors
 
 _Clamp = tuple[Float[Array, " size"], Float[Array, " size"]]
 
@@ -117,25 +118,21 @@ class MinMax(AbstractCell):
         self.input_size = input_size
         self.hidden_size = hidden_size
 
-    def init_state(self) -> Float[Array, " hidden_size"]:
+    def init_state(self) -> Vector:
         return zero_state(self.hidden_size, self.weight_s)
 
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Vectors]:
         """The bounds $r$ and $s$ and the output gate $σ(W_g x)$."""
         check_inputs(xs, self.input_size)
         r = affine(self.weight_r, self.bias_r, xs)
         s = affine(self.weight_s, self.bias_s, xs)
         # The bounds become the states, hence their dtype.
-        return [wide(r), wide(s), jax.nn.sigmoid(xs @ self.weight_g.T)]
+        return [at_least_float32(r), at_least_float32(s), jax.nn.sigmoid(xs @ self.weight_g.T)]
 
-    def step(
-        self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
-    ) -> Float[Array, " hidden_size"]:
+    def step(self, state: Vector, u: list[Vector]) -> Vector:
         r, s, _ = u
         return _max(s, _min(r, state))
 
-    def readout(
-        self, states: Float[Array, "L hidden_size"], us: list[Float[Array, "L hidden_size"]]
-    ) -> Float[Array, "L output_size"]:
+    def readout(self, states: Vectors, us: list[Vectors]) -> Float[Array, "L output_size"]:
         _, _, gate = us
-        return (states * wide(gate)) @ wide(self.weight_o).T
+        return (states * at_least_float32(gate)) @ at_least_float32(self.weight_o).T

@@ -2,15 +2,37 @@
 
 from typing import Any
 
-import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import init_linear, project_gates, uniform, wide, zero_state
+from ._base import check_inputs, check_sizes
+from ._parts import at_least_float32, init_linear, project_gates, uniform
+from ._vector import AbstractVectorCell, Vector, Vectors
 
 
-class MinGRU(AbstractCell):
+class _AbstractMinRNN(AbstractVectorCell):
+    """The state times a factor, plus a number, both from the input."""
+
+    weight_x: Float[Array, "gates*hidden_size input_size"]
+    bias: Float[Array, " gates*hidden_size"]
+
+    def _init(
+        self, gates: int, input_size: int, hidden_size: int, dtype: Any, key: PRNGKeyArray
+    ) -> None:
+        """Set weights and biases of stacked gates, and the sizes, which are checked."""
+        check_sizes(input_size=input_size, hidden_size=hidden_size)
+        key_x, key_b = jax.random.split(key)
+        self.weight_x = init_linear(key_x, gates * hidden_size, input_size, dtype)
+        self.bias = uniform(key_b, (gates * hidden_size,), input_size**-0.5, dtype)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+
+    def step(self, state: Vector, u: list[Vector]) -> Vector:
+        kept, written = u
+        return kept * state + written
+
+
+class MinGRU(_AbstractMinRNN):
     r"""A GRU without what its gates see of the state, and without tanh (Feng, Tung, Hassani,
     Bengio, Hajimirsadeghi, *Were RNNs all we needed?*, 2024):
 
@@ -24,11 +46,6 @@ class MinGRU(AbstractCell):
     least float32.
     """
 
-    weight_x: Float[Array, "2*hidden_size input_size"]
-    bias: Float[Array, " 2*hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
-
     def __init__(self, input_size: int, hidden_size: int, *, dtype: Any = None, key: PRNGKeyArray):
         r"""**Arguments:**
 
@@ -37,27 +54,16 @@ class MinGRU(AbstractCell):
         - `key`: for the parameters, uniform in $\pm 1/\sqrt{\text{input\_size}}$. The rows of the
             weights are those of $z$, then of $h$.
         """
-        self.weight_x, self.bias = _init(2, input_size, hidden_size, dtype, key)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
+        self._init(2, input_size, hidden_size, dtype, key)
 
-    def init_state(self) -> Float[Array, " hidden_size"]:
-        return zero_state(self.hidden_size, self.bias)
-
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Vectors]:
         """$1 - z$ and $z ⊙ (W_h x + b_h)$."""
         check_inputs(xs, self.input_size)
         gates = project_gates(self.weight_x, self.bias, xs, 2)
-        return _mix(*(wide(u) for u in gates))
-
-    def step(
-        self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
-    ) -> Float[Array, " hidden_size"]:
-        kept, written = u
-        return kept * state + written
+        return _mix(*(at_least_float32(u) for u in gates))
 
 
-class MinLSTM(AbstractCell):
+class MinLSTM(_AbstractMinRNN):
     r"""An LSTM without what its gates see of the state, without tanh and without output gate (Feng,
     Tung, Hassani, Bengio, Hajimirsadeghi, *Were RNNs all we needed?*, 2024):
 
@@ -72,11 +78,6 @@ class MinLSTM(AbstractCell):
     least float32.
     """
 
-    weight_x: Float[Array, "3*hidden_size input_size"]
-    bias: Float[Array, " 3*hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
-
     def __init__(self, input_size: int, hidden_size: int, *, dtype: Any = None, key: PRNGKeyArray):
         r"""**Arguments:**
 
@@ -85,34 +86,15 @@ class MinLSTM(AbstractCell):
         - `key`: for the parameters, uniform in $\pm 1/\sqrt{\text{input\_size}}$. The rows of the
             weights are those of $f$, then of $i$, then of $h$.
         """
-        self.weight_x, self.bias = _init(3, input_size, hidden_size, dtype, key)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
+        self._init(3, input_size, hidden_size, dtype, key)
 
-    def init_state(self) -> Float[Array, " hidden_size"]:
-        return zero_state(self.hidden_size, self.bias)
-
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Vectors]:
         """$f'$ and $i' ⊙ (W_h x + b_h)$."""
         check_inputs(xs, self.input_size)
         gates = project_gates(self.weight_x, self.bias, xs, 3)
-        f, i, candidate = (wide(u) for u in gates)
+        f, i, candidate = (at_least_float32(u) for u in gates)
         # i/(f + i) = σ(log i - log f): where both gates underflow, the quotient would be 0/0.
         return _mix(jax.nn.log_sigmoid(i) - jax.nn.log_sigmoid(f), candidate)
-
-    def step(
-        self, state: Float[Array, " hidden_size"], u: list[Float[Array, " hidden_size"]]
-    ) -> Float[Array, " hidden_size"]:
-        kept, written = u
-        return kept * state + written
-
-
-def _init(gates, input_size, hidden_size, dtype, key):
-    """Weights and biases of stacked gates."""
-    check_sizes(input_size=input_size, hidden_size=hidden_size)
-    key_x, key_b = jax.random.split(key)
-    weight = init_linear(key_x, gates * hidden_size, input_size, dtype)
-    return weight, uniform(key_b, (gates * hidden_size,), input_size**-0.5, dtype)
 
 
 def _mix(raw: Array, candidate: Array) -> list[Array]:

@@ -1,5 +1,5 @@
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -7,20 +7,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._algebra import AbstractAlgebra
-from ._base import AbstractCell, block_sizes, check_inputs
-from ._chunks_decayed import CHUNK_SIZE, LOG_ZERO, reads, summed_logs, weighted_chunk, with_resets
+from ._base import AbstractShortConvCell, block_sizes, check_inputs
+from ._chunks_decayed import query_states, weighted_chunk
+from ._decay import LOG_ZERO, init_forget_bias, log_gate, segment_log_decays, with_resets
+from ._matrix import AbstractMatrixCell
 from ._parts import (
     affine,
-    convolved,
-    init_attention,
+    append_ones,
+    at_least_float32,
     init_convolution,
     init_linear,
     linear,
     norm_heads,
     normal,
+    short_conv_silu,
     split_heads,
-    wide,
-    with_ones,
     zero_state,
 )
 
@@ -32,6 +33,18 @@ _FORGET = 1e5 * LOG_ZERO
 # The smallest denominator of an output is exp(-_SMALL): what is below is but rounding, in float64
 # too, and the square of it is still in the range of float32.
 _SMALL = 40
+
+
+class _Inputs(NamedTuple):
+    """The inputs of a step, or of several with a leading axis of time: $q$, $k$, $v$ with a last 1,
+    which makes $n$, $\\tilde\\imath$, $\\log σ(\\tilde f)$, and the output gate or $c$."""
+
+    query: Float[Array, "... num_heads key_size"]
+    key: Float[Array, "... num_heads key_size"]
+    value: Float[Array, "... num_heads columns"]
+    log_input: Float[Array, "... num_heads"]
+    log_forget: Float[Array, "... num_heads"]
+    gate: Float[Array, "... features"]
 
 
 def _mixed(
@@ -53,9 +66,8 @@ class _MeanAlgebra(AbstractAlgebra):
     weight $e^{\ell_1}$. An element is $(f, (M_1, \ell_1))$: of one step, the gates and
     $k v^\top$."""
 
-    def element(self, u: Any) -> _Element:
-        _, k, v, i, f, _ = u
-        return f, (_written(k, v), i)
+    def element(self, u: _Inputs) -> _Element:
+        return u.log_forget, (_written(u.key, u.value), u.log_input)
 
     def constant(self, state: _State) -> _Element:
         return jnp.full_like(state[1], _FORGET), state
@@ -71,10 +83,10 @@ class _MeanAlgebra(AbstractAlgebra):
 
 
 def _written(k, v):
-    return jnp.expand_dims(wide(k), 2) * jnp.expand_dims(wide(v), 1)
+    return jnp.expand_dims(at_least_float32(k), 2) * jnp.expand_dims(at_least_float32(v), 1)
 
 
-class MLSTM(AbstractCell):
+class MLSTM(AbstractMatrixCell, AbstractShortConvCell):
     r"""The mLSTM: an LSTM whose memory is a matrix, with an exponential input gate and a normaliser
     (Beck et al., *xLSTM: Extended long short-term memory*, 2024), in a smooth form. Per head, with
     the memory $C$ of shape `(key_size, value_size)` and $d$ the size of keys,
@@ -104,7 +116,6 @@ class MLSTM(AbstractCell):
     heads. A layer makes outputs chunk by chunk by products of matrices, without the states between.
     """
 
-    chunk_size: ClassVar[int | None] = CHUNK_SIZE
     algebra: ClassVar[AbstractAlgebra | None] = _MeanAlgebra()
     chunk_algebra: ClassVar[AbstractAlgebra | None] = _MeanAlgebra()
 
@@ -114,6 +125,7 @@ class MLSTM(AbstractCell):
     weight_i: Float[Array, "num_heads input_size"]
     weight_f: Float[Array, "num_heads input_size"]
     weight_g: Float[Array, "num_heads*value_size input_size"] | None
+    # Left to the block around a cell that is `bare`.
     weight_o: Float[Array, "output_size num_heads*value_size"] | None
     weight_conv: Float[Array, "conv_width input_size"] | None
     weight_norm: Float[Array, "num_heads value_size"]
@@ -121,10 +133,6 @@ class MLSTM(AbstractCell):
     bias_f: Float[Array, " num_heads"]
     bias_g: Float[Array, " num_heads*value_size"] | None
     skip: Float[Array, " input_size"] | None
-    input_size: int = eqx.field(static=True)
-    num_heads: int = eqx.field(static=True)
-    key_size: int = eqx.field(static=True)
-    value_size: int = eqx.field(static=True)
     conv_width: int = eqx.field(static=True)
 
     def __init__(
@@ -168,75 +176,54 @@ class MLSTM(AbstractCell):
                 "With `bare`, `num_heads * value_size` and `output_size` must be `input_size`, "
                 f"{input_size}; got {features} and {output_size}."
             )
-        block, *_ = block_sizes(
-            num_blocks, input_size=input_size, keys=num_heads * key_size, values=features
-        )
-        sizes = num_heads, key_size, value_size, output_size
-        weights = init_attention(block, *sizes, dtype, keys[:4])
-        self.weight_q, self.weight_k, self.weight_v, self.weight_o = weights
+        block_sizes(num_blocks, input_size=input_size, keys=num_heads * key_size, values=features)
+        sizes = input_size, num_heads, key_size, value_size, output_size
+        self._init_maps(sizes, dtype, keys[:4], num_blocks=num_blocks)
         stored = self.weight_q.dtype
         self.weight_i = jnp.zeros((num_heads, input_size), stored)
         self.weight_f = jnp.zeros((num_heads, input_size), stored)
         self.weight_conv = init_convolution(keys[6], conv_width, input_size, dtype)
         self.weight_g = self.bias_g = self.skip = None
         if bare:
-            self.weight_o = None
+            self.weight_o = None  # pyright: ignore[reportIncompatibleVariableOverride]
             self.skip = jnp.ones(input_size, stored)
         else:
             self.weight_g = init_linear(keys[4], features, input_size, dtype)
             self.bias_g = jnp.zeros(features, stored)
         self.weight_norm = jnp.ones((num_heads, value_size), stored)
         self.bias_i = normal(keys[5], (num_heads,), 0.1, dtype)
-        self.bias_f = jnp.linspace(3, 6, num_heads, dtype=stored)
-        self.input_size = input_size
-        self.num_heads = num_heads
-        self.key_size = key_size
-        self.value_size = value_size
+        self.bias_f = init_forget_bias(num_heads, stored)
         self.conv_width = conv_width
-
-    @property
-    def context(self) -> int:
-        return max(self.conv_width - 1, 0)
-
-    @property
-    def input_struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.input_size,), self.weight_q.dtype)
 
     def init_state(self) -> _State:
         shape = self.num_heads, self.key_size, self.value_size + 1
         logs = jnp.full_like(zero_state(self.num_heads, self.weight_k), LOG_ZERO)
         return zero_state(shape, self.weight_k), logs
 
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        r"""$q$, $k$, $v$ with a last 1, which makes $n$, $\tilde\imath$, $\log σ(\tilde f)$, and
-        the output gate $W_g x + b_g$, or $c$."""
+    def project(self, xs: Float[Array, "L input_size"]) -> _Inputs:
         check_inputs(xs, self.input_size)
-        seen = convolved(self.weight_conv, xs)
+        seen = short_conv_silu(self.weight_conv, xs)
         maps = [(self.weight_q, seen), (self.weight_k, seen), (self.weight_v, xs)]
         q, k, v = (split_heads(linear(weight, x), self.num_heads) for weight, x in maps)
-        i = wide(affine(self.weight_i, self.bias_i, xs))
-        f = jax.nn.log_sigmoid(wide(affine(self.weight_f, self.bias_f, xs)))
+        i = at_least_float32(affine(self.weight_i, self.bias_i, xs))
+        f = log_gate(affine(self.weight_f, self.bias_f, xs))
         g = seen if self.weight_g is None else affine(self.weight_g, self.bias_g, xs)
-        return [q, k * self.key_size**-0.5, with_ones(v), i, f, g]
+        return _Inputs(q, k * self.key_size**-0.5, append_ones(v), i, f, g)
 
-    def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
+    def step(self, state: _State, u: _Inputs) -> _State:
         memory, logs = state
-        _, k, v, i, f, _ = u
-        return _mixed(logs + f, memory, i, _written(k, v))
+        return _mixed(logs + u.log_forget, memory, u.log_input, _written(u.key, u.value))
 
-    def readout(
-        self, states: Any, us: list[Float[Array, "L ..."]]
-    ) -> Float[Array, "L output_size"]:
+    def readout(self, states: Any, us: _Inputs) -> Float[Array, "L output_size"]:
         memories, logs = states
-        return self._outputs(reads(us[0], memories), logs, us)
+        return self._output(query_states(us.query, memories), logs, us)
 
     def apply_chunk(
-        self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+        self, state: _State, us: _Inputs, reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
-        q, k, v, i, f, _ = us
         memory, logs = state
-        between, arriving = summed_logs(f, reset)
-        between = between + jnp.expand_dims(i.T, 1)
+        between, arriving = segment_log_decays(us.log_forget, reset)
+        between = between + jnp.expand_dims(us.log_input.T, 1)
         arriving = arriving + jnp.expand_dims(logs, 1)
         largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(between, axis=2), arriving))
         between = jnp.exp(between - jnp.expand_dims(largest, 2))
@@ -244,21 +231,27 @@ class MLSTM(AbstractCell):
         total = jnp.sum(between, axis=2) + arriving
         logs = largest + jnp.log(total)
         weights = between / jnp.expand_dims(total, 2), arriving / total
-        memory, y = weighted_chunk(memory, q, k, v, *weights)
-        return (memory, logs[:, -1]), self._outputs(y, logs.T, us)
+        memory, y = weighted_chunk(memory, us.query, us.key, us.value, *weights)
+        return (memory, logs[:, -1]), self._output(y, logs.T, us)
 
     def chunk_factor(
-        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+        self, us: _Inputs, reset: Bool[Array, " T"] | None
     ) -> Float[Array, " num_heads"]:
-        return jnp.maximum(jnp.sum(with_resets(us[4], reset), axis=0), _FORGET)
+        return jnp.maximum(jnp.sum(with_resets(us.log_forget, reset), axis=0), _FORGET)
 
-    def _outputs(self, y, logs, us):
+    def _output(
+        self,
+        y: Float[Array, "L num_heads columns"],
+        logs: Float[Array, "L num_heads"],
+        us: _Inputs,
+    ) -> Float[Array, "L output_size"]:
         # Numerator and denominator times a power of e, so that none overflows.
         y = y * jnp.expand_dims(jnp.exp(jnp.minimum(logs, 0)), 2)
         least = jnp.expand_dims(jnp.exp(-jnp.clip(logs, 0, _SMALL)), 2)
         y = y[..., :-1] / jnp.maximum(jnp.abs(y[..., -1:]), least)
         y = norm_heads(y, self.weight_norm, centred=True)
+        gate = at_least_float32(us.gate)
         if self.weight_o is None:
             assert self.skip is not None
-            return y + jnp.expand_dims(wide(self.skip), 0) * wide(us[-1])
-        return (jax.nn.sigmoid(wide(us[-1])) * y) @ wide(self.weight_o).T
+            return y + jnp.expand_dims(at_least_float32(self.skip), 0) * gate
+        return (jax.nn.sigmoid(gate) * y) @ at_least_float32(self.weight_o).T

@@ -17,20 +17,20 @@ from ._base import check_sizes, head_sizes
 # --- dtypes and states ------------------------------------------------------------------------
 
 
-def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The same numbers in at least float32."""
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
 def zero_state(shape: int | tuple[int, ...], like: Array) -> Float[Array, "..."]:
     """A zero state of at least float32, whatever the dtype of the parameters."""
-    return jnp.zeros(shape, wide(like).dtype)
+    return jnp.zeros(shape, at_least_float32(like).dtype)
 
 
 # --- initial parameters -----------------------------------------------------------------------
 
 
-def _dtype(dtype: Any) -> Any:
+def default_dtype(dtype: Any) -> Any:
     """JAX's default for real numbers where none is given."""
     return jnp.result_type(float) if dtype is None else dtype
 
@@ -39,14 +39,14 @@ def uniform(
     key: PRNGKeyArray, shape: tuple[int, ...], limit: float, dtype: Any
 ) -> Float[Array, "..."]:
     """Uniform in ± `limit`."""
-    return jax.random.uniform(key, shape, _dtype(dtype), minval=-limit, maxval=limit)
+    return jax.random.uniform(key, shape, default_dtype(dtype), minval=-limit, maxval=limit)
 
 
 def normal(
     key: PRNGKeyArray, shape: tuple[int, ...], scale: float, dtype: Any
 ) -> Float[Array, "..."]:
     """Normal with mean 0 and standard deviation `scale`."""
-    return scale * jax.random.normal(key, shape, _dtype(dtype))
+    return scale * jax.random.normal(key, shape, default_dtype(dtype))
 
 
 def log_uniform(
@@ -204,8 +204,11 @@ def causal_convolution(
         )
     width, length = len(weight), len(xs)
     # A sum of shifted products: XLA's grouped convolutions are slow on a CPU.
-    padded = wide(jnp.pad(xs, ((width - 1, 0), (0, 0))))
-    taps = (jnp.expand_dims(wide(weight[j]), 0) * padded[j : j + length] for j in range(width))
+    padded = at_least_float32(jnp.pad(xs, ((width - 1, 0), (0, 0))))
+    taps = (
+        jnp.expand_dims(at_least_float32(weight[j]), 0) * padded[j : j + length]
+        for j in range(width)
+    )
     return sum(taps, start=jnp.zeros(xs.shape, padded.dtype)).astype(xs.dtype)
 
 
@@ -220,11 +223,16 @@ def init_convolution(
     return uniform(key, (conv_width, channels), conv_width**-0.5, dtype)
 
 
-def convolved(
-    weight: Float[Array, "conv_width channels"] | None, xs: Float[Array, "L channels"]
+def short_conv_silu(
+    weight: Float[Array, "conv_width channels"] | None,
+    xs: Float[Array, "L channels"],
+    bias: Float[Array, " channels"] | None = None,
 ) -> Float[Array, "L channels"]:
-    """SiLU of the short convolution of `xs`, if there is one."""
-    return xs if weight is None else jax.nn.silu(causal_convolution(weight, xs))
+    """SiLU of the short convolution of `xs` plus the bias; `xs` itself if there are no filters."""
+    if weight is None or len(weight) == 0:
+        return xs
+    ys = causal_convolution(weight, xs)
+    return jax.nn.silu(ys if bias is None else ys + jnp.expand_dims(bias, 0))
 
 
 # --- heads ------------------------------------------------------------------------------------
@@ -251,7 +259,7 @@ def recur_heads(
     head that is the layout of Equinox. The heads are a batch axis of the product, in which
     structure detection sees the blocks.
     """
-    weight = wide(weight)
+    weight = at_least_float32(weight)
     rows, head_size = weight.shape
     gates = rows // len(state)
     if head_size == len(state):
@@ -262,65 +270,14 @@ def recur_heads(
     return [products[:, gate].reshape(-1) for gate in range(gates)]
 
 
-def unit(x: Float[Array, "*axes size"]) -> Float[Array, "*axes size"]:
+def l2_normalize(x: Float[Array, "*axes size"]) -> Float[Array, "*axes size"]:
     """`x` divided by its norm along the last axis, in at least float32; 0 stays 0, and it is smooth
     there."""
-    x = wide(x)
+    x = at_least_float32(x)
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
-# --- the decay gate ---------------------------------------------------------------------------
-
-
-def init_decay(
-    num_heads: int, dtype: Any, key: PRNGKeyArray
-) -> tuple[Float[Array, " heads"], Float[Array, " heads"]]:
-    r"""$A_{\log}$ and $b$ of `decay` as in Mamba-2: $A$ uniform in $(0, 16)$, and $b$ such that
-    $\mathrm{softplus}(b)$ is log-uniform in $(10^{-3}, 10^{-1})$."""
-    key_a, key_b = jax.random.split(key)
-    # A sample may be the left end of its interval; the logarithm of 0 would be infinite.
-    a = jax.random.uniform(key_a, (num_heads,), minval=1e-4, maxval=16)
-    bias = inverse_softplus(log_uniform(key_b, (num_heads,), 1e-3, 0.1))
-    return jnp.log(a).astype(_dtype(dtype)), bias.astype(_dtype(dtype))
-
-
-def decay(
-    raw: Float[Array, "L heads"], a_log: Float[Array, " heads"], bias: Float[Array, " heads"]
-) -> Float[Array, "L heads"]:
-    r"""The forget gate of Mamba, which depends on the input only,
-
-    $$f = \exp(-A\, \mathrm{softplus}(a + b)), \qquad A = e^{A_{\log}} > 0,$$
-
-    one number in $(0, 1)$ per step and head, from $a$, `raw`. It has at least float32: near 1,
-    bfloat16 has no resolution."""
-    rate = jax.nn.softplus(wide(raw) + jnp.expand_dims(wide(bias), 0))
-    return jnp.exp(-jnp.expand_dims(jnp.exp(wide(a_log)), 0) * rate)
-
-
-# --- linear attention -------------------------------------------------------------------------
-
-
-def init_attention(
-    input_size: int,
-    num_heads: int,
-    key_size: int,
-    value_size: int,
-    output_size: int,
-    dtype: Any,
-    keys: Iterable[PRNGKeyArray],
-) -> list[Float[Array, "..."]]:
-    """The linear maps to queries, keys and values of all heads, and from values to outputs; the
-    sizes are checked. Takes four keys."""
-    check_sizes(
-        input_size=input_size,
-        num_heads=num_heads,
-        key_size=key_size,
-        value_size=value_size,
-        output_size=output_size,
-    )
-    sizes = [(num_heads * size, input_size) for size in (key_size, key_size, value_size)]
-    sizes.append((output_size, num_heads * value_size))
-    return [init_linear(key, *size, dtype) for key, size in zip(keys, sizes, strict=True)]
+# --- outputs of heads -------------------------------------------------------------------------
 
 
 def norm_heads(
@@ -335,9 +292,31 @@ def norm_heads(
     if centred:
         y = y - jnp.mean(y, axis=2, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=2, keepdims=True) + eps)
-    return merge_heads(y * jnp.expand_dims(wide(weight), 0))
+    return merge_heads(y * jnp.expand_dims(at_least_float32(weight), 0))
 
 
-def with_ones(v: Float[Array, "L heads size"]) -> Float[Array, "L heads columns"]:
+def project_out(
+    y: Float[Array, "L heads size"], weight: Float[Array, "outputs heads*size"]
+) -> Float[Array, "L outputs"]:
+    """`W y` with all heads as one vector, in at least float32."""
+    return merge_heads(y) @ at_least_float32(weight).T
+
+
+def gated_output(
+    y: Float[Array, "L heads size"],
+    gate: Float[Array, "L heads*size"],
+    weight_norm: Float[Array, "heads size"],
+    weight_o: Float[Array, "outputs heads*size"],
+    *,
+    centred: bool,
+    eps: float,
+) -> Float[Array, "L outputs"]:
+    r"""$W_o\, (\mathrm{norm}(y) ⊙ \mathrm{SiLU}(g))$, with the norm of `norm_heads`, in at least
+    float32."""
+    y = norm_heads(y, weight_norm, centred=centred, eps=eps)
+    return (y * jax.nn.silu(at_least_float32(gate))) @ at_least_float32(weight_o).T
+
+
+def append_ones(v: Float[Array, "L heads size"]) -> Float[Array, "L heads columns"]:
     """Values with a last one of 1, under which keys are summed up."""
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)

@@ -1,15 +1,15 @@
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import affine, init_linear, normal, wide, zero_state
+from ._base import check_inputs, check_sizes
+from ._parts import affine, at_least_float32, init_linear, normal
+from ._vector import AbstractVectorCell, Vector, Vectors
 
 
-class PiecewiseLinearRNN(AbstractCell):
+class PiecewiseLinearRNN(AbstractVectorCell):
     r"""The piecewise-linear recurrent network, a model of chaotic dynamics (Durstewitz, *A state
     space approach for piecewise-linear recurrent neural networks for identifying computational
     dynamics from neural measurements*, 2017; Hess et al., *Generalized teacher forcing for learning
@@ -26,8 +26,6 @@ class PiecewiseLinearRNN(AbstractCell):
     weight_h: Float[Array, "hidden_size hidden_size"]
     decay: Float[Array, " hidden_size"]
     bias: Float[Array, " hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
 
     def __init__(self, input_size: int, hidden_size: int, *, dtype: Any = None, key: PRNGKeyArray):
         r"""**Arguments:**
@@ -43,7 +41,7 @@ class PiecewiseLinearRNN(AbstractCell):
         check_sizes(input_size=input_size, hidden_size=hidden_size)
         key_x, key_h = jax.random.split(key)
         self.weight_x = init_linear(key_x, hidden_size, input_size, dtype)
-        root = wide(normal(key_h, (hidden_size, hidden_size), hidden_size**-0.5, dtype))
+        root = at_least_float32(normal(key_h, (hidden_size, hidden_size), hidden_size**-0.5, dtype))
         matrix = root @ root.T + jnp.eye(hidden_size, dtype=root.dtype)
         matrix = (matrix / jnp.linalg.norm(matrix, 2)).astype(self.weight_x.dtype)
         self.decay = jnp.diagonal(matrix)
@@ -52,15 +50,14 @@ class PiecewiseLinearRNN(AbstractCell):
         self.input_size = input_size
         self.hidden_size = hidden_size
 
-    def init_state(self) -> Float[Array, " hidden_size"]:
-        return zero_state(self.hidden_size, self.weight_h)
-
-    def project(self, xs: Float[Array, "L input_size"]) -> Float[Array, "L hidden_size"]:
+    def project(self, xs: Float[Array, "L input_size"]) -> Vectors:
         check_inputs(xs, self.input_size)
         return affine(self.weight_x, self.bias, xs)
 
-    def step(
-        self, state: Float[Array, " hidden_size"], u: Float[Array, " hidden_size"]
-    ) -> Float[Array, " hidden_size"]:
-        weight = jnp.where(jnp.eye(self.hidden_size, dtype=bool), 0, wide(self.weight_h))
-        return wide(self.decay) * state + weight @ jax.nn.relu(state) + wide(u)
+    def step(self, state: Vector, u: Vector) -> Vector:
+        weight = jnp.where(
+            jnp.eye(self.hidden_size, dtype=bool), 0, at_least_float32(self.weight_h)
+        )
+        return (
+            at_least_float32(self.decay) * state + weight @ jax.nn.relu(state) + at_least_float32(u)
+        )

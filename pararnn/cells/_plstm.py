@@ -1,20 +1,17 @@
-from typing import Any, ClassVar
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._algebra import AbstractAlgebra
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._chunk_maps import MatrixAlgebra
-from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_heads
-from ._parts import init_linear, merge_heads, split_heads, wide, zero_state
-
-_State = Float[Array, "num_heads key_size value_size"]
+from ._base import check_inputs
+from ._chunks_decayed import AbstractDecayedCell, DecayedInputs
+from ._decay import init_forget_bias, log_gate
+from ._matrix import AbstractMatrixCell
+from ._parts import at_least_float32, init_linear, project_out, split_heads
 
 
-class PLSTM(AbstractCell):
+class PLSTM(AbstractMatrixCell, AbstractDecayedCell):
     r"""A network of sources, transitions and marks along a sequence (Pöppel et al., *pLSTM:
     parallelizable linear source transition mark networks*, 2025). Per head, a memory $C$ of shape
     `(key_size, value_size)` lies between steps. A step reads the one that arrives through its mark
@@ -41,19 +38,8 @@ class PLSTM(AbstractCell):
     only. The state has at least float32.
     """
 
-    chunk_size: ClassVar[int | None] = CHUNK_SIZE
-    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
-
-    weight_q: Float[Array, "num_heads*key_size input_size"]
-    weight_k: Float[Array, "num_heads*key_size input_size"]
-    weight_v: Float[Array, "num_heads*value_size input_size"]
     weight_gates: Float[Array, "4 num_heads input_size"]
     bias_gates: Float[Array, "4 num_heads"]
-    weight_o: Float[Array, "output_size num_heads*value_size"]
-    input_size: int = eqx.field(static=True)
-    num_heads: int = eqx.field(static=True)
-    key_size: int = eqx.field(static=True)
-    value_size: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -77,27 +63,13 @@ class PLSTM(AbstractCell):
             their inputs; the biases of the gates, stacked in the order $S, T, M, D$, are 0, but
             those of $T$ go from 3 to 6 over the heads, which forget slowly.
         """
-        output_size = input_size if output_size is None else output_size
-        check_sizes(
-            input_size=input_size,
-            num_heads=num_heads,
-            key_size=key_size,
-            value_size=value_size,
-            output_size=output_size,
-        )
         keys = jax.random.split(key, 5)
-        self.weight_q = init_linear(keys[0], num_heads * key_size, input_size, dtype)
-        self.weight_k = init_linear(keys[1], num_heads * key_size, input_size, dtype)
-        self.weight_v = init_linear(keys[2], num_heads * value_size, input_size, dtype)
+        sizes = input_size, num_heads, key_size, value_size, output_size
+        self._init_maps(sizes, dtype, [*keys[:3], keys[4]])
         gates = init_linear(keys[3], 4 * num_heads, input_size, dtype)
         self.weight_gates = gates.reshape(4, num_heads, input_size)
         bias = jnp.zeros((4, num_heads), gates.dtype)
-        self.bias_gates = bias.at[1].set(jnp.linspace(3, 6, num_heads, dtype=gates.dtype))
-        self.weight_o = init_linear(keys[4], output_size, num_heads * value_size, dtype)
-        self.input_size = input_size
-        self.num_heads = num_heads
-        self.key_size = key_size
-        self.value_size = value_size
+        self.bias_gates = bias.at[1].set(init_forget_bias(num_heads, gates.dtype))
 
     @property
     def context(self) -> int:
@@ -107,52 +79,26 @@ class PLSTM(AbstractCell):
     def input_struct(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.input_size,), self.weight_q.dtype)
 
-    def init_state(self) -> _State:
-        return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
-
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        r"""The source of the previous step, $S k$ and $v$, and its transition $\log T$; the mark of
-        this one, $M q$; and its direct term, $D (q^\top k) v$."""
+    def project(self, xs: Float[Array, "L input_size"]) -> DecayedInputs:
+        r"""The mark of this step, $M q$, and its direct term, $D (q^\top k) v$; the source of the
+        previous one, $S k$ and $v$, and its transition $\log T$."""
         check_inputs(xs, self.input_size)
         seen = jnp.pad(xs, ((1, 0), (0, 0)))
-        k = wide(split_heads(seen @ self.weight_k.T, self.num_heads))
-        v = wide(split_heads(seen @ self.weight_v.T, self.num_heads))
+        maps = (self.weight_q, xs), (self.weight_k, seen), (self.weight_v, seen)
+        q, k, v = (at_least_float32(split_heads(x @ w.T, self.num_heads)) for w, x in maps)
+        q = q * self.key_size**-0.5
         source = jax.nn.sigmoid(self._gate(seen[:-1], 0))
-        log_kept = jax.nn.log_sigmoid(self._gate(seen[:-1], 1))
+        log_kept = log_gate(self._gate(seen[:-1], 1))
         mark, direct = (jax.nn.sigmoid(self._gate(xs, index)) for index in (2, 3))
-        q = wide(split_heads(xs @ self.weight_q.T, self.num_heads)) * self.key_size**-0.5
         own = direct * jnp.sum(q * k[1:], axis=-1, keepdims=True) * v[1:]
-        return [source * k[:-1], v[:-1], log_kept, mark * q, own]
+        return DecayedInputs(mark * q, source * k[:-1], v[:-1], log_kept, rest=own)
 
     def _gate(self, xs: Array, index: int) -> Float[Array, "L num_heads 1"]:
-        raw = wide(xs @ self.weight_gates[index].T)
-        raw = raw + jnp.expand_dims(wide(self.bias_gates[index]), 0)
+        raw = at_least_float32(xs @ self.weight_gates[index].T)
+        raw = raw + jnp.expand_dims(at_least_float32(self.bias_gates[index]), 0)
         return jnp.expand_dims(raw, 2)
 
-    def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
-        k, v, log_kept, _, _ = u
-        return decayed_step(state, k, v, jnp.exp(log_kept))
-
-    def readout(
-        self,
-        states: Float[Array, "L num_heads key_size value_size"],
-        us: list[Float[Array, "L ..."]],
+    def _output(
+        self, y: Float[Array, "L num_heads value_size"], us: DecayedInputs
     ) -> Float[Array, "L output_size"]:
-        *_, q, own = us
-        return self._output(reads(q, states) + own)
-
-    def apply_chunk(
-        self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
-    ) -> tuple[_State, Float[Array, "T output_size"]]:
-        k, v, log_kept, q, own = us
-        after, y = through_heads(state, q, k, v, log_kept[:, :, 0], reset)
-        return after, self._output(y + own)
-
-    def chunk_factor(
-        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
-    ) -> Float[Array, "#num_heads #key_size 1"]:
-        return kept(us[2][:, :, 0], reset)
-
-    def _output(self, y: Float[Array, "L num_heads value_size"]) -> Float[Array, "L output_size"]:
-        """From what is read to outputs."""
-        return merge_heads(y) @ wide(self.weight_o).T
+        return project_out(y + us.rest, self.weight_o)

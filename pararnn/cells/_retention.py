@@ -1,4 +1,4 @@
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._algebra import AbstractAlgebra
-from ._base import AbstractCell, check_eps, check_inputs, check_sizes
-from ._chunk_maps import MatrixAlgebra
-from ._chunks_decayed import CHUNK_SIZE, decayed_step, kept, reads, through_heads
-from ._parts import init_attention, init_linear, norm_heads, split_heads, wide, zero_state
+from ._base import check_eps, check_inputs, check_sizes
+from ._chunks_decayed import AbstractDecayedCell, DecayedInputs, apply_heads, decayed_step
+from ._decay import chunk_decay
+from ._matrix import AbstractMatrixCell
+from ._parts import gated_output, init_linear
 
 _State = Float[Array, "num_heads key_size value_size"]
 
 
-class Retention(AbstractCell):
+class Retention(AbstractMatrixCell, AbstractDecayedCell):
     r"""Linear attention that forgets at a fixed rate, while keys turn (Sun et al., *Retentive
     network: a successor to transformer for large language models*, 2023). Head $n$, from 0, has the
     state $S$ of shape `(key_size, value_size)`, and
@@ -39,19 +39,8 @@ class Retention(AbstractCell):
     2×2. A layer makes outputs chunk by chunk by products of matrices, without the states between.
     """
 
-    chunk_size: ClassVar[int | None] = CHUNK_SIZE
-    chunk_algebra: ClassVar[AbstractAlgebra | None] = MatrixAlgebra()
-
-    weight_q: Float[Array, "num_heads*key_size input_size"]
-    weight_k: Float[Array, "num_heads*key_size input_size"]
-    weight_v: Float[Array, "num_heads*value_size input_size"]
     weight_g: Float[Array, "num_heads*value_size input_size"]
-    weight_o: Float[Array, "output_size num_heads*value_size"]
     weight_norm: Float[Array, "num_heads value_size"]
-    input_size: int = eqx.field(static=True)
-    num_heads: int = eqx.field(static=True)
-    key_size: int = eqx.field(static=True)
-    value_size: int = eqx.field(static=True)
     norm_eps: float = eqx.field(static=True)
 
     def __init__(
@@ -77,62 +66,50 @@ class Retention(AbstractCell):
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             their inputs; the norm's weights are 1.
         """
-        output_size = input_size if output_size is None else output_size
         check_sizes(key_size=key_size)
         if key_size % 2:
             raise ValueError(f"`key_size` must be even, as channels turn in pairs; got {key_size}.")
         keys = jax.random.split(key, 5)
         sizes = input_size, num_heads, key_size, value_size, output_size
-        weights = init_attention(*sizes, dtype, keys[:4])
-        self.weight_q, self.weight_k, self.weight_v, self.weight_o = weights
+        self._init_maps(sizes, dtype, keys[:4])
         self.weight_g = init_linear(keys[4], num_heads * value_size, input_size, dtype)
         self.weight_norm = jnp.ones((num_heads, value_size), self.weight_q.dtype)
-        self.input_size = input_size
-        self.num_heads = num_heads
-        self.key_size = key_size
-        self.value_size = value_size
         self.norm_eps = check_eps(norm_eps)
 
-    def init_state(self) -> _State:
-        return zero_state((self.num_heads, self.key_size, self.value_size), self.weight_k)
-
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> DecayedInputs:
         r"""$q/\sqrt{d}$, $k$, $v$ and the output gate $W_g x$."""
         check_inputs(xs, self.input_size)
-        maps = (self.weight_q, self.weight_k, self.weight_v)
-        q, k, v = (split_heads(xs @ weight.T, self.num_heads) for weight in maps)
-        return [self.key_size**-0.5 * q, k, v, xs @ self.weight_g.T]
+        q, k, v = self._heads(xs)
+        return DecayedInputs(self.key_size**-0.5 * q, k, v, rest=xs @ self.weight_g.T)
 
-    def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
-        _, k, v, _ = u
+    def step(self, state: _State, u: DecayedInputs) -> _State:
         gamma = np.expand_dims(np.exp(self._log_decay()), 1)
         turned = self._turned_on(state, 1)
-        return decayed_step(turned, k, v, jnp.asarray(gamma, state.dtype))
-
-    def readout(
-        self,
-        states: Float[Array, "L num_heads key_size value_size"],
-        us: list[Float[Array, "L ..."]],
-    ) -> Float[Array, "L output_size"]:
-        return self._outputs(reads(us[0], states), us)
+        return decayed_step(turned, u.key, u.value, jnp.asarray(gamma, state.dtype))
 
     def apply_chunk(
-        self, state: _State, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+        self, state: _State, us: DecayedInputs, reset: Bool[Array, " T"] | None
     ) -> tuple[_State, Float[Array, "T output_size"]]:
-        q, k, v, _ = us
         # What turns is not the state but the queries, which follow it, and the keys: back, to where
         # they would have to be before the chunk.
-        back = np.expand_dims(np.arange(1, len(q) + 1), (1, 2)) * self._angles()
-        q, k, log_decay = _turned(q, back), _turned(k, back), self._log_decays(len(q), state)
-        state, y = through_heads(state, q, k, v, log_decay, reset)
-        return self._turned_on(state, len(q)), self._outputs(y, us)
+        length = len(us.query)
+        back = np.expand_dims(np.arange(1, length + 1), (1, 2)) * self._angles()
+        q, k = _turned(us.query, back), _turned(us.key, back)
+        state, y = apply_heads(state, q, k, us.value, self._log_decays(length, state), reset)
+        return self._turned_on(state, length), self._output(y, us)
 
     def chunk_factor(
-        self, us: list[Float[Array, "T ..."]], reset: Bool[Array, " T"] | None
+        self, us: DecayedInputs, reset: Bool[Array, " T"] | None
     ) -> Float[Array, "num_heads key_size key_size"]:
-        length, start = len(us[0]), self.init_state()
+        length, start = len(us.query), self.init_state()
         one = jnp.expand_dims(jnp.eye(self.key_size, dtype=start.dtype), 0)
-        return self._turned_on(kept(self._log_decays(length, start), reset) * one, length)
+        return self._turned_on(chunk_decay(self._log_decays(length, start), reset) * one, length)
+
+    def _output(
+        self, y: Float[Array, "L num_heads value_size"], us: DecayedInputs
+    ) -> Float[Array, "L output_size"]:
+        weights = self.weight_norm, self.weight_o
+        return gated_output(y, us.rest, *weights, centred=True, eps=self.norm_eps)
 
     def _turned_on(self, state, length):
         """By as much as that many steps turn a state."""
@@ -140,10 +117,6 @@ class Retention(AbstractCell):
 
     def _log_decays(self, length, state):
         return jnp.asarray(np.tile(self._log_decay(), (length, 1)), state.dtype)
-
-    def _outputs(self, y, us):
-        y = norm_heads(y, self.weight_norm, centred=True, eps=self.norm_eps)
-        return (y * jax.nn.silu(wide(us[-1]))) @ wide(self.weight_o).T
 
     def _log_decay(self) -> np.ndarray:
         return np.log1p(-(2.0 ** (-5 - np.arange(self.num_heads))))

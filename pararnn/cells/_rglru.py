@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._base import AbstractCell, check_inputs, head_sizes
-from ._parts import inverse_softplus, normal, project_heads, wide, zero_state
+from ._parts import at_least_float32, inverse_softplus, normal, project_heads, zero_state
 
 # c in the paper: a step with an open gate forgets as much as so many steps by exp(-softplus(Λ)).
 _POWER = 8.0
@@ -85,12 +85,14 @@ class RGLRU(AbstractCell):
         self, xs: Float[Array, "L input_size"], starts: Bool[Array, " L"]
     ) -> list[Float[Array, "L input_size"]]:
         check_inputs(xs, self.input_size)
-        r, i = (jax.nn.sigmoid(wide(u)) for u in project_heads(self.weight_x, self.bias, xs))
-        rate = _POWER * jnp.expand_dims(jax.nn.softplus(wide(self.decay)), 0) * r
+        r, i = (
+            jax.nn.sigmoid(at_least_float32(u)) for u in project_heads(self.weight_x, self.bias, xs)
+        )
+        rate = _POWER * jnp.expand_dims(jax.nn.softplus(at_least_float32(self.decay)), 0) * r
         gain = _complement(rate)
         if not self.normalise_first:
             gain = jnp.where(jnp.expand_dims(starts, 1), jnp.ones_like(gain), gain)
-        return [jnp.exp(-rate), gain * i * wide(xs)]
+        return [jnp.exp(-rate), gain * i * at_least_float32(xs)]
 
     def step(
         self, state: Float[Array, " input_size"], u: list[Float[Array, " input_size"]]

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import normal, wide
+from ._parts import at_least_float32, normal
+from ._vector import AbstractVectorCell
 from ._zero_order_hold import complex_zero_state, gain, init_log_step, init_rates, multiplier
 
 
-class S5(AbstractCell):
+class S5(AbstractVectorCell):
     r"""A diagonal state-space model with all features as its inputs and outputs (Smith, Warrington,
     Linderman, *Simplified state space layers for sequence modeling*, ICLR 2023). Of the system in
     continuous time
@@ -38,8 +39,6 @@ class S5(AbstractCell):
     nu: Float[Array, " hidden_size"]
     omega: Float[Array, " hidden_size"]
     log_step: Float[Array, " hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -87,20 +86,22 @@ class S5(AbstractCell):
         r"""$\bar B x$ and $D x$."""
         check_inputs(xs, self.input_size)
         scale = gain(self.nu, self.omega, self.log_step)
-        real, imag = (wide(xs @ part.T) for part in self.weight_x)
+        real, imag = (at_least_float32(xs @ part.T) for part in self.weight_x)
         skip = jnp.expand_dims(self.skip, 0) * xs if self.skip.ndim == 1 else xs @ self.skip.T
         return [jnp.expand_dims(scale, 0) * jax.lax.complex(real, imag), skip]
 
     def step(
         self, state: Complex[Array, " hidden_size"], u: list[Array]
     ) -> Complex[Array, " hidden_size"]:
-        return multiplier(self.nu, self.omega, self.log_step) * state + u[0]
+        driven, _ = u
+        return multiplier(self.nu, self.omega, self.log_step) * state + driven
 
     def readout(
         self, states: Complex[Array, "L hidden_size"], us: list[Array]
     ) -> Float[Array, "L output_size"]:
-        real, imag = wide(self.weight_o)
-        return 2 * (states.real @ real.T - states.imag @ imag.T) + wide(us[1])
+        _, skip = us
+        real, imag = at_least_float32(self.weight_o)
+        return 2 * (states.real @ real.T - states.imag @ imag.T) + at_least_float32(skip)
 
 
 class S4D(AbstractCell):
@@ -156,7 +157,7 @@ class S4D(AbstractCell):
         r"""$x$ itself. The step multiplies by $\bar B$: the product has `state_size` times as many
         numbers."""
         check_inputs(xs, self.input_size)
-        return wide(xs)
+        return at_least_float32(xs)
 
     def step(
         self, state: Complex[Array, "input_size state_size"], u: Float[Array, " input_size"]
@@ -170,6 +171,6 @@ class S4D(AbstractCell):
         states: Complex[Array, "L input_size state_size"],
         us: Float[Array, "L input_size"],
     ) -> Float[Array, "L input_size"]:
-        real, imag = (jnp.expand_dims(wide(part), 0) for part in self.weight_o)
+        real, imag = (jnp.expand_dims(at_least_float32(part), 0) for part in self.weight_o)
         y = 2 * jnp.sum(states.real * real - states.imag * imag, axis=-1)
-        return y + jnp.expand_dims(wide(self.skip), 0) * us
+        return y + jnp.expand_dims(at_least_float32(self.skip), 0) * us

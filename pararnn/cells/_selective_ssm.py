@@ -6,21 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import (
-    causal_convolution,
-    init_linear,
-    inverse_softplus,
-    log_uniform,
-    uniform,
-    wide,
-    zero_state,
-)
+from ._base import AbstractShortConvCell, check_inputs, check_sizes
+from ._decay import init_time_step, time_step
+from ._parts import at_least_float32, init_linear, short_conv_silu, uniform, zero_state
 
 _State = Float[Array, "input_size state_size"]
 
 
-class SelectiveSSM(AbstractCell):
+class SelectiveSSM(AbstractShortConvCell):
     r"""The selective state-space model of Mamba, S6, with the convolution before it (Gu, Dao,
     *Mamba: linear-time sequence modeling with selective state spaces*, 2023). With
     $s = \mathrm{SiLU}(\mathrm{conv}(x) + b)$, a causal convolution with one filter per feature, and
@@ -90,8 +83,7 @@ class SelectiveSSM(AbstractCell):
         self.weight_rank = init_linear(keys[4], dt_rank, input_size, dtype)
         self.weight_dt = init_linear(keys[5], input_size, dt_rank, dtype)
         stored = self.weight_dt.dtype
-        bias = inverse_softplus(log_uniform(keys[6], (input_size,), 1e-3, 0.1))
-        self.bias_dt = bias.astype(stored)
+        self.bias_dt = init_time_step(keys[6], input_size, dtype)
         a_log = jnp.log(jnp.arange(1, state_size + 1, dtype=jnp.result_type(float)))
         self.a_log = jnp.tile(a_log, (input_size, 1)).astype(stored)
         self.skip = jnp.ones(input_size, stored)
@@ -99,32 +91,20 @@ class SelectiveSSM(AbstractCell):
         self.state_size = state_size
         self.conv_width = conv_width
 
-    @property
-    def context(self) -> int:
-        return max(self.conv_width - 1, 0)
-
-    @property
-    def input_struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.input_size,), self.weight_b.dtype)
-
     def init_state(self) -> _State:
         return zero_state((self.input_size, self.state_size), self.a_log)
 
     def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
         """$Δ$, $B$, $C$ and $s$."""
         check_inputs(xs, self.input_size)
-        if self.conv_width > 0:
-            xs = causal_convolution(self.weight_conv, xs) + jnp.expand_dims(self.bias_conv, 0)
-            xs = jax.nn.silu(xs)
-        raw = wide(xs @ self.weight_rank.T @ self.weight_dt.T)
-        delta = jax.nn.softplus(raw + jnp.expand_dims(wide(self.bias_dt), 0))
+        xs = short_conv_silu(self.weight_conv, xs, self.bias_conv)
+        delta = time_step(xs @ self.weight_rank.T @ self.weight_dt.T, self.bias_dt)
         return [delta, xs @ self.weight_b.T, xs @ self.weight_c.T, xs]
 
     def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
         delta, b, _, x = u
-        kept = jnp.exp(-jnp.expand_dims(delta, 1) * jnp.exp(wide(self.a_log)))
-        written = jnp.expand_dims(delta * wide(x), 1) * jnp.expand_dims(wide(b), 0)
-        return kept * state + written
+        kept = jnp.exp(-jnp.expand_dims(delta, 1) * jnp.exp(at_least_float32(self.a_log)))
+        return kept * state + jnp.outer(delta * at_least_float32(x), at_least_float32(b))
 
     def readout(
         self,
@@ -132,5 +112,5 @@ class SelectiveSSM(AbstractCell):
         us: list[Float[Array, "L ..."]],
     ) -> Float[Array, "L input_size"]:
         _, _, c, x = us
-        y = jnp.einsum("lcn,ln->lc", states, wide(c))
-        return y + jnp.expand_dims(wide(self.skip), 0) * wide(x)
+        y = jnp.einsum("lcn,ln->lc", states, at_least_float32(c))
+        return y + jnp.expand_dims(at_least_float32(self.skip), 0) * at_least_float32(x)

@@ -5,31 +5,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import AbstractCell, block_sizes, check_inputs, head_sizes
+from ._base import AbstractShortConvCell, block_sizes, check_inputs, head_sizes
+from ._decay import LOG_ZERO
 from ._parts import (
     affine,
-    convolved,
+    at_least_float32,
     init_convolution,
     init_linear,
     norm_heads,
     project_gates,
     recur_heads,
+    short_conv_silu,
     split_heads,
-    wide,
     zero_state,
 )
+from ._vector import AbstractVectorCell, Vector, Vectors
 
 _State = tuple[
     Float[Array, " hidden_size"], Float[Array, " hidden_size"], Float[Array, " hidden_size"]
 ]
 
-# Stands for log(0). Finite, because a solver would take an infinite state for divergence; so low
-# that no sum of log-gates comes near it, so that exp(_LOG_ZERO - ...) is an exact 0 in every dtype,
-# and with it the derivative; within the range of float32 and bfloat16.
-_LOG_ZERO = -1e30
 
-
-class SLSTM(AbstractCell):
+class SLSTM(AbstractVectorCell, AbstractShortConvCell):
     r"""The sLSTM: an LSTM with an exponential input gate and a normaliser (Beck et al., *xLSTM:
     Extended long short-term memory*, 2024), in a smooth form:
 
@@ -56,8 +53,6 @@ class SLSTM(AbstractCell):
     weight_conv: Float[Array, "conv_width input_size"] | None
     weight_norm: Float[Array, "num_heads hidden_size/num_heads"] | None
     bias: Float[Array, " 4*hidden_size"]
-    input_size: int = eqx.field(static=True)
-    hidden_size: int = eqx.field(static=True)
     conv_width: int = eqx.field(static=True)
 
     def __init__(
@@ -115,37 +110,29 @@ class SLSTM(AbstractCell):
         self.hidden_size = hidden_size
         self.conv_width = conv_width
 
-    @property
-    def context(self) -> int:
-        return max(self.conv_width - 1, 0)
-
-    @property
-    def input_struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.input_size,), self.weight_x.dtype)
-
     def init_state(self) -> _State:
         zero = zero_state(self.hidden_size, self.weight_h)
-        return jnp.full_like(zero, _LOG_ZERO), zero, zero
+        return jnp.full_like(zero, LOG_ZERO), zero, zero
 
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L hidden_size"]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> list[Vectors]:
         check_inputs(xs, self.input_size)
         if self.weight_conv is None and self.weight_x.shape[1] == self.input_size:
             return project_gates(self.weight_x, self.bias, xs, 4)
-        seen = convolved(self.weight_conv, xs)
+        seen = short_conv_silu(self.weight_conv, xs)
         weights, biases = jnp.split(self.weight_x, 4), jnp.split(self.bias, 4)
         return list(map(affine, weights, biases, [seen, seen, xs, xs]))
 
-    def step(self, state: _State, u: list[Float[Array, " hidden_size"]]) -> _State:
+    def step(self, state: _State, u: list[Vector]) -> _State:
         ell, v, h = state
         raw = zip(u, recur_heads(self.weight_h, h), strict=True)
-        i, f, z, o = (wide(a) + b for a, b in raw)
+        i, f, z, o = (at_least_float32(a) + b for a, b in raw)
         kept = ell + jax.nn.log_sigmoid(f)
         ell = jnp.logaddexp(kept, i)
         w = jax.nn.sigmoid(i - kept)  # exp(i - ell), without the rounding of a large ell
         v = v + w * (jnp.tanh(z) - v)
         return ell, v, jax.nn.sigmoid(o) * v
 
-    def readout(self, states: Any, us: Any) -> Float[Array, "L hidden_size"]:
+    def readout(self, states: Any, us: Any) -> Vectors:
         _, _, h = states
         if self.weight_norm is None:
             return h

@@ -8,16 +8,30 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ._base import AbstractCell, check_inputs, check_sizes
-from ._parts import init_linear, unit, wide
+from ._base import AbstractCell, AbstractChunkedCell, check_inputs, check_sizes
+from ._decay import log_gate, segment_log_decays
+from ._parts import at_least_float32, init_linear, l2_normalize
 
 # The weights of the memory, `W_1` and `W_2`, or a sum of gradients, which is shaped like them.
 _Memory = tuple[Float[Array, "memory_size key_size"], Float[Array, "value_size memory_size"]]
 _State = tuple[_Memory, _Memory]
 # The memory, the momentum, the memory as the chunk began, and how many of its steps are done.
 _ChunkedState = tuple[_Memory, _Memory, _Memory, Float[Array, ""]]
-# What the memory after some steps is made of: the memory and the momentum before, the initial one.
-_Old = tuple[_Memory, _Memory, _Memory]
+# What the memory after some steps is made of, beside gradients: the memory and the momentum before
+# them, and the initial memory, stacked.
+_Old = tuple[Float[Array, "3 memory_size key_size"], Float[Array, "3 value_size memory_size"]]
+
+
+class _Inputs(NamedTuple):
+    r"""The inputs of a step, or of several with a leading axis of time: $q$, $k$, $v$, $\log η$,
+    $\log(1 - α)$ and $λ$."""
+
+    query: Float[Array, "... key_size"]
+    key: Float[Array, "... key_size"]
+    value: Float[Array, "... value_size"]
+    log_momentum: Float[Array, "..."]
+    log_kept: Float[Array, "..."]
+    rate: Float[Array, "..."]
 
 
 class Titans(AbstractCell):
@@ -103,35 +117,33 @@ class Titans(AbstractCell):
         self.max_rate = float(max_rate)
 
     def init_state(self) -> _State:
-        memory = jtu.tree_map(wide, self.memory)
+        memory = jtu.tree_map(at_least_float32, self.memory)
         return memory, jtu.tree_map(jnp.zeros_like, memory)
 
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
-        r"""$q$, $k$, $v$, $\log η$, $\log(1 - α)$ and $λ$."""
+    def project(self, xs: Float[Array, "L input_size"]) -> _Inputs:
         check_inputs(xs, self.input_size)
-        q, k = (unit(xs @ weight.T) for weight in (self.weight_q, self.weight_k))
-        raw = wide(xs @ self.weight_gates.T) + jnp.expand_dims(wide(self.bias_gates), 0)
-        log_momentum, log_kept = jax.nn.log_sigmoid(raw[:, 0]), jax.nn.log_sigmoid(-raw[:, 2])
-        rate = self.max_rate * jax.nn.sigmoid(raw[:, 1])
-        return [q, k, wide(xs @ self.weight_v.T), log_momentum, log_kept, rate]
+        q, k = (l2_normalize(xs @ weight.T) for weight in (self.weight_q, self.weight_k))
+        v = at_least_float32(xs @ self.weight_v.T)
+        raw = at_least_float32(xs @ self.weight_gates.T)
+        momentum, rate, forget = (raw + jnp.expand_dims(at_least_float32(self.bias_gates), 0)).T
+        rate = self.max_rate * jax.nn.sigmoid(rate)
+        return _Inputs(q, k, v, log_gate(momentum), log_gate(-forget), rate)
 
-    def step(self, state: _State, u: list[Float[Array, "..."]]) -> _State:
+    def step(self, state: _State, u: _Inputs) -> _State:
         memory, momentum = state
         return _learn(memory, momentum, memory, u)
 
-    def readout(
-        self, states: tuple[Any, Any], us: list[Float[Array, "L ..."]]
-    ) -> Float[Array, "L output_size"]:
+    def readout(self, states: tuple[Any, Any], us: _Inputs) -> Float[Array, "L output_size"]:
         (first, second), _ = states
-        hidden = jax.nn.silu(jnp.einsum("lhk,lk->lh", first, us[0]))
+        hidden = jax.nn.silu(jnp.einsum("lhk,lk->lh", first, us.query))
         return self.output(jnp.einsum("lvh,lh->lv", second, hidden))
 
     def output(self, y: Float[Array, "L value_size"]) -> Float[Array, "L output_size"]:
         """From what the memory answers to outputs."""
-        return y @ wide(self.weight_o).T
+        return y @ at_least_float32(self.weight_o).T
 
 
-class TitansChunked(AbstractCell):
+class TitansChunked(AbstractChunkedCell):
     r"""The memory of [`pararnn.Titans`][] in the form in which its paper trains it: the gradients
     of a chunk of steps are all taken at the memory $θ_c$ with which the chunk began,
 
@@ -189,10 +201,10 @@ class TitansChunked(AbstractCell):
         memory, momentum = self.titans.init_state()
         return memory, momentum, memory, jnp.zeros((), memory[0].dtype)
 
-    def project(self, xs: Float[Array, "L input_size"]) -> list[Float[Array, "L ..."]]:
+    def project(self, xs: Float[Array, "L input_size"]) -> _Inputs:
         return self.titans.project(xs)
 
-    def step(self, state: _ChunkedState, u: list[Float[Array, "..."]]) -> _ChunkedState:
+    def step(self, state: _ChunkedState, u: _Inputs) -> _ChunkedState:
         memory, momentum, begun, count = state
         begun = _where(count < 0.5, memory, begun)
         memory, momentum = _learn(memory, momentum, begun, u)
@@ -200,22 +212,25 @@ class TitansChunked(AbstractCell):
         count = jnp.where(count > self.chunk_length - 1.5, 0, count + 1).astype(count.dtype)
         return memory, momentum, begun, count
 
-    def readout(
-        self, states: Any, us: list[Float[Array, "L ..."]]
-    ) -> Float[Array, "L output_size"]:
+    def readout(self, states: Any, us: _Inputs) -> Float[Array, "L output_size"]:
         return self.titans.readout(states[:2], us)
 
     def apply_chunk(
-        self, state: _ChunkedState, us: list[Float[Array, "..."]], reset: Bool[Array, " T"] | None
+        self, state: _ChunkedState, us: _Inputs, reset: Bool[Array, " T"] | None
     ) -> tuple[_ChunkedState, Float[Array, "T output_size"]]:
-        """Where gradients are taken changes at most once before a step that starts anew, where the
-        model's own chunk ends, and not after it."""
+        """The gradients of these steps are taken at up to three memories: the one with which the
+        model's own chunk began, the one reached where that ends, and, from the first step that
+        starts anew, the initial one, after which no chunk ends.
+
+            step       0 ......... boundary ......... reset ......... T
+            gradients    at begun         at reached       at initial
+        """
         memory, momentum, begun, count = state
         initial, _ = self.titans.init_state()
         q, k, v, log_momentum, log_kept, rate = us
         length, done = len(k), count.astype(int)
         flow = _flow(log_momentum, log_kept, rate, reset)
-        old = (memory, momentum, initial)
+        old = jtu.tree_map(lambda *parts: jnp.stack(parts), memory, momentum, initial)
 
         errors = _errors(begun, k, v)
         boundary = (self.chunk_length - done) % self.chunk_length
@@ -259,9 +274,7 @@ def _errors(memory: _Memory, k: Array, v: Array) -> _Errors:
     return (error @ second) * gate * (1 + raw * (1 - gate)), hidden, error
 
 
-def _learn(
-    memory: _Memory, momentum: _Memory, at: _Memory, u: list[Float[Array, "..."]]
-) -> tuple[_Memory, _Memory]:
+def _learn(memory: _Memory, momentum: _Memory, at: _Memory, u: _Inputs) -> tuple[_Memory, _Memory]:
     """One step, with the gradient taken at some memory."""
     _, k, v, log_momentum, log_kept, rate = u
     of_hidden, hidden, of_answer = _errors(at, k, v)
@@ -278,26 +291,20 @@ class _Flow(NamedTuple):
     and in the momentum after each of them.
 
     - `anew`: whether a start from the initial memory lies between.
-    - `of_memory`, `of_momentum`, `of_initial`: how much of these is in the memory after each step.
+    - `old`: how much of the memory, the momentum and the initial memory is in the memory.
     - `momentum`: how much of the old momentum is in the new one.
     - `learnt`, `moved`: how much of the gradient of each step (columns) is in the memory and in the
         momentum after each step (rows).
     """
 
     anew: Bool[Array, " T"]
-    of_memory: Float[Array, " T"]
-    of_momentum: Float[Array, " T"]
-    of_initial: Float[Array, " T"]
+    old: Float[Array, "3 T"]
     momentum: Float[Array, " T"]
     learnt: Float[Array, "T T"]
     moved: Float[Array, "T T"]
 
     def state(
-        self,
-        row: int | Int[Array, ""],
-        old: _Old,
-        k: Array,
-        errors: _Errors,
+        self, row: int | Int[Array, ""], old: _Old, k: Array, errors: _Errors
     ) -> tuple[_Memory, _Memory]:
         """The memory and the momentum after one of the steps."""
         of_hidden, hidden, of_answer = errors
@@ -306,14 +313,13 @@ class _Flow(NamedTuple):
             weights = jnp.expand_dims(weights, 1)
             return (weights * of_hidden).T @ k, (weights * of_answer).T @ hidden
 
-        parts = (self.of_memory[row], self.of_momentum[row], self.of_initial[row])
         memory = jtu.tree_map(
-            lambda a, b, c, new: parts[0] * a + parts[1] * b + parts[2] * c + new,
-            *old,
+            lambda parts, new: jnp.einsum("p,pij->ij", self.old[:, row], parts) + new,
+            old,
             sums(self.learnt[row]),
         )
         momentum = jtu.tree_map(
-            lambda s, new: self.momentum[row] * s + new, old[1], sums(self.moved[row])
+            lambda parts, new: self.momentum[row] * parts[1] + new, old, sums(self.moved[row])
         )
         return memory, momentum
 
@@ -323,17 +329,14 @@ class _Flow(NamedTuple):
         """The answer of the memory after each step to the query of the step."""
         of_hidden, hidden, of_answer = errors
 
-        def layer(index, x, keys, gradients):
+        def layer(matrices, x, keys, gradients):
             """The products with one matrix of all memories, none of which is formed."""
-            parts = (self.of_memory, self.of_momentum, self.of_initial)
-            known = sum(
-                jnp.expand_dims(part, 1) * (x @ matrices[index].T)
-                for part, matrices in zip(parts, old, strict=True)
-            )
+            weights = jnp.expand_dims(self.old, 2)
+            known = sum(w * (x @ m.T) for w, m in zip(weights, matrices, strict=True))
             return known + ((x @ keys.T) * self.learnt) @ gradients
 
-        answering = jax.nn.silu(layer(0, q, k, of_hidden))
-        return layer(1, answering, hidden, of_answer)
+        first, second = old
+        return layer(second, jax.nn.silu(layer(first, q, k, of_hidden)), hidden, of_answer)
 
 
 def _flow(
@@ -343,41 +346,24 @@ def _flow(
     reset: Bool[Array, " T"] | None,
 ) -> _Flow:
     """From the gates of some steps."""
-    piece = _pieces(reset, len(rate))
-    old = piece == 0
-    kept, kept_since = _decays(log_kept, piece)
-    moved, moved_since = _decays(log_momentum, piece)
-    momentum = jnp.where(old, moved_since, 0)
+    anew = jnp.zeros(len(rate), bool) if reset is None else jnp.cumsum(reset) > 0
+    kept, of_memory = _decays(log_kept, reset)
+    moved, momentum = _decays(log_momentum, reset)
     moved = -jnp.expand_dims(rate, 0) * moved
-    return _Flow(
-        ~old,
-        jnp.where(old, kept_since, 0),
-        kept @ momentum,
-        jnp.where(old, 0, kept_since),
-        momentum,
-        kept @ moved,
-        moved,
-    )
-
-
-def _pieces(reset: Bool[Array, " T"] | None, length: int) -> Int[Array, " T"]:
-    """The number of starts anew up to and with each step."""
-    return jnp.zeros(length, int) if reset is None else jnp.cumsum(reset)
+    # A start anew writes the initial memory, and decays it at once.
+    of_initial = jnp.zeros_like(rate)
+    if reset is not None:
+        of_initial = kept @ jnp.where(reset, jnp.exp(log_kept), 0)
+    old = jnp.stack([of_memory, kept @ momentum, of_initial])
+    return _Flow(anew, old, momentum, kept @ moved, moved)
 
 
 def _decays(
-    logs: Float[Array, " T"], piece: Int[Array, " T"]
+    logs: Float[Array, " T"], reset: Bool[Array, " T"] | None
 ) -> tuple[Float[Array, "T T"], Float[Array, " T"]]:
-    """The products of the factors after step `s` up to step `t`, `[t, s]`; and of all up to step
-    `t` since its piece began. Between pieces nothing passes. The factors are given by their
-    logarithms, which are at most 0."""
-    rows, columns = jnp.expand_dims(piece, 1), jnp.expand_dims(piece, 0)
-    together = jnp.tril(rows == columns)
-    # Sums of just the terms in question: a difference of two long sums would cancel.
-    later = jnp.tril(jnp.broadcast_to(jnp.expand_dims(logs, 1), together.shape), -1)
-    between = jnp.tril(jnp.ones(together.shape, logs.dtype)) @ later
-    since = jnp.sum(jnp.where(together, jnp.expand_dims(logs, 0), 0), axis=1)
-    return jnp.exp(jnp.where(together, between, -jnp.inf)), jnp.exp(since)
+    """From each step (second) to each later one (first), and from before the steps to each."""
+    between, arriving = segment_log_decays(jnp.expand_dims(logs, 1), reset)
+    return jnp.exp(between[0]), jnp.exp(arriving[0])
 
 
 def _where(condition: Array, new: Any, old: Any) -> Any:

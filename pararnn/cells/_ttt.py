@@ -1,16 +1,17 @@
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._base import check_inputs, check_sizes
-from ._delta_rule import ROWS, AbstractDeltaCell, DeltaInputs
-from ._parts import affine, init_linear, split_heads, unit, wide
+from ._base import check_inputs
+from ._delta_rule import AbstractDeltaCell, DeltaInputs
+from ._matrix import AbstractMatrixCell
+from ._parts import affine, at_least_float32, init_linear, l2_normalize, project_out
 
 
-class TTTLinear(AbstractDeltaCell):
+class TTTLinear(AbstractMatrixCell, AbstractDeltaCell):
     r"""Learning while reading, with a linear inner model (Sun et al., *Learning to (learn at test
     time): RNNs with expressive hidden states*, 2024). The state is a matrix $W$ of shape
     `(key_size, value_size)` per head, which learns to find the value $v$ from the key $k$: each
@@ -35,19 +36,9 @@ class TTTLinear(AbstractDeltaCell):
     `key_size × key_size`, the same for all columns of a head.
     """
 
-    chunk_size: ClassVar[int | None] = ROWS
-
-    weight_q: Float[Array, "num_heads*key_size input_size"]
-    weight_k: Float[Array, "num_heads*key_size input_size"]
-    weight_v: Float[Array, "num_heads*value_size input_size"]
     weight_rate: Float[Array, "num_heads input_size"]
     bias_rate: Float[Array, " num_heads"]
     weight_start: Float[Array, "num_heads key_size value_size"]
-    weight_o: Float[Array, "output_size num_heads*value_size"]
-    input_size: int = eqx.field(static=True)
-    num_heads: int = eqx.field(static=True)
-    key_size: int = eqx.field(static=True)
-    value_size: int = eqx.field(static=True)
     max_rate: float = eqx.field(static=True)
 
     def __init__(
@@ -73,47 +64,32 @@ class TTTLinear(AbstractDeltaCell):
         - `key`: for the parameters: linear maps uniform in $\pm 1/\sqrt{n}$ with $n$ the number of
             their inputs, $W_0$ too; $b_η = 0$.
         """
-        output_size = input_size if output_size is None else output_size
-        check_sizes(
-            input_size=input_size,
-            num_heads=num_heads,
-            key_size=key_size,
-            value_size=value_size,
-            output_size=output_size,
-        )
         if isinstance(max_rate, bool) or not isinstance(max_rate, (int, float)):
             raise TypeError(f"`max_rate` must be a Python number; got {max_rate!r}.")
         if not 0 < max_rate <= 2:
             raise ValueError(f"`max_rate` must be in (0, 2]: larger steps diverge; got {max_rate}.")
         keys = jax.random.split(key, 6)
-        self.weight_q = init_linear(keys[0], num_heads * key_size, input_size, dtype)
-        self.weight_k = init_linear(keys[1], num_heads * key_size, input_size, dtype)
-        self.weight_v = init_linear(keys[2], num_heads * value_size, input_size, dtype)
+        sizes = input_size, num_heads, key_size, value_size, output_size
+        self._init_maps(sizes, dtype, [*keys[:3], keys[5]])
         self.weight_rate = init_linear(keys[3], num_heads, input_size, dtype)
         self.bias_rate = jnp.zeros(num_heads, self.weight_q.dtype)
         start = init_linear(keys[4], num_heads * value_size, key_size, dtype)
         self.weight_start = start.reshape(num_heads, value_size, key_size).swapaxes(1, 2)
-        self.weight_o = init_linear(keys[5], output_size, num_heads * value_size, dtype)
-        self.input_size = input_size
-        self.num_heads = num_heads
-        self.key_size = key_size
-        self.value_size = value_size
         self.max_rate = float(max_rate)
 
     def project(self, xs: Float[Array, "L input_size"]) -> DeltaInputs:
         """$q$, $k$, what $W_0$ leaves of $v$, and $η$."""
         check_inputs(xs, self.input_size)
-        q = unit(split_heads(xs @ self.weight_q.T, self.num_heads))
-        k = unit(split_heads(xs @ self.weight_k.T, self.num_heads))
-        v = split_heads(xs @ self.weight_v.T, self.num_heads)
+        q, k, v = self._heads(xs)
+        q, k = l2_normalize(q), l2_normalize(k)
         rate = self.max_rate * jax.nn.sigmoid(affine(self.weight_rate, self.bias_rate, xs))
-        return DeltaInputs(q, [k], [wide(v) - self._at_start(k)], [rate], None)
+        return DeltaInputs(q, [k], [at_least_float32(v) - self._at_start(k)], [rate], None)
 
     def _output(
         self, y: Float[Array, "L heads value_size"], us: DeltaInputs
     ) -> Float[Array, "L output_size"]:
-        return super()._output(y + self._at_start(us.query), us)
+        return project_out(y + self._at_start(us.query), self.weight_o)
 
     def _at_start(self, x: Float[Array, "L heads key_size"]) -> Float[Array, "L heads value_size"]:
         """The output of the inner model before it has learned."""
-        return jnp.einsum("lnk,nkv->lnv", x, wide(self.weight_start))
+        return jnp.einsum("lnk,nkv->lnv", x, at_least_float32(self.weight_start))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from ._parts import log_uniform, wide
+from ._parts import at_least_float32, log_uniform
 
 
 def init_rates(
@@ -20,18 +20,20 @@ def init_rates(
 
 
 def init_log_step(key: PRNGKeyArray, size: int, dtype: Any) -> Float[Array, " size"]:
+    r"""$\log Δ$ with $Δ$ log-uniform in $(10^{-3}, 10^{-1})$."""
     return jnp.log(log_uniform(key, (size,), 1e-3, 0.1)).astype(dtype)
 
 
 def complex_zero_state(shape: tuple[int, ...], like: Array) -> Complex[Array, "..."]:
-    zero = jnp.zeros(shape, wide(like).dtype)
+    """A complex zero state, complex64 unless `like` is float64."""
+    zero = jnp.zeros(shape, at_least_float32(like).dtype)
     return jax.lax.complex(zero, zero)
 
 
 def _exponent(nu, omega, log_step):
     """The real and the imaginary part of $ΛΔ$."""
-    step = jnp.exp(wide(log_step))
-    return -jnp.exp(wide(nu)) * step, wide(omega) * step
+    step = jnp.exp(at_least_float32(log_step))
+    return -jnp.exp(at_least_float32(nu)) * step, at_least_float32(omega) * step
 
 
 def multiplier(nu: Array, omega: Array, log_step: Array) -> Complex[Array, "..."]:
@@ -49,7 +51,7 @@ def gain(nu: Array, omega: Array, log_step: Array) -> Complex[Array, "..."]:
         jnp.expm1(real) * jnp.cos(imag) - 2 * jnp.sin(imag / 2) ** 2,
         jnp.exp(real) * jnp.sin(imag),
     )
-    decay, omega = jnp.exp(wide(nu)), wide(omega)
+    decay, omega = jnp.exp(at_least_float32(nu)), at_least_float32(omega)
     # 1/Λ = conj(Λ)/|Λ|², as generated kernels do not divide complex numbers.
     square = decay**2 + omega**2
     return above_one * jax.lax.complex(-decay / square, -omega / square)

@@ -38,10 +38,12 @@ class GatedMLP(eqx.Module):
 
 
 def make_linear(inputs: int, outputs: int, dtype: Any, key: PRNGKeyArray) -> eqx.nn.Linear:
+    """A linear map without bias."""
     return eqx.nn.Linear(inputs, outputs, use_bias=False, dtype=dtype, key=key)
 
 
 def make_norm(width: int, dtype: Any) -> eqx.nn.RMSNorm:
+    """A norm by the root of the mean square, without bias."""
     return eqx.nn.RMSNorm(width, use_bias=False, dtype=dtype)
 
 

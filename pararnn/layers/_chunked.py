@@ -20,18 +20,17 @@ from .._norms import all_finite
 from .._platform import chosen_platform
 from .._recurrence import precise
 from .._solution import RESULTS
-from ..cells import AbstractCell
+from ..cells import AbstractChunkedCell
 from ._segmented import ChunkFn
 
 # Enough chunks to occupy a device; their maps and states are stored for one segment at a time.
 _PARALLEL_CHUNKS = 64
 
 
-def chunk_levels(cell: AbstractCell, length: int) -> list[tuple[int, ChunkFn]]:
+def chunk_levels(cell: AbstractChunkedCell, length: int) -> list[tuple[int, ChunkFn]]:
     """The levels of `scan_segments` for a cell with a chunkwise form: many chunks in parallel, if
     that is possible and gains (not on a CPU), then single chunks."""
     size = cell.chunk_size
-    assert size is not None
     levels = [(size, _with_result(cell.apply_chunk))]
     if length > size and cell.chunk_algebra is not None and chosen_platform(None) != "cpu":
         parallel = _with_result(functools.partial(apply_chunks_parallel, cell))
@@ -56,7 +55,7 @@ def parallel_segment_size(length: int, chunk_size: int) -> int:
 
 
 def apply_chunks_parallel(
-    cell: AbstractCell,
+    cell: AbstractChunkedCell,
     state: PyTree[Array],
     us: PyTree[Array],
     reset: Bool[Array, " L"] | None,
@@ -64,7 +63,6 @@ def apply_chunks_parallel(
     """The state after some steps and their outputs, as of the cell's `apply_chunk`, for any number
     of steps."""
     size, length = cell.chunk_size, num_steps(us)
-    assert size is not None
     whole = length - length % size
     outputs = []
     if whole > 0:

@@ -28,7 +28,7 @@ from .._step_properties import check_unmasked
 from .._tracing import typed_slice
 from .._validate import check_positive_int
 from ..adjoints import AbstractAdjoint
-from ..cells import AbstractCell, from_equinox
+from ..cells import AbstractCell, AbstractChunkedCell, from_equinox
 from ..solvers import AbstractSolver, TimeSharded
 from ._base import AbstractLayer, Flags
 from ._chunked import chunk_levels
@@ -242,7 +242,7 @@ class RNN(AbstractLayer, Generic[Cell]):
         """True if calls use the cell's chunkwise form. They solve for the states instead if a
         solver, an adjoint or a segment size is given."""
         chosen = (self.solver, self.adjoint, self.segment_size)
-        return self.cell.chunk_size is not None and all(x is None for x in chosen)
+        return isinstance(self.cell, AbstractChunkedCell) and all(x is None for x in chosen)
 
     def _prepare(self, xs, state, reset=None, mask=None) -> SequencePlan:
         return plan_sequence(self.cell, self._initial(), shards_of(self), xs, state, reset, mask)
@@ -260,6 +260,7 @@ class RNN(AbstractLayer, Generic[Cell]):
         # Chunks start anew from the cell's own state, not from a learned one.
         resets_in_chunks = self.learned_state is None or plan.reset is None
         if self.is_chunkwise and resets_in_chunks and not whole:
+            assert isinstance(self.cell, AbstractChunkedCell)
             levels = chunk_levels(self.cell, length)
         else:
             size = length if whole else self._segment_size(plan, length)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
+from pararnn.cells import _decay
 from pararnn.cells import _parts as parts
 from pararnn.cells._base import head_sizes
 
@@ -44,11 +45,14 @@ def test_linear_map_of_blocks():
     assert parts.linear(weight, jnp.zeros((0, 6))).shape == (0, 12)
 
 
-def test_convolved():
+def test_short_conv_silu():
     weight, xs = jnp.asarray(random(3, 2)), jnp.asarray(random(5, 2, seed=1))
     y = np.asarray(prnn.cells.causal_convolution(weight, xs))
-    close(parts.convolved(weight, xs), y / (1 + np.exp(-y)))
-    assert parts.convolved(None, xs) is xs
+    close(parts.short_conv_silu(weight, xs), y / (1 + np.exp(-y)))
+    assert parts.short_conv_silu(None, xs) is xs
+    assert parts.short_conv_silu(weight[:0], xs, jnp.ones(2)) is xs
+    y = y + np.array([0.5, -1])
+    close(parts.short_conv_silu(weight, xs, jnp.asarray([0.5, -1])), y / (1 + np.exp(-y)))
     assert parts.init_convolution(KEY, 0, 2, None) is None
 
 
@@ -125,26 +129,72 @@ def test_head_sizes():
         head_sizes(2, a=0)
 
 
-def test_unit():
+def test_l2_normalize():
     x = random(5, 2, 3)
     norms = np.sqrt(np.sum(x**2, axis=-1, keepdims=True))
-    close(parts.unit(jnp.asarray(x)), x / norms, 1e-5)
-    close(jnp.sum(parts.unit(jnp.asarray(x)) ** 2, -1), np.ones((5, 2)), 1e-4)
-    assert parts.unit(jnp.zeros(3, jnp.bfloat16)).dtype == jnp.float32
-    value, slope = jax.jvp(parts.unit, (jnp.zeros(3),), (jnp.asarray([1.0, 0.0, -2.0]),))
+    close(parts.l2_normalize(jnp.asarray(x)), x / norms, 1e-5)
+    close(jnp.sum(parts.l2_normalize(jnp.asarray(x)) ** 2, -1), np.ones((5, 2)), 1e-4)
+    assert parts.l2_normalize(jnp.zeros(3, jnp.bfloat16)).dtype == jnp.float32
+    value, slope = jax.jvp(parts.l2_normalize, (jnp.zeros(3),), (jnp.asarray([1.0, 0.0, -2.0]),))
     assert not value.any()
     close(slope, np.array([1e3, 0, -2e3]), 1e-9)
 
 
 def test_decay():
     raw, a_log, bias = random(5, 2), random(2, seed=1), random(2, seed=2)
-    got = parts.decay(*(jnp.asarray(a) for a in (raw, a_log, bias)))
+    got = _decay.rate_decay(*(jnp.asarray(a) for a in (raw, a_log, bias)))
     close(got, np.exp(-np.exp(a_log) * np.log(1 + np.exp(raw + bias))))
     narrow = [jnp.asarray(a, jnp.bfloat16) for a in (-7 + raw, a_log, bias)]
-    got = parts.decay(*narrow)
+    got = _decay.rate_decay(*narrow)
     assert got.dtype == jnp.float32
     raw, a_log, bias = (np.asarray(a, np.float64) for a in narrow)
     close(got, np.exp(-np.exp(a_log) * np.log1p(np.exp(raw + bias))), 1e-6)
+
+
+def test_log_gate():
+    raw = random(4, 3)
+    expected = -np.log1p(np.exp(-raw))
+    close(_decay.log_gate(jnp.asarray(raw)), expected)
+    close(_decay.log_gate(jnp.asarray(raw), 16), expected / 16)
+    assert _decay.log_gate(jnp.zeros(2, jnp.bfloat16)).dtype == jnp.float32
+
+
+def decays_one_by_one(decay, reset):
+    """From each step to each step, and from before all of them, by products; heads first."""
+    length, heads = decay.shape
+    found = np.zeros((heads, length, 1 + length))
+    for start in range(-1, length):
+        product = np.ones(heads)
+        if start >= 0:
+            found[:, start, 1 + start] = 1
+        for t in range(start + 1, length):
+            product = product * (0 if reset[t] else decay[t])
+            found[:, t, 1 + start] = product
+    return found[:, :, 1:], found[:, :, 0]
+
+
+@pytest.mark.parametrize("resets", [(), (0, 3, 4)])
+@pytest.mark.parametrize("zero", [False, True])
+def test_segment_decays(resets, zero):
+    """By products and by logarithms; and the derivative by products, where a decay is 0, too."""
+    decay = np.random.default_rng(0).uniform(0.1, 1, (7, 2))
+    decay[5] = 0 if zero else 1e-6
+    reset = np.isin(np.arange(7), resets)
+    flags = jnp.asarray(reset) if resets else None
+    expected = decays_one_by_one(decay, reset)
+    for got, right in zip(_decay.segment_decays(jnp.asarray(decay), flags), expected, strict=True):
+        close(got, right)
+    with np.errstate(divide="ignore"):
+        logs = jnp.asarray(np.log(decay))
+    for got, right in zip(_decay.segment_log_decays(logs, flags), expected, strict=True):
+        close(np.exp(got), right)
+    step = 1e-3  # products are linear in each decay: central differences are exact
+    slope = jax.jacfwd(lambda d: _decay.segment_decays(d, flags))(jnp.asarray(decay))
+    for t in range(7):
+        moved = step * np.eye(7)[:, t : t + 1]
+        ends = [decays_one_by_one(decay + sign * moved, reset) for sign in (1, -1)]
+        for got, high, low in zip(slope, *ends, strict=True):
+            close(jnp.sum(got[..., t, :], axis=-1), (high - low) / (2 * step), 1e-11)
 
 
 # --- dtypes and states ------------------------------------------------------------------------
@@ -154,8 +204,8 @@ def test_decay():
 def test_dtypes(dtype):
     x = jnp.asarray([0.1, 3.0], dtype)
     expected = "float64" if dtype == "float64" else "float32"
-    assert parts.wide(x).dtype == expected
-    assert jnp.array_equal(parts.wide(x).astype(dtype), x)
+    assert parts.at_least_float32(x).dtype == expected
+    assert jnp.array_equal(parts.at_least_float32(x).astype(dtype), x)
     zero = parts.zero_state((2, 3), x)
     assert zero.dtype == expected and zero.shape == (2, 3) and not zero.any()
 
@@ -178,12 +228,12 @@ def draw(key):
         "log uniform": parts.log_uniform(key, (300,), 1e-3, 0.1),
         "linear": parts.init_linear(key, 20, 16, None),
         "vectors": parts.init_vectors(key, 30, 20, None),
-        "decay": parts.init_decay(300, None, key),
+        "decay": _decay.init_decay(300, None, key),
         "gates": parts.init_gates(3, 7, 16, 4, jnp.float32, jax.random.split(key, 3)),
         "diagonal": parts.init_diagonal_gates(2, 8, 20, 4, None, jax.random.split(key)),
     }
     narrow = [draw(key, (2,), 1.0, jnp.bfloat16) for draw in (parts.uniform, parts.normal)]
-    return drawn, [*narrow, *parts.init_decay(2, jnp.bfloat16, key)]
+    return drawn, [*narrow, *_decay.init_decay(2, jnp.bfloat16, key)]
 
 
 def test_distributions():

@@ -10,7 +10,8 @@ import pytest
 from outer_cells import numpy_mlstm
 
 import pararnn as prnn
-from pararnn.cells._chunks_decayed import apply_channels, summed_logs, through_heads
+from pararnn.cells._chunks_decayed import apply_channels, apply_heads
+from pararnn.cells._decay import segment_log_decays
 
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
 INPUTS = 4
@@ -223,7 +224,7 @@ def test_closed_gates(length):
 
     for through, gates, decay in (
         (apply_channels, logs, gone),
-        (through_heads, logs[:, :, 0], gone[:, :, :1]),
+        (apply_heads, logs[:, :, 0], gone[:, :, :1]),
     ):
         run = jax.jit(jax.grad(lambda *a, f=through: value(f, *a), range(5), has_aux=True))
         gradients, result = run(state, q, k, v, jnp.asarray(gates))
@@ -236,7 +237,7 @@ def test_sums_are_not_differences():
     rng = np.random.default_rng(0)
     logs = -rng.uniform(0, 0.1, (64, 1))
     logs[rng.choice(64, 20, replace=False)] = rng.choice([-14, -1e4, -1e9], (20, 1))
-    between, incoming = summed_logs(jnp.asarray(logs, jnp.float32), None)
+    between, incoming = segment_log_decays(jnp.asarray(logs, jnp.float32), None)
     exact = [[logs[s + 1 : t + 1].sum() for s in range(t + 1)] for t in range(64)]
     for t in range(64):
         np.testing.assert_allclose(np.exp(between[0, t, : t + 1]), np.exp(exact[t]), 1e-6, 1e-30)
@@ -303,7 +304,7 @@ def test_algebra_of_mlstm():
 def test_initial_gates():
     gla = prnn.GatedLinearAttention(4, 2, 3, 5, key=KEY)
     assert gla.weight_rank.shape == (16, 4)
-    _, _, _, log_alpha, _ = gla.project(jnp.zeros((1, 4)))
+    log_alpha = gla.project(jnp.zeros((1, 4))).log_decay
     agree(log_alpha, np.full((1, 2, 3), np.log(0.5) / 16), 1e-14)
     mamba = prnn.Mamba2(4, 200, 1, 1, key=KEY)
     rate, step = np.exp(mamba.a_log), np.log1p(np.exp(mamba.bias_dt))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
-from pararnn.cells._chunks_decayed import reads
+from pararnn.cells._chunks_decayed import query_states
 
 FOLDER = pathlib.Path(__file__).parents[1] / "published"
 KEY = jax.random.key(0)
@@ -77,7 +77,7 @@ def read_states(cell, xs):
     """The states, read by the queries step by step, before any norm."""
     us = cell.project(xs)
     _, states = jax.lax.scan(lambda h, u: (cell.step(h, u),) * 2, cell.init_state(), us)
-    return reads(us[0], states)
+    return query_states(us.query, states)
 
 
 # --- linear attention -------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def ssd(p):
     )
     us = cell.project(xs)
     _, states = jax.lax.scan(lambda h, u: (cell.step(h, u),) * 2, cell.init_state(), us)
-    return reads(jnp.expand_dims(us[0], 1), states), p["y"]
+    return query_states(us.query, states), p["y"]
 
 
 def s5(p):

@@ -21,7 +21,7 @@ RESET = jnp.asarray(np.random.default_rng(2).random(LENGTH) < 0.15)
 MASK = jnp.asarray(np.random.default_rng(3).random(LENGTH) < 0.7)
 
 
-class Doubling(prnn.AbstractCell):
+class Doubling(prnn.cells.AbstractChunkedCell):
     """Affine, and through several steps at once."""
 
     rate: jax.Array
