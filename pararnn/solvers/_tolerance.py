@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._misc import finite_or, is_complex, make_ravel
 from .._norms import default_rtol
@@ -30,6 +30,9 @@ SAMPLES = 5
 # makes as much; up to this many times what is granted to the largest element, as chaos may drive a
 # disturbance to any size.
 _ROUNDING, _AMPLIFIED = 8.0, 4.0
+# States that are off by no more tolerances, and no larger part of the largest element, are nearly
+# right: what disturbances make of them is what they make of the solution.
+_NEAR, _NEAR_SHARE = 100.0, 0.1
 # So many units in the last place are the rounding of a step, and of what is compared with it.
 _FEW = 3.0
 
@@ -111,6 +114,15 @@ class Tolerance:
             max(self._factor, 1.0) * jnp.expand_dims(self._grain, 0) * self._magnitude(values)
             + self._atol
         )
+
+    def is_near(
+        self, difference: Float[Array, "n size"], values: Float[Array, "n size"]
+    ) -> Bool[Array, "n 1"]:
+        """Whether a difference, not negative, is small beside the largest element of its leaf in
+        the same row: at most 100 tolerances, and a tenth."""
+        share = np.minimum(_NEAR * self._grain, _NEAR_SHARE).astype(self.wide)
+        bound = jnp.expand_dims(share, 0) * _largest(self._magnitude(values), self._leaves)
+        return jnp.all(difference <= bound, axis=1, keepdims=True)
 
     def scale(
         self, values: Float[Array, "n size"], effect: Float[Array, "n size"]

@@ -18,9 +18,6 @@ from ._chunks import Chunks, Point
 from ._convergence import displacements, unexplained
 from ._tolerance import SAMPLES
 
-# A disturbance is one sample of what rounding does to a chunk, which may be small by accident.
-# Those of earlier sweeps count if their starts were right within this many tolerances.
-_NEAR = 100.0
 # From so many tangents on, more disturbed lanes cost little beside them.
 _MANY_SEEDS = 16
 # The number of steps that check a sweep which does not call the step as it is, at places spread
@@ -32,7 +29,7 @@ class Verdict(NamedTuple):
     """The verdict on the starts of a sweep.
 
     - `effect`: what disturbances of the states in each chunk make of its end, at most, in this
-        sweep and in those before it from starts that were nearly right.
+        sweep and in those before it, as long as the starts are nearly right; 0 where they are not.
     - `scale`: of each element of the starts, in units of the default tolerance.
     - `errors`: a bound of the error of each start, in units of the tolerance; at most 1 if it is
         accepted.
@@ -80,15 +77,18 @@ def judge(
         samples = _num_samples(chunks, pushes=point.jacobians is not None)
     displaced, disturbed, response = _probe(chunks, starts, direction, states, samples, iteration)
     count = len(response)
-    effect = chunks.pad(tolerance.effect(point.ends[:count], disturbed))
+    effect = fresh = chunks.pad(tolerance.effect(point.ends[:count], disturbed))
+    defects = point.defects.astype(tolerance.wide)
+    correction = jnp.abs(defects + propagated.astype(tolerance.wide))
     if previous is not None:
-        near = jnp.expand_dims(previous.errors <= _NEAR, 1)
-        effect = jnp.where(near, jnp.maximum(effect, previous.effect), effect)
+        # A disturbance is one sample of what rounding does to a chunk, which may be small by
+        # accident; but what it does to states that are far from right says nothing.
+        near = tolerance.is_near(jnp.maximum(correction, jnp.abs(defects)), starts)
+        kept = jnp.where(near, jnp.maximum(fresh, previous.effect), 0)
+        effect = jnp.maximum(fresh, kept)
     before = shards.sequenced_after(effect, jnp.abs(propagated).astype(effect.dtype))
     scale = tolerance.scale(starts, shards.shift_right(before))
     response, displaced = chunks.pad(response - point.ends[:count]), chunks.pad(displaced)
-    defects = point.defects.astype(tolerance.wide)
-    correction = jnp.abs(defects + propagated.astype(tolerance.wide))
     rows = displaced, response, chunks.apply(point, displaced), tolerance.rounding(effect)
     rows = *rows, shards.sequenced_after(correction, scale)
     left = unexplained(*(x.astype(tolerance.wide) for x in rows), scan=chunks.scan)
@@ -98,7 +98,7 @@ def judge(
     errors = jnp.maximum(excess + left.error, jnp.abs(defects))
     both = jnp.stack([errors, correction])
     errors, sizes = tolerance.norm(both, jnp.broadcast_to(scale, both.shape))
-    return Verdict(effect, scale, errors, jnp.max(sizes))
+    return Verdict(effect if previous is None else kept, scale, errors, jnp.max(sizes))
 
 
 def is_wrong(
