@@ -119,7 +119,7 @@ def known_miss(system, solver):
         ("beside a narrow mode", prnn.Jacobi(chunk_size=282)),
         ("reading a narrow mode", prnn.Newton(chunk_size=16)),
         known_miss("reading a narrow mode", prnn.Jacobi(chunk_size=1)),
-        known_miss("reading a narrow mode", prnn.Picard(chunk_size=16)),
+        ("reading a narrow mode", prnn.Picard(chunk_size=16)),
     ],
     ids=lambda x: x if isinstance(x, str) else repr(x).partition("(")[0] + str(x.chunk_size or ""),
 )
