@@ -10,7 +10,7 @@ import pytest
 from systems import error, scan
 
 import pararnn as prnn
-from benchmarks._trained import load
+from benchmarks import _systems
 from pararnn._recurrence import Recurrence
 from pararnn.jaxprs._counting import loop_turns
 from pararnn.jaxprs._elementwise import elementwise_tangents
@@ -184,9 +184,9 @@ PATHS = {"gru": (256, 320), "gru_early": (192, 200), "lstm": (192, 200), "elman"
 
 @functools.cache
 def trained(name, length):
-    system = load(name, length)
+    system = _systems.trained(name, length)
     states = jax.jit(functools.partial(scan, system.step))(system.xs, system.init)
-    exact = load(name, length, jnp.float64)
+    exact = _systems.trained(name, length, jnp.float64)
     exact = jax.jit(functools.partial(scan, exact.step))(exact.xs, exact.init)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), exact)
     return system, states, error(states, exact)
