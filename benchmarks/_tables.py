@@ -238,6 +238,57 @@ def trained(content: Content) -> str:
     return f"{markdown(lines)}\n\n{about}{', '.join(memory)}."
 
 
+def trained_gates(content: Content) -> str:
+    """What is left of disturbances, what the gates explain of it, and the singular values."""
+    lines = [
+        {
+            "network": row["network"],
+            "steps": row["steps"],
+            "left": f"{row['left']:.2g}",
+            "missed by the gates": f"{row['missed']:.2g}",
+            "explained by the gates": f"{100 * row['explained']:.0f} %",
+            "singular values above 0.1": f"{row['above 0.1']:.1f}",
+            "above 1e-4": f"{row['above 0.0001']:.1f}",
+        }
+        for row in content["gates"]
+        if row["steps"] in (1, 4, 16, 64, 256)
+    ]
+    return markdown(lines)
+
+
+def trained_sweeps(content: Content) -> str:
+    """Iterations and errors on networks of text, forward and of the derivative."""
+    others = content["short"] + content["long"]
+    rows = [*content["sweeps"], *(row for row in others if row["method"] != "ElementwiseNewton")]
+    return _with_derivatives(rows, {row["network"] for row in content["long"]})
+
+
+def trained_hard(content: Content) -> str:
+    """The same on networks for which the elementwise part does not suffice."""
+    text = {row["network"] for row in content["long"]}
+    rows = content["sweeps"]
+    return _with_derivatives(rows, {row["network"] for row in rows} - text)
+
+
+def _with_derivatives(rows: list[Row], networks: set[str]) -> str:
+    """A table of the solves of some networks, each once, by network, length, method and chunk."""
+    keys = ("network", "L", "method", "chunk")
+    found = {tuple(row[key] for key in keys): row for row in reversed(rows)}
+    shown = [found[key] for key in sorted(found) if key[0] in networks]
+    lines = []
+    for line, row in zip(_solves(shown, "network", "method"), shown, strict=True):
+        line["of the scan"] = f"{row['error of the scan']:.1e}"
+        line |= {"derivative's iterations": "", "its error": "", "the scan's": ""}
+        if "derivative" in row:
+            late = ", finished sequentially" * row["derivative finished sequentially"]
+            line["derivative's iterations"] = f"{row['derivative']}{late}"
+            floor = row["error of the scan's derivative"]
+            line["its error"] = f"{row['error of the derivative']:.1e}"
+            line["the scan's"] = f"{floor:.1e}"
+        lines.append(line)
+    return markdown(lines)
+
+
 # --- several devices --------------------------------------------------------------------------
 
 

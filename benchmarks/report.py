@@ -26,6 +26,7 @@ FILES = {
     "docs/examples.md": ("tracking", "compare-cells"),
     "docs/several_devices.md": ("sharded-speed",),
     "docs/speed.md": ("speed", "targets", "batches"),
+    "docs/trained_networks.md": ("trained-gates", "trained-sweeps", "trained-hard"),
     "benchmarks/README.md": (
         "agreement",
         "cells-agreement",
@@ -52,6 +53,9 @@ _TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "random-systems": ("random_systems", "groups", random_systems.table),
     "state-tracking": ("state_tracking", "solving", _tables.state_tracking),
     "trained": ("trained", "short", _tables.trained),
+    "trained-gates": ("trained", "gates", _tables.trained_gates),
+    "trained-sweeps": ("trained", "sweeps", _tables.trained_sweeps),
+    "trained-hard": ("trained", "sweeps", _tables.trained_hard),
     "sharded-speed": ("sharded", "speed", _tables.sharded_speed),
     "sharded-agreement": ("sharded", "agreement", _tables.sharded_agreement),
     "sharded-long": ("sharded", "long", _tables.sharded_long),

@@ -2,7 +2,8 @@
 
 For each network and method: iterations, critical path in steps, whether chunks were finished
 sequentially, and the error of the states beside that of a float32 scan, both against a float64
-scan. And how many steps the networks remember.
+scan. How many steps the networks remember; how much of that goes through their gates; and what
+their derivatives take.
 """
 
 import jax
@@ -14,6 +15,7 @@ from tqdm import tqdm
 import pararnn as prnn
 from pararnn.diagnostics import scan_states
 
+from . import _gates
 from ._measure import Results, Row, markdown, parser, relative_error
 from ._systems import sequential, solve, summary, trained
 
@@ -88,7 +90,23 @@ def long(results: Results) -> None:
     print(markdown(rows))
 
 
-PARTS = {"short": short, "long": long}
+def gates(results: Results) -> None:
+    rows: list[Row] = []
+    for name in tqdm(_gates.TEXT, desc="gates"):
+        rows += _gates.gates(name)
+        results.put("gates", rows)
+    print(markdown(rows))
+
+
+def sweeps(results: Results) -> None:
+    rows: list[Row] = []
+    for name, length, methods in tqdm(_gates.SWEEPS, desc="sweeps"):
+        rows += [_gates.sweeps(name, length, solver) for solver in methods]
+        results.put("sweeps", rows)
+    print(markdown(rows))
+
+
+PARTS = {"short": short, "long": long, "gates": gates, "sweeps": sweeps}
 
 
 def main(argv: list[str] | None = None) -> None:

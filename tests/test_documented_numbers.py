@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+from typing import Any
 from unittest import mock
 
 import jax
@@ -21,7 +22,7 @@ from examples.tasks import TASKS
 from pararnn import _select
 from pararnn._norms import default_rtol
 from pararnn.adjoints import _one_pass
-from pararnn.solvers import _convergence, _speculative, _time_sharded, _verdict
+from pararnn.solvers import _convergence, _elementwise, _speculative, _time_sharded, _verdict
 from tools.gpu_counts import _counts
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -190,15 +191,53 @@ def cells_compared() -> tuple[int]:
     return (len(results("examples/results/cells.json")["rows"]),)
 
 
-def memory():
-    steps = results("benchmarks/results/trained.json")["memory"]["gru"]
-    return min(steps), max(steps)
+def memory(*networks: str):
+    """The fewest and the most steps of each."""
+    steps = results("benchmarks/results/trained.json")["memory"]
+    return [bound(steps[name]) for name in networks for bound in (min, max)]
 
 
-def iterations():
-    row = results("benchmarks/results/trained.json")["short"][0]
-    assert (row["network"], row["method"], row["chunk"]) == ("gru", "Newton", 16)
-    return row["iterations"], row["L"]
+GATED = ("gru", "gru_early", "lstm")
+
+
+def through_gates(after: int, key: str, networks: tuple[str, ...] = GATED) -> list[float]:
+    rows = results("benchmarks/results/trained.json")["gates"]
+    return [
+        r[key] for name in networks for r in rows if (r["network"], r["steps"]) == (name, after)
+    ]
+
+
+def elementwise(key: str, length: int = 16_384, networks: tuple[str, ...] = GATED) -> list[Any]:
+    """Of sweeps over chunks of 16 steps."""
+    rows = results("benchmarks/results/trained.json")["sweeps"]
+    wanted = {"method": "ElementwiseNewton", "chunk": 16, "L": length}
+    return [
+        r[key]
+        for name in networks
+        for r in rows
+        if (wanted | {"network": name}).items() <= r.items()
+    ]
+
+
+def swept(network: str, chunk_size: int, method: str) -> int:
+    """Iterations at L = 1,024."""
+    rows = results("benchmarks/results/trained.json")["sweeps"]
+    wanted = {"network": network, "L": 1024, "method": method, "chunk": chunk_size}
+    (found,) = (row["iterations"] for row in rows if wanted.items() <= row.items())
+    return found
+
+
+def worst() -> list[float]:
+    """The largest ratios of errors at L = 16,384, of states and of derivatives."""
+    names = (*GATED, "elman")
+    keys = [
+        ("error", "error of the scan"),
+        ("error of the derivative", "error of the scan's derivative"),
+    ]
+    return [
+        max(a / b for a, b in zip(*(elementwise(k, networks=names) for k in pair), strict=True))
+        for pair in keys
+    ]
 
 
 def long_texts():
@@ -238,15 +277,75 @@ SAID = [
     ),
     (SOLVER, "`min({}, chunk_size)` on an accelerator", lambda: [overlap()]),
     (SOLVER, "elsewhere {}, or {} if a sweep pushes more than {} tangents", min_iters),
-    ("README.md", "more than {} state elements is run by", lambda: [_select._MAX_DENSE_SIZE]),
-    ("docs/speed.md", "more than {} state elements is run by", lambda: [_select._MAX_DENSE_SIZE]),
     *(
         (file, text, from_trained)
         for file in ("README.md", "docs/speed.md")
         for text, from_trained in (
-            ("remembers a disturbance for {} to {} steps, until", memory),
-            ("chunks of 16 steps it takes {} iterations at L = {:,}, with", iterations),
+            ("remembers a disturbance for {} to {} steps, until", lambda: memory("gru")),
+            ("GRUs and LSTMs of more than {} state elements", lambda: [_select._MIN_MIXED_SIZE]),
+            (
+                "Over chunks of 16 steps it takes {} iterations at L = 16,384, and {} for the",
+                lambda: [elementwise(key)[0] for key in ("iterations", "derivative")],
+            ),
         )
+    ),
+    (
+        "docs/trained_networks.md",
+        "after {} to {} steps in `gru`, {} to {:,} in `gru_early`, {} to {:,} in `lstm`, and {} to "
+        "{} in `elman`",
+        lambda: memory(*GATED, "elman"),
+    ),
+    (
+        "docs/trained_networks.md",
+        "have {:.1f} to {:.1f} above 0.1 after 64 steps",
+        lambda: [bound(through_gates(64, "above 0.1")) for bound in (min, max)],
+    ),
+    (
+        "docs/trained_networks.md",
+        "explain {:.0f} % in `gru_early` and {:.0f} % in `lstm`. In `gru`, trained for longer, it "
+        "is only {:.0f} %",
+        lambda: [100 * x for x in through_gates(64, "explained", ("gru_early", "lstm", "gru"))],
+    ),
+    (
+        "docs/trained_networks.md",
+        "After 16 steps they miss {:.2g}, {:.2g} and {:.2g} of",
+        lambda: through_gates(16, "missed"),
+    ),
+    (
+        "docs/trained_networks.md",
+        "a dense cell of more than {} state elements",
+        lambda: [_select._MIN_MIXED_SIZE],
+    ),
+    (
+        "docs/trained_networks.md",
+        "it is {} at L = 1,024 and {} at 16,384 in `gru`, {} and {} in `gru_early`, and {} and {} "
+        "in `lstm`",
+        lambda: [
+            elementwise("iterations", length, (name,))[0]
+            for name in GATED
+            for length in (1024, 16_384)
+        ],
+    ),
+    ("docs/trained_networks.md", "at most {:.1f} times the scan's, and {:.1f} times for", worst),
+    (
+        "docs/trained_networks.md",
+        "it is {} instead of {} for Jacobi's method in `gru_early`, {} instead of {} in `lstm`, "
+        "and {} instead of {} in `gru`",
+        lambda: [
+            swept(name, 16, method)
+            for name in ("gru_early", "lstm", "gru")
+            for method in ("ElementwiseNewton", "Jacobi")
+        ],
+    ),
+    (
+        "docs/trained_networks.md",
+        "saved in `gru`: {} and {}.",
+        lambda: [swept("gru", 64, method) for method in ("ElementwiseNewton", "Jacobi")],
+    ),
+    (
+        "docs/trained_networks.md",
+        "On an accelerator {} iterations are made",
+        lambda: [WORDS[_elementwise._MIN_ITERS]],
     ),
     # Other settings.
     ("docs/faq.md", "{} in float32 and {} in float64, for each element", rtols),

@@ -4,6 +4,7 @@ Each function `draw_NAME` makes `docs/pictures/NAME.svg`; names on the command l
 """
 
 import argparse
+import json
 import pathlib
 
 import jax
@@ -16,6 +17,7 @@ from matplotlib.patches import FancyBboxPatch
 import pararnn as prnn
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "pictures"
+_RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
 _LENGTH, _CHUNK = 64, 8
 _BLUE, _ORANGE, _GREY = "#3f51b5", "#ff6e40", "#9e9e9e"
 
@@ -135,6 +137,29 @@ def draw_structures():
     return figure
 
 
+# --- memory of trained networks ----------------------------------------------------------------
+
+
+def draw_gates():
+    """What is left of a disturbance, and what of it the gates miss, step by step."""
+    rows = json.loads((_RESULTS / "trained.json").read_text())["gates"]
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(9, 2.9), sharey=True, layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        found = [row for row in rows if row["network"] == name]
+        steps, left, missed = ([row[k] for row in found] for k in ("steps", "left", "missed"))
+        axis.fill_between(steps, missed, left, color=_BLUE, alpha=0.15, lw=0)
+        axis.plot(steps, left, color=_BLUE, lw=1.8, label="left of a disturbance")
+        axis.plot(steps, missed, color=_ORANGE, lw=1.3, label="missed by the gates")
+        axis.axvline(16, color=_GREY, lw=0.8, ls=":")
+        axis.set(xscale="log", yscale="log", ylim=(1e-4, 1), title=name)
+        axis.set_xticks((1, 16, 256), labels=("1", "16", "256"))
+        axis.minorticks_off()
+    axes[0].legend(loc="lower left", fontsize=7, frameon=False)
+    figure.supxlabel("steps; dotted: one chunk")
+    return figure
+
+
 # --- the decision ------------------------------------------------------------------------------
 
 
@@ -165,9 +190,10 @@ def draw_decision():
         ("Does it keep switching between\nstates that it never forgets?", "Speculative()"),
         ("Does it forget within\na chunk?", "Jacobi(), or Newton() with overlap"),
         ("Do Newton's first corrections\nexplode?", "LevenbergMarquardt()"),
+        ("Dense, but gated:\na GRU, an LSTM, an sLSTM?", "ElementwiseNewton()"),
         ("Too many state elements for\nproducts of dense Jacobians?", "QuasiNewton()"),
     ]
-    figure, axis = plt.subplots(figsize=(7.5, 8.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 9.6), layout="constrained")
     for i, (question, answer) in enumerate(questions):
         y = -1.3 * i
         box(axis, 0, y, question, width=3.1)
