@@ -166,6 +166,8 @@ def _check_shared_axes(recurrence: Recurrence, **policies: AbstractSolver | Abst
 
 def _mixes(recurrence: Recurrence) -> bool:
     """Whether the Jacobian is too dense for Newton's method, but its elementwise part is not."""
+    if recurrence.algebra is not None or recurrence.is_affine:
+        return False  # such as a delta rule, which remembers through its products alone
     seeds, size = recurrence.structure.num_seeds(recurrence.size), recurrence.size
     if seeds <= (_MIN_MIXED_SIZE if seeds == size else _MAX_DENSE_SIZE):
         return False

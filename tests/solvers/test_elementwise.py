@@ -295,3 +295,9 @@ def test_small_blocks_and_short_sequences_keep_their_choice():
 def test_an_immutable_record():
     solver = prnn.ElementwiseNewton(chunk_size=8)
     assert hash(solver) == hash(dataclasses.replace(solver)) and "chunk_size=8" in repr(solver)
+
+
+def test_the_derivative_of_an_affine_step_is_one_correction():
+    cell = prnn.DeltaNet(32, 2, 16, 16, dtype=jnp.float32, key=KEY)
+    (_, adjoint), _ = choice(cell, 1024)
+    assert isinstance(adjoint.solver, prnn.Newton)
