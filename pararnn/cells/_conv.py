@@ -189,7 +189,7 @@ class ConvS5(AbstractCell):
 
     def step(self, state: _S5State, u: list[Array]) -> _S5State:
         kept = multiplier(self.nu, self.omega, self.log_step)
-        driven, _ = u
+        driven, *_ = u
         return jnp.expand_dims(kept, (1, 2)) * state + driven
 
     def readout(

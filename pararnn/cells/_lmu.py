@@ -90,7 +90,7 @@ class LinearLMU(AbstractCell):
         return [at_least_float32(xs @ self.weight_u.T), affine(self.weight_x, self.bias, xs)]
 
     def step(self, state: _Memory, u: list[Float[Array, "..."]]) -> _Memory:
-        channels, _ = u
+        channels, *_ = u
         return _remember(state, channels, self.theta)
 
     def readout(

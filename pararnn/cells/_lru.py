@@ -100,7 +100,7 @@ class LRU(AbstractVectorCell):
         radius = jnp.exp(-jnp.exp(at_least_float32(self.nu)))
         phase = jnp.exp(at_least_float32(self.theta))
         multiplier = jax.lax.complex(radius * jnp.cos(phase), radius * jnp.sin(phase))
-        driven, _ = u
+        driven, *_ = u
         return multiplier * state + driven
 
     def readout(

@@ -93,7 +93,7 @@ class S5(AbstractVectorCell):
     def step(
         self, state: Complex[Array, " hidden_size"], u: list[Array]
     ) -> Complex[Array, " hidden_size"]:
-        driven, _ = u
+        driven, *_ = u
         return multiplier(self.nu, self.omega, self.log_step) * state + driven
 
     def readout(
