@@ -77,15 +77,15 @@ def judge(
         samples = _num_samples(chunks, pushes=point.jacobians is not None)
     displaced, disturbed, response = _probe(chunks, starts, direction, states, samples, iteration)
     count = len(response)
-    effect = fresh = chunks.pad(tolerance.effect(point.ends[:count], disturbed))
+    effect = kept = chunks.pad(tolerance.effect(point.ends[:count], disturbed))
     defects = point.defects.astype(tolerance.wide)
     correction = jnp.abs(defects + propagated.astype(tolerance.wide))
     if previous is not None:
         # A disturbance is one sample of what rounding does to a chunk, which may be small by
         # accident; but what it does to states that are far from right says nothing.
         near = tolerance.is_near(jnp.maximum(correction, jnp.abs(defects)), starts)
-        kept = jnp.where(near, jnp.maximum(fresh, previous.effect), 0)
-        effect = jnp.maximum(fresh, kept)
+        kept = jnp.where(near, jnp.maximum(effect, previous.effect), 0)
+        effect = jnp.maximum(effect, kept)
     before = shards.sequenced_after(effect, jnp.abs(propagated).astype(effect.dtype))
     scale = tolerance.scale(starts, shards.shift_right(before))
     response, displaced = chunks.pad(response - point.ends[:count]), chunks.pad(displaced)
@@ -98,7 +98,7 @@ def judge(
     errors = jnp.maximum(excess + left.error, jnp.abs(defects))
     both = jnp.stack([errors, correction])
     errors, sizes = tolerance.norm(both, jnp.broadcast_to(scale, both.shape))
-    return Verdict(effect if previous is None else kept, scale, errors, jnp.max(sizes))
+    return Verdict(kept, scale, errors, jnp.max(sizes))
 
 
 def is_wrong(
