@@ -151,11 +151,11 @@ class Recurrence(eqx.Module):
         return self._found.get("structure", lambda: detect_structure(*self._example()))
 
     @property
-    def elementwise(self) -> "ElementwisePart":
+    def elementwise(self) -> ElementwisePart:
         """The part of the step's Jacobian that passes through elementwise operations only."""
         return self._found.get("elementwise", self._find_elementwise)
 
-    def _find_elementwise(self) -> "ElementwisePart":
+    def _find_elementwise(self) -> ElementwisePart:
         step, state, x = self._example()
         some, whole = passes_tangents(step, typed_struct(state), x)
         if not some:

@@ -22,12 +22,12 @@ from .sweeps._default import uses_kernel, why_no_kernel
 # Beyond this many state elements a dense Newton correction costs more than the sweeps that it
 # saves.
 _MAX_DENSE_SIZE = 128
-# A dense Jacobian from this many elements on is replaced by its elementwise part, if that takes at
-# most this many tangents.
+# A dense Jacobian of more elements than this is replaced by its elementwise part, if that takes at
+# most so many tangents.
 _MIN_MIXED_SIZE, _FEW_SEEDS = 16, 4
 # The arithmetic of the choice, for a large accelerator: products of float32 per second; what a step
 # of a loop takes to launch, and in a kernel; what a parallel solve takes in all, but products; and
-# how many times it makes every step, of which half are for the verdict.
+# how many times it makes every step, six of them for the verdict.
 _FLOPS, _STEP_SECONDS, _KERNEL_SECONDS = 5e13, 16e-6, 1e-6
 _OVERHEAD_SECONDS, _SWEEPS = 1e-3, 16
 # The derivative makes each step once more, and pulls the states' and the parameters' cotangents.
@@ -188,14 +188,11 @@ def _estimate(
     sequential = length * (step_seconds + per_step)
     parallel = _OVERHEAD_SECONDS + _SWEEPS * length * per_step
     rows = f"{batch} sequences" if batch > 1 else "a sequence"
-    return (
-        sequential,
-        parallel,
-        (
-            f"By arithmetic, {length} steps of {rows} take about {1e3 * sequential:.3g} ms one "
-            f"after another and {1e3 * parallel:.3g} ms in parallel."
-        ),
+    sentence = (
+        f"By arithmetic, {length} steps of {rows} take about {1e3 * sequential:.3g} ms one "
+        f"after another and {1e3 * parallel:.3g} ms in parallel."
     )
+    return sequential, parallel, sentence
 
 
 def _select_solver(recurrence: Recurrence, platform: str, batch: int) -> tuple[AbstractSolver, str]:

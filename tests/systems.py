@@ -4,6 +4,7 @@ Every step is written out here and owes nothing to the package: `step(params, st
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import pararnn as prnn
+from benchmarks import _systems
 
 # Where there is a GPU, kernels run on it; elsewhere they are interpreted.
 INTERPRET = jax.default_backend() == "cpu"
@@ -50,6 +52,15 @@ def error(got, expected) -> float:
 
     assert jtu.tree_structure(got) == jtu.tree_structure(expected)
     return max(map(one, jtu.tree_leaves(got), jtu.tree_leaves(expected)))
+
+
+@functools.cache
+def trained(name, length):
+    """`(system, its states by a scan, and how exact these are)` of a trained network."""
+    system, wide = (_systems.trained(name, length, t) for t in (jnp.float32, jnp.float64))
+    states, exact = (jax.jit(functools.partial(scan, s.step))(s.xs, s.init) for s in (system, wide))
+    exact = jax.tree.map(lambda x, like: x.astype(like.dtype), exact, states)
+    return system, states, error(states, exact)
 
 
 def successful(solution) -> bool:

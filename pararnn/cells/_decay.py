@@ -112,7 +112,7 @@ def with_resets(
 def chunk_decay(
     log_decay: Float[Array, "T heads *channels"], reset: Bool[Array, " T"] | None
 ) -> Float[Array, "heads channels 1"]:
-    """How much of the state that arrives is left behind a chunk, row by row."""
+    """The decay of a whole chunk: the factor of each row of the state that arrives."""
     logs = jnp.sum(with_resets(log_decay, reset), axis=0)
     return jnp.exp(logs).reshape(len(logs), -1, 1)
 

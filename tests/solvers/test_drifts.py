@@ -97,7 +97,8 @@ def increments(rate):
 
 def known_miss(system, solver):
     """Wrong and successful: a limit of the rule."""
-    return pytest.param(system, solver, marks=pytest.mark.xfail(strict=True))
+    reason = "what is read in half precision hides the drift from the measurement of memory"
+    return pytest.param(system, solver, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
 @pytest.mark.parametrize(

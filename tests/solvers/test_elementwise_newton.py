@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from systems import error, scan
+from systems import error, scan, trained
 
 import pararnn as prnn
-from benchmarks import _systems
 from pararnn._recurrence import Recurrence
 from pararnn.jaxprs._counting import loop_turns
 from pararnn.jaxprs._elementwise import elementwise_tangents
@@ -180,16 +179,6 @@ def test_corrects_what_speculation_finds():
 
 # The most steps on the critical path: forward, and of the derivative.
 PATHS = {"gru": (256, 320), "gru_early": (192, 200), "lstm": (192, 200), "elman": (160, 160)}
-
-
-@functools.cache
-def trained(name, length):
-    system = _systems.trained(name, length)
-    states = jax.jit(functools.partial(scan, system.step))(system.xs, system.init)
-    exact = _systems.trained(name, length, jnp.float64)
-    exact = jax.jit(functools.partial(scan, exact.step))(exact.xs, exact.init)
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), exact)
-    return system, states, error(states, exact)
 
 
 @pytest.mark.parametrize("solver", [prnn.ElementwiseNewton(), prnn.ElementwiseNewton(min_iters=8)])

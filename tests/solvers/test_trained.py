@@ -5,28 +5,15 @@ The bounds on the iterations are those after which the error no longer falls, an
 Jacobi's on the GRU, half of its chunks. `python -m benchmarks trained` has more of them.
 """
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import pytest
-from systems import error, scan
+from systems import error, trained
 
 import pararnn as prnn
-from benchmarks._systems import trained as load
-
-
-@functools.cache
-def expected(name, length):
-    """`(system, its states by a scan, and how exact these are)`."""
-    system, wide = load(name, length), load(name, length, jnp.float64)
-    states, exact = (jax.jit(functools.partial(scan, s.step))(s.xs, s.init) for s in (system, wide))
-    exact = jax.tree.map(lambda x, like: x.astype(like.dtype), exact, states)
-    return system, states, error(states, exact)
 
 
 def solve(name, length, solver):
-    system, states, rounding = expected(name, length)
+    system, states, rounding = trained(name, length)
     solution = jax.jit(
         lambda xs: prnn.solve(system.step, xs, system.init, solver=solver, throw=False)
     )(system.xs)
